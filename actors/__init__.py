@@ -1,0 +1,1 @@
+"""What does things: browser sessions, their pages, and the Ray actors that own them."""

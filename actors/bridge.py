@@ -1,0 +1,381 @@
+"""The server that one browser's page talks to: its files and its two sockets.
+
+Bound to loopback. The page enters once with a single-use ticket and gets the token in a cookie;
+sockets also carry it as a subprotocol, and every request's Host and Origin are checked. `data`
+is the worker's socket (frames), `control` the main thread's (ping, console, visibility), so that
+a busy worker still answers pings. This module must not launch browsers or judge failures: it
+reports what it sees through `on_event`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import math
+import secrets
+import time
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import WSCloseCode, WSMsgType, web
+from tenacity import AsyncRetrying, RetryError, retry_if_exception_type
+
+from actors.assets import Asset, index_html, model_assets, ort_version, static_assets
+from recovery.errors import BadFrame, BrowserLost, PageError
+from recovery.policies import PORT_FREES
+from sharding.frames import Frame, decode, encode
+from sharding.signature import ModelSpec
+
+PROTOCOL = "tabpool.v1"
+_COOKIE = "tabpool"
+_WORK_SECONDS = 300.0  # of one request, where the caller does not say
+_CONTROL_BYTES_MAX = 64 * 1024
+_CONSOLE_LINES_MAX = 100
+_FRAME_OVERHEAD_BYTES = 1 << 20  # a reply's header, over the limit on its tensors
+_HEADERS = {
+    # Cross-origin isolation: what SharedArrayBuffer, and so wasm threads, require.
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Embedder-Policy": "require-corp",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True)
+class PageConfig:
+    """What the page is told. `probe`: look for WebGPU and WebNN too (costs some 100 ms)."""
+
+    threads: int
+    message_bytes_max: int
+    probe: bool
+
+
+@dataclass(frozen=True)
+class BridgeEvent:
+    """Something seen on a socket: `what` is one of hello, closed, console, worker_failed,
+    visibility; `epoch` is the page's."""
+
+    what: str
+    epoch: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Bridge:
+    """Serves one page at a time; a new epoch ends the one before."""
+
+    def __init__(
+        self,
+        config: PageConfig,
+        on_event: Callable[[BridgeEvent], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._closing: set[asyncio.Future[None]] = set()
+        self._config = config
+        self._on_event = on_event
+        self._assets: dict[str, Asset] = {}
+        self._host = ""
+        self._epoch = -1
+        self._token = ""
+        self._ticket = ""
+        self._sockets: dict[str, web.WebSocketResponse] = {}
+        self._data_open = asyncio.Event()
+        self._pending: dict[str, asyncio.Future[Frame]] = {}
+        # What the page has not answered, in the order in which it works, with the longest that
+        # each may take; abandoned ones too, since the page still computes them.
+        self._exchanges: OrderedDict[str, float] = OrderedDict()
+        self._head_since = 0.0
+        self._pongs: dict[int, asyncio.Future[None]] = {}
+        self._runner: web.AppRunner | None = None
+        self.port = 0
+        self.console: deque[str] = deque(maxlen=_CONSOLE_LINES_MAX)
+
+    # -- the server ---------------------------------------------------------------------------
+
+    async def start(self, port: int = 0) -> None:
+        """Listen on `port` of loopback (0: any; also when `port` stays taken)."""
+        self._assets.update(static_assets())
+        app = web.Application(middlewares=[self._guard])
+        app.router.add_get("/enter/{ticket}", self._enter)
+        app.router.add_get("/", self._index)
+        app.router.add_get("/control", self._control)
+        app.router.add_get("/data", self._data)
+        app.router.add_get("/{path:.*}", self._asset)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        try:
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception_type(OSError), **PORT_FREES
+            ):
+                with attempt:
+                    await self._listen(port)
+        except (OSError, RetryError):
+            await self._listen(0)
+
+    async def _listen(self, port: int) -> None:
+        assert self._runner is not None
+        site = web.TCPSite(self._runner, "127.0.0.1", port)
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        """Close the sockets and the port."""
+        self.end_page("the bridge stopped")
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        # The Host check defeats DNS rebinding, the Origin check pages of other origins.
+        if request.host != self._host:
+            raise web.HTTPForbidden(text="wrong host")
+        origin = request.headers.get("Origin")
+        if origin is not None and origin != f"http://{self._host}":
+            raise web.HTTPForbidden(text="wrong origin")
+        if not request.path.startswith("/enter/"):
+            token = request.cookies.get(_COOKIE, "")
+            if not (self._token and hmac.compare_digest(token.encode(), self._token.encode())):
+                raise web.HTTPForbidden(text="no token")
+        response = await handler(request)
+        if not response.prepared:
+            response.headers.update(_HEADERS)
+        return response
+
+    async def _enter(self, request: web.Request) -> web.StreamResponse:
+        offered, self._ticket = self._ticket, ""  # one try
+        if not (
+            offered and hmac.compare_digest(request.match_info["ticket"].encode(), offered.encode())
+        ):
+            raise web.HTTPForbidden(text="no ticket")
+        response = web.Response(status=303, headers={"Location": "/", "Cache-Control": "no-store"})
+        response.set_cookie(_COOKIE, self._token, httponly=True, samesite="Strict", path="/")
+        return response
+
+    async def _index(self, request: web.Request) -> web.StreamResponse:
+        config = {
+            "protocol": PROTOCOL,
+            "token": self._token,
+            "epoch": self._epoch,
+            "ortVersion": ort_version(),
+            "threads": self._config.threads,
+            "probe": self._config.probe,
+            "messageBytesMax": self._config.message_bytes_max,
+        }
+        text = index_html().replace("{{config}}", json.dumps(config))
+        headers = {
+            "Cache-Control": "no-store",
+            "Content-Security-Policy": "default-src 'self'; img-src data:; frame-ancestors 'none'; "
+            f"script-src 'self' 'wasm-unsafe-eval'; connect-src 'self' ws://{self._host}",
+        }
+        return web.Response(text=text, content_type="text/html", headers=headers)
+
+    async def _asset(self, request: web.Request) -> web.StreamResponse:
+        asset = self._assets.get(request.path)
+        if asset is None:
+            raise web.HTTPNotFound
+        headers = {
+            **_HEADERS,
+            "Content-Type": asset.content_type,
+            "Cache-Control": asset.cache_control,
+        }
+        return web.FileResponse(asset.path, headers=headers)
+
+    # -- the sockets --------------------------------------------------------------------------
+
+    async def _open_socket(self, request: web.Request, bytes_max: int) -> web.WebSocketResponse:
+        offered = [p.strip() for p in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
+        if len(offered) != 2 or not hmac.compare_digest(offered[1].encode(), self._token.encode()):
+            raise web.HTTPForbidden(text="no token")
+        if request.headers.get("Origin") is None:
+            raise web.HTTPForbidden(text="no origin")
+        # Compression would cost more than loopback does.
+        socket = web.WebSocketResponse(
+            protocols=(PROTOCOL,), compress=False, max_msg_size=bytes_max, timeout=1.0
+        )
+        await socket.prepare(request)
+        return socket
+
+    async def _control(self, request: web.Request) -> web.StreamResponse:
+        socket = await self._open_socket(request, _CONTROL_BYTES_MAX)
+        return await self._serve("control", socket, self._on_control)
+
+    async def _data(self, request: web.Request) -> web.StreamResponse:
+        limit = self._config.message_bytes_max + _FRAME_OVERHEAD_BYTES
+        socket = await self._open_socket(request, limit)
+        return await self._serve("data", socket, self._on_data)
+
+    async def _serve(
+        self, name: str, socket: web.WebSocketResponse, on_message: Callable[[Any, int], None]
+    ) -> web.StreamResponse:
+        if name in self._sockets:  # one page only; a second tab of it is refused
+            await socket.close(code=WSCloseCode.POLICY_VIOLATION)
+            return socket
+        epoch = self._epoch
+        self._sockets[name] = socket
+        if name == "data":
+            self._data_open.set()
+        try:
+            async for message in socket:
+                if message.type in (WSMsgType.BINARY, WSMsgType.TEXT):
+                    on_message(message.data, epoch)
+        finally:
+            if self._sockets.get(name) is socket:
+                del self._sockets[name]
+                self._fail_pending(f"the page's {name} socket closed")
+                if epoch == self._epoch:
+                    self._on_event(BridgeEvent("closed", epoch, {"socket": name}))
+        return socket
+
+    def _on_control(self, text: Any, epoch: int) -> None:
+        try:
+            message = json.loads(text)
+            kind = str(message["kind"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            self.console.append("unreadable control message")
+            return
+        if epoch != self._epoch:
+            return  # last words of a page that has been replaced
+        if kind == "pong":
+            number = message.get("id")
+            waiting = self._pongs.pop(number, None) if isinstance(number, int) else None
+            if waiting is not None and not waiting.done():
+                waiting.set_result(None)
+            return
+        if kind == "console":
+            self.console.append(str(message.get("text", ""))[:2000])
+        self._on_event(BridgeEvent(kind, epoch, message))
+
+    def _on_data(self, data: Any, epoch: int) -> None:
+        try:
+            frame = decode(data, bytes_max=self._config.message_bytes_max + _FRAME_OVERHEAD_BYTES)
+        except (BadFrame, TypeError) as error:
+            self.console.append(f"refused a frame: {error}")
+            return
+        if frame.epoch != self._epoch or epoch != self._epoch:
+            self.console.append(f"refused a frame of epoch {frame.epoch}")
+            return
+        self._answered(frame.op_id)
+        waiting = self._pending.pop(frame.op_id, None)
+        if waiting is not None and not waiting.done():  # else abandoned: its deadline passed
+            waiting.set_result(frame)
+
+    # -- what the browser actor does ----------------------------------------------------------
+
+    def begin_epoch(self, epoch: int, host: str) -> str:
+        """End the page before and expect one of `epoch`; returns the path that lets it in.
+
+        `host` is the authority (host or host:port) under which the browser sees this server.
+        """
+        self.end_page("the browser was replaced")
+        self._epoch, self._host = epoch, host
+        self._token, self._ticket = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+        self._data_open = asyncio.Event()
+        self.console.clear()
+        return f"/enter/{self._ticket}"
+
+    def end_page(self, why: str) -> None:
+        """Refuse the present page from now on, and fail whoever waits for it."""
+        self._token = self._ticket = ""
+        sockets, self._sockets = self._sockets, {}
+        for socket in sockets.values():
+            closing = asyncio.ensure_future(_close(socket))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+        self._fail_pending(why)
+
+    def _fail_pending(self, why: str) -> None:
+        futures: list[asyncio.Future[Any]] = [*self._pending.values(), *self._pongs.values()]
+        self._pending, self._pongs = {}, {}
+        self._exchanges.clear()
+        for future in futures:
+            if not future.done():
+                future.set_exception(BrowserLost(why))
+                future.exception()  # whoever waited may have gone; that is no unseen error
+
+    async def opened(self) -> None:
+        """Wait until the page's worker has opened its data socket."""
+        await self._data_open.wait()
+
+    def _answered(self, op_id: str) -> None:
+        if self._exchanges.pop(op_id, None) is not None:
+            self._head_since = self._clock()
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that the page has not finished, abandoned ones included."""
+        return len(self._exchanges)
+
+    def overdue(self) -> tuple[float, str]:
+        """In how many seconds what the page works on has taken too long, and what that is.
+
+        0 or less: it has. Infinity and an empty name when it works on nothing.
+        """
+        for op_id, seconds in self._exchanges.items():  # the head is what it works on
+            return seconds - (self._clock() - self._head_since), op_id
+        return math.inf, ""
+
+    async def request(self, frame: Frame, seconds_max: float = _WORK_SECONDS) -> Frame:
+        """Send a frame and wait for the reply to its operation id.
+
+        `seconds_max` is how long the page may work on it before `overdue` names it; time spent
+        behind others does not count. Raises `BrowserLost` when the page goes away and
+        `PageError` when it reports an error.
+        """
+        socket = self._sockets.get("data")
+        if socket is None:
+            raise BrowserLost("the page is not connected")
+        data = encode(frame, bytes_max=self._config.message_bytes_max)
+        reply: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
+        self._pending[frame.op_id] = reply
+        if not self._exchanges:
+            self._head_since = self._clock()
+        self._exchanges[frame.op_id] = seconds_max
+        try:
+            await socket.send_bytes(data)
+            answer = await reply
+        except ConnectionError as error:
+            raise BrowserLost("the page's data socket is closed") from error
+        finally:
+            if self._pending.get(frame.op_id) is reply:
+                del self._pending[frame.op_id]
+        if answer.kind == "error":
+            facts = {name: fact for name, fact in answer.body.items() if name != "message"}
+            raise PageError(str(answer.body.get("message", "no reason given")), **facts)
+        return answer
+
+    async def ping(self) -> None:
+        """Return when the page's main thread has answered. Raises `BrowserLost`."""
+        socket = self._sockets.get("control")
+        if socket is None:
+            raise BrowserLost("the page is not connected")
+        number = secrets.randbits(48)
+        pong: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pongs[number] = pong
+        try:
+            await socket.send_str(json.dumps({"kind": "ping", "id": number}))
+            await pong
+        except ConnectionError as error:
+            raise BrowserLost("the page's control socket is closed") from error
+        finally:
+            self._pongs.pop(number, None)
+
+    def register(self, spec: ModelSpec) -> None:
+        """Let the page fetch this model's files."""
+        self._assets.update(model_assets(spec))
+
+    def unregister(self, spec: ModelSpec) -> None:
+        for path in model_assets(spec):
+            self._assets.pop(path, None)
+
+
+async def _close(socket: web.WebSocketResponse) -> None:
+    with contextlib.suppress(ConnectionError, RuntimeError, asyncio.TimeoutError):
+        await socket.close(code=WSCloseCode.GOING_AWAY)

@@ -1,0 +1,777 @@
+"""One browser: the owner of its processes, its Selenium session and its bridge.
+
+A plain class, wrapped as a Ray actor in `actors.ray_actors`. It launches when ordered, answers
+operations, notices every death at once and reports it; it bounds its own queue. It must not
+decide what follows from a failure: the supervisor does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import os
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.arguments import Gpu, LaunchSettings, default_settings
+from actors.binaries import Binaries, find_binaries
+from actors.bridge import Bridge, BridgeEvent, PageConfig
+from actors.dataplane import DataServer
+from actors.messages import (
+    HostConfig,
+    HostEvent,
+    LaunchOrder,
+    LaunchReport,
+    RunReply,
+    RunRequest,
+)
+from actors.processes import DeathWatch, Warden, WardenOrder
+from actors.profiles import new_profile_path, save_template, template_lock, template_path
+from actors.session import Session, driver_command, free_port
+from recovery.errors import (
+    BrowserError,
+    BrowserLost,
+    CallerError,
+    LaunchFailed,
+    PageError,
+    PoolError,
+    SetupError,
+    StaleTerm,
+)
+from recovery.failures import Failure, Scope, categorize_browser_failure
+from recovery.kinds import Backend, BrowserType, Readiness
+from recovery.records import BrowserFacts, HostRef, HostStatus, NumericId
+from sharding.frames import Frame
+from sharding.inputs import warmup_inputs
+from sharding.signature import ModelSpec
+
+_SOCKET_TO_EXIT_SECONDS = 0.005  # a process's sockets close a moment before its exit is visible
+_EVENTS_MAX = 256
+_WATCHDOG_SECONDS_MAX = 0.5
+_WATCHDOG_SECONDS_MIN = 0.01
+_XVFB_ARGUMENTS = ("-screen", "0", "1024x768x24", "-nolisten", "tcp", "-noreset")
+_QUIT_SECONDS = 10.0
+_TEMPLATE_WARM_SECONDS = 5.0
+_TEMPLATE_SETTLE_SECONDS = 3.0
+
+
+def host_settings(kind: BrowserType, config: HostConfig) -> LaunchSettings:
+    """The launch settings of a healthy browser of this kind on this machine."""
+    return default_settings(
+        kind,
+        headless=config.headless,
+        gpu=config.gpu,
+        root=hasattr(os, "geteuid") and os.geteuid() == 0,
+        small_shm=_shm_bytes() < 1 << 30,
+    )
+
+
+def _shm_bytes() -> int:
+    try:
+        stat = os.statvfs("/dev/shm")
+    except (OSError, AttributeError):
+        return 1 << 30
+    return stat.f_frsize * stat.f_blocks
+
+
+class BrowserHost:
+    """A slot of the pool, in all its incarnations while this process lives."""
+
+    def __init__(
+        self,
+        browser_id: str,
+        kind: BrowserType,
+        config: HostConfig,
+        on_lease_lost: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        node: str = "",
+    ) -> None:
+        self._ref = HostRef(browser_id, -1)
+        self._node = node
+        self._data = DataServer(self.run, config.message_bytes_max)
+        self._kind = kind
+        self._config = config
+        self._on_lease_lost = on_lease_lost
+        self._clock = clock
+        self._wall = wall
+        self._term = 0
+        self._readiness = Readiness.STARTING
+        self._binaries: Binaries | None = None
+        self._bridge: Bridge | None = None
+        self._warden: Warden | None = None
+        self._session: Session | None = None
+        self._watch = DeathWatch()
+        self._cleanups: set[asyncio.Task[None]] = set()
+        self._lease_until = 0.0
+        self._lease_task: asyncio.Task[None] | None = None
+        self._watchdog_task: asyncio.Task[None] | None = None
+        self._events: asyncio.Queue[HostEvent] = asyncio.Queue(_EVENTS_MAX)
+        self._cause: Failure | None = None  # why the present incarnation is over
+        self._models: dict[str, NumericId] = {}
+        self._specs: dict[str, ModelSpec] = {}
+        self._in_flight: OrderedDict[str, asyncio.Task[RunReply]] = OrderedDict()
+        self._answers: OrderedDict[str, RunReply] = OrderedDict()
+        self._answer_bytes = 0
+        self._served = 0
+        self._asked = 0
+        self._pings: set[asyncio.Task[None]] = set()
+        self._page_closed: asyncio.Future[None] | None = None
+        self._pids: dict[str, int] = {}
+        self._facts: BrowserFacts | None = None
+        self._warm_runs = config.warm_runs
+        self._launching: asyncio.Task[LaunchReport] | None = None
+        self._loading = asyncio.Lock()  # an unload must not overtake the load before it
+
+    # -- launching --------------------------------------------------------------------------------
+
+    async def launch(self, order: LaunchOrder) -> LaunchReport:
+        """Become the incarnation `order.ref`, with whatever was there before ended.
+
+        Raises `StaleTerm`, `SetupError` (something is not installed) or `LaunchFailed`.
+        """
+        self._accept_term(order.term)
+        if order.ref.epoch <= self._ref.epoch:
+            raise StaleTerm(f"{order.ref} was ordered, but {self._ref} has been here")
+        self._retire()
+        self._ref, self._cause = order.ref, None
+        self._warm_runs = self._config.warm_runs if order.warm else 1
+        self._readiness = Readiness.STARTING
+        self._models, self._specs = {}, {}
+        self._launching = asyncio.create_task(self._launch(order), name=f"launch {order.ref}")
+        try:
+            async with asyncio.timeout(self._config.launch_seconds):
+                report = await self._launching
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                self._retire()
+                raise  # it is this call that is not wanted any more
+            raise self._why_not_launched(order.ref) from None
+        except TimeoutError as error:
+            self._retire()
+            raise LaunchFailed(
+                f"{self._kind} was not ready within {self._config.launch_seconds:g} s. "
+                "The machine may be overloaded: raise `launch_seconds`, or see `tabpool doctor`.",
+                console=self._console(),
+            ) from error
+        except OSError as error:
+            self._retire()
+            raise SetupError(
+                f"{self._kind} could not be launched: {error}. Check that the cache directory "
+                "(TABPOOL_CACHE) and the temporary directory can be written and have space."
+            ) from error
+        except PoolError as error:
+            self._retire()
+            if isinstance(error, BrowserLost):  # lost while launching is not launched
+                raise LaunchFailed(str(error), console=self._console()) from error
+            raise
+        self._readiness = Readiness.READY
+        return report
+
+    def _why_not_launched(self, ref: HostRef) -> BrowserError:
+        cause = self._cause
+        if cause is not None and cause.ref == ref:
+            return LaunchFailed(f"{ref} ended while it launched: {cause.message}")
+        return BrowserLost(f"{ref} was stopped while it launched")
+
+    async def _launch(self, order: LaunchOrder) -> LaunchReport:
+        marks = {"begun": self._clock()}
+        binaries = find_binaries(self._kind, headless=self._config.headless)
+        self._binaries = binaries
+        settings = host_settings(self._kind, self._config).adjusted(
+            order.arguments, order.preferences
+        )
+        if not self._data.address:
+            await self._data.start()
+        if self._bridge is None:
+            bridge = Bridge(
+                PageConfig(
+                    self._config.threads,
+                    self._config.message_bytes_max,
+                    probe=self._config.gpu is not Gpu.OFF,
+                ),
+                self._on_bridge_event,
+            )
+            await bridge.start(order.port)
+            self._bridge = bridge
+        template = template_path(binaries, settings.gpu)
+        if not template.is_dir():
+            await self._warm_template(binaries, settings, template)
+            marks["template"] = self._clock()
+        profile = await self._start_browser(binaries, settings, template)
+        marks["browser"] = self._clock()
+        await self._page_ready()
+        marks["page"] = self._clock()
+        if order.warm:
+            await self._warm_page()
+        facts = self._facts = await self._page_facts()
+        marks["warm"] = self._clock()
+        self._watchdog_task = asyncio.create_task(self._watchdog(order.ref), name="watchdog")
+        names = list(marks)
+        seconds = {b: marks[b] - marks[a] for a, b in itertools.pairwise(names)}
+        return LaunchReport(
+            facts,
+            self._bridge.port,
+            seconds,
+            dict(self._pids),
+            profile,
+            self._node,
+            self._data.address,
+            self._data.token,
+            self._session.driver_url if self._session else "",
+            self._session.id if self._session else "",
+        )
+
+    async def _start_browser(
+        self, binaries: Binaries, settings: LaunchSettings, template: Path | None
+    ) -> str:
+        """Start driver, browser and page on a new profile, and watch their processes.
+
+        Returns the profile's path. Raises `LaunchFailed`.
+        """
+        bridge = self._require_bridge()
+        # Chromium keys its code cache by origin. A made-up host that resolves to the slot's port
+        # gives every slot the same origin, so that one template serves them all.
+        host = f"127.0.0.1:{bridge.port}"
+        if settings.kind in (BrowserType.CHROME, BrowserType.EDGE):
+            rule = f"--host-resolver-rules=MAP tabpool.localhost:80 127.0.0.1:{bridge.port}"
+            settings, host = settings.adjusted((rule,)), "tabpool.localhost"
+        self._page_closed = asyncio.get_running_loop().create_future()
+        enter = bridge.begin_epoch(self._ref.epoch, host)
+        warden = self._warden = Warden()
+        profile = new_profile_path()
+        session = self._session = Session(settings, binaries, Path(profile))
+        port = free_port()
+        environment = {**settings.environment, **_private_directories(binaries, Path(profile))}
+        command = driver_command(binaries, port)
+        xvfb = [binaries.xvfb, *_XVFB_ARGUMENTS] if binaries.xvfb else None
+        order = WardenOrder(
+            command, xvfb, profile, str(template) if template else None, environment
+        )
+        await warden.start(order, self._on_exit(self._ref))
+        self._pids = {"driver": warden.driver_pid}  # a driver that ends at once is noticed at once
+        await session.start(port)
+        self._pids = {
+            "driver": warden.driver_pid,
+            "browser": session.browser_pid or _only_child(warden),
+            "warden": warden.pid,
+            "worker": os.getpid(),
+        }
+        ref = self._ref
+        for name in ("driver", "browser"):
+            if self._pids[name]:
+                self._watch.add(self._pids[name], partial(self._lost, ref, f"{name}_exited"))
+        await session.open(f"http://{host}{enter}")
+        return profile
+
+    async def _page_ready(self) -> None:
+        assert self._page_closed is not None
+        opened = asyncio.ensure_future(self._require_bridge().opened())
+        done, _ = await asyncio.wait(
+            {opened, self._page_closed}, return_when=asyncio.FIRST_COMPLETED
+        )
+        if opened not in done:
+            opened.cancel()
+            raise LaunchFailed(f"the page of {self._kind} ended while it loaded")
+
+    async def _warm_page(self, seconds: float = 0.0) -> None:
+        await self._ask("warm", {"backend": str(Backend.WASM), "seconds": seconds})
+
+    async def _page_facts(self) -> BrowserFacts:
+        page = (await self._ask("info", {})).body
+        assert self._session is not None
+        capabilities = self._session.capabilities
+        driver = capabilities.get("chrome", {}).get("chromedriverVersion", "") or capabilities.get(
+            "moz:geckodriverVersion", ""
+        )
+        return BrowserFacts(
+            product=_product(self._kind, self._binaries, capabilities),
+            version=str(capabilities.get("browserVersion", "")),
+            driver=str(driver).split(" ")[0],
+            isolated=bool(page.get("isolated")),
+            wasm_simd=bool(page.get("wasmSimd")),
+            wasm_threads=bool(page.get("wasmThreads")),
+            threads=int(page.get("threads", 1)),
+            webgpu=bool(page.get("webgpu")),
+            webgpu_adapter=str(page.get("webgpuAdapter", page.get("webgpuNote", ""))),
+            webgpu_software=bool(page.get("webgpuSoftware")),
+            webgpu_features=tuple(page.get("webgpuFeatures", ())),
+            webnn=bool(page.get("webnn")),
+            webnn_note=str(page.get("webnnNote", "")),
+            user_agent=str(page.get("userAgent", "")),
+        )
+
+    async def _warm_template(
+        self, binaries: Binaries, settings: LaunchSettings, template: Path
+    ) -> None:
+        """Launch once on an empty profile, let caches fill, quit in order, keep the profile."""
+        async with template_lock(template):
+            if await asyncio.to_thread(template.is_dir):
+                return  # another browser has warmed it while we waited
+            profile = await self._start_browser(binaries, settings, None)
+            await self._page_ready()
+            await self._warm_page(_TEMPLATE_WARM_SECONDS)
+            # Chromium writes compiled code to its cache when no function was optimised for 2 s.
+            await asyncio.sleep(_TEMPLATE_SETTLE_SECONDS)
+            session, warden = self._session, self._warden
+            assert session is not None
+            assert warden is not None
+            self._session = self._warden = None
+            self._forget()
+            try:
+                with contextlib.suppress(BrowserLost, TimeoutError):
+                    async with asyncio.timeout(_QUIT_SECONDS):
+                        await session.quit()
+            finally:
+                # Copied to its end, whatever happens meanwhile: the warden removes the source.
+                saving = asyncio.ensure_future(asyncio.to_thread(save_template, profile, template))
+                await asyncio.wait({saving})
+                session.close()
+                await warden.end()
+            if saving.exception() is not None:  # a launch without a template is only slower
+                bridge = self._require_bridge()
+                bridge.console.append(f"no profile template: {saving.exception()}")
+
+    # -- models -----------------------------------------------------------------------------------
+
+    async def load(
+        self, ref: HostRef, term: int, spec: ModelSpec, backends: tuple[Backend, ...]
+    ) -> NumericId:
+        """Load a model and warm it up; returns what decides its numbers here.
+
+        Raises `BrowserLost` (also when `ref` is not the present incarnation), `PageError`.
+        """
+        self._accept_term(term)
+        async with self._loading:
+            return await self._load(ref, spec, backends)
+
+    async def _load(
+        self, ref: HostRef, spec: ModelSpec, backends: tuple[Backend, ...]
+    ) -> NumericId:
+        self._require_ref(ref)
+        bridge, facts = self._require_bridge(), self._facts
+        assert facts is not None
+        bridge.register(spec)
+        base = f"/models/{spec.digest}"
+        body = {
+            "model": spec.name,
+            "digest": spec.digest,
+            "url": f"{base}/0",
+            "externalData": [
+                {"path": file.name, "data": f"{base}/{number}"}
+                for number, file in enumerate(spec.files)
+                if number
+            ],
+            "backends": [str(backend) for backend in self._worth_trying(backends)],
+            "warm": {"warmRuns": self._warm_runs, "warmMs": self._config.warm_ms},
+        }
+        await asyncio.to_thread(_check_unchanged, spec)
+        try:
+            async with asyncio.timeout(self._config.load_seconds):
+                reply = await self._ask("load", body, warmup_inputs(spec))
+        except TimeoutError as error:
+            raise PageError(
+                f"{spec.name} was not loaded within {self._config.load_seconds:g} s; "
+                "raise `load_seconds` or cut the model into shards",
+                what="load_failed",
+            ) from error
+        numeric = NumericId(
+            ort_build=str(reply.body["build"]),
+            backend=Backend(reply.body["backend"]),
+            threads=facts.threads,
+            adapter=facts.webgpu_adapter if reply.body["backend"] == Backend.WEBGPU else "",
+        )
+        self._require_ref(ref)
+        self._models[spec.name], self._specs[spec.name] = numeric, spec
+        return numeric
+
+    def _worth_trying(self, backends: tuple[Backend, ...]) -> tuple[Backend, ...]:
+        """Of several back ends those that this page has; a forced one is tried in any case.
+
+        A software WebGPU adapter is 7 to 25 times slower than WASM, so it must be forced.
+        """
+        facts = self._facts
+        if len(backends) == 1 or facts is None:
+            return backends
+        has = {
+            Backend.WASM: True,
+            Backend.WEBGPU: facts.webgpu and not facts.webgpu_software,
+            Backend.WEBNN: facts.webnn,
+        }
+        return tuple(backend for backend in backends if has.get(backend, False))
+
+    async def unload(self, ref: HostRef, term: int, model: str) -> None:
+        """Release a model's session. Unknown models are no error."""
+        self._accept_term(term)
+        async with self._loading:
+            self._require_ref(ref)
+            self._models.pop(model, None)
+            spec = self._specs.pop(model, None)
+            if spec is not None:
+                await self._ask("unload", {"model": model})
+                self._require_bridge().unregister(spec)
+
+    # -- operations -------------------------------------------------------------------------------
+
+    async def run(
+        self, request: RunRequest, tensors: Mapping[str, np.ndarray[Any, Any]]
+    ) -> RunReply:
+        """Answer one operation, once: a repeat of an id gets the same answer again.
+
+        Never raises for what a browser does; raises `CallerError` (a message over the limit).
+        """
+        key = f"run:{request.op_id}:{request.model}:{_fingerprint(tensors):08x}"
+        answered = self._answers.get(key)
+        if answered is not None:
+            return replace(answered, status=self.status(), repeated=True)
+        running = self._in_flight.get(key)
+        if running is None:
+            refusal = self._refusal(request)
+            if refusal is not None:
+                return refusal
+            running = asyncio.create_task(self._run(key, request, tensors), name=key)
+            self._in_flight[key] = running
+            running.add_done_callback(lambda _: self._in_flight.pop(key, None))
+        return replace(await asyncio.shield(running), status=self.status())
+
+    def _refusal(self, request: RunRequest) -> RunReply | None:
+        status = self.status()
+        if request.ref != self._ref or self._readiness is not Readiness.READY:
+            failure = self._failure(
+                f"{request.ref} is not here; {self._ref} is {self._readiness}",
+                "replaced",
+                request.op_id,
+            )
+            return RunReply(status, failure=failure)
+        spec = self._specs.get(request.model)
+        if spec is None or (request.digest and request.digest != spec.digest):
+            failure = self._failure(f"{request.model} is not loaded", "not_loaded", request.op_id)
+            return RunReply(status, failure=failure)
+        return RunReply(status, busy=True) if status.full else None
+
+    async def _run(
+        self, key: str, request: RunRequest, tensors: Mapping[str, np.ndarray[Any, Any]]
+    ) -> RunReply:
+        ref, begun, queued = self._ref, self._clock(), len(self._in_flight)
+        frame = Frame(
+            "run",
+            key,
+            ref.epoch,
+            request.step,
+            request.position,
+            {"model": request.model},
+            tensors,
+        )
+        try:
+            async with asyncio.timeout(request.seconds):
+                answer = await self._require_bridge().request(frame, self._config.hang_seconds)
+        except TimeoutError:
+            message = f"no answer within {request.seconds:.1f} s"
+            failure = self._failure(message, "deadline_passed", request.op_id, ref)
+            return RunReply(self.status(), failure=failure)
+        except CallerError:
+            raise
+        except PoolError as error:
+            return RunReply(self.status(), failure=await self._failure_of(error, ref, request))
+        self._served += 1
+        reply = RunReply(
+            self.status(),
+            outputs=answer.tensors,
+            answered=True,
+            backend=self._models[request.model].backend if request.model in self._models else None,
+            in_page_ms=float(answer.body.get("inPageMs", 0.0)),
+            host_ms=(self._clock() - begun) * 1e3,
+            queued=queued,
+        )
+        self._remember(key, reply)
+        return reply
+
+    async def _failure_of(self, error: PoolError, ref: HostRef, request: RunRequest) -> Failure:
+        if isinstance(error, PageError):
+            what = str(error.fields.get("what", "run_failed"))
+            failure = self._failure(str(error), what, request.op_id, ref)
+            if failure.scope is Scope.PAGE:
+                self._give_up(failure)  # out of memory, say: it would fail every other one, too
+            return failure
+        # The page is gone; what took it is known a moment later.
+        if self._ref == ref and self._readiness is Readiness.READY:
+            await asyncio.sleep(_SOCKET_TO_EXIT_SECONDS)
+        if self._cause is not None and self._cause.ref == ref:
+            return replace(self._cause, op_id=request.op_id)
+        return self._failure(str(error), "page_closed", request.op_id, ref)
+
+    def _remember(self, op_id: str, reply: RunReply) -> None:
+        if reply.bytes > self._config.answers_kept_bytes_max:
+            return
+        self._answers[op_id] = reply
+        self._answer_bytes += reply.bytes
+        while (
+            len(self._answers) > self._config.answers_kept_max
+            or self._answer_bytes > self._config.answers_kept_bytes_max
+        ):
+            self._answer_bytes -= self._answers.popitem(last=False)[1].bytes
+
+    # -- life and death ---------------------------------------------------------------------------
+
+    def status(self) -> HostStatus:
+        return HostStatus(
+            self._ref,
+            self._kind,
+            self._readiness,
+            queue=max(len(self._in_flight), self._bridge.outstanding if self._bridge else 0),
+            queue_max=self._config.queue_max,
+            models=dict(self._models),
+            served=self._served,
+            term=self._term,
+        )
+
+    async def memory_bytes(self) -> int:
+        """Resident bytes of the browser's whole process tree."""
+        return await asyncio.to_thread(self._warden.memory_bytes) if self._warden else 0
+
+    async def next_event(self, term: int, seconds: float) -> HostEvent | None:
+        """The next thing that happened here, or None when nothing did for `seconds`."""
+        self._accept_term(term)
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._events.get()
+        except TimeoutError:
+            return None
+
+    async def drain(self, term: int) -> None:
+        """Admit nothing more; returns when everything in flight is answered."""
+        self._accept_term(term)
+        if self._readiness is Readiness.READY:
+            self._readiness = Readiness.DRAINING
+        if self._in_flight:
+            await asyncio.wait(list(self._in_flight.values()))
+
+    async def stop(self) -> None:
+        """End the browser and everything that belongs to it; returns when all is gone.
+
+        The lease runs on: should nobody end this worker, it ends itself.
+        """
+        self._retire()
+        await self._data.stop()
+        if self._bridge is not None:
+            await self._bridge.stop()
+            self._bridge = None
+        while self._cleanups:
+            await asyncio.gather(*self._cleanups)
+
+    def _accept_term(self, term: int) -> None:
+        """Obey the newest supervisor only. Any order of its own also extends the lease."""
+        if term < self._term:
+            raise StaleTerm(f"term {term} was superseded by {self._term}")
+        self._term = term
+        self._lease_until = self._clock() + self._config.lease_seconds
+        if self._lease_task is None:
+            self._lease_task = asyncio.create_task(self._lease_loop(), name="lease")
+
+    async def _lease_loop(self) -> None:
+        # The lease is renewed far more often than it ends, so look only when it might have.
+        while (left := self._lease_until - self._clock()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(left)
+        self._lease_task = None
+        await self.stop()
+        self._on_lease_lost()
+
+    async def _watchdog(self, ref: HostRef) -> None:
+        """See that the page works: its main thread answers pings, its worker ends what it began.
+
+        The main thread never computes, so silence there means that it hangs; a busy worker is
+        only hung when it has been at one operation for longer than that may take.
+        """
+        ping: asyncio.Task[None] | None = None
+        pause = min(self._config.ping_interval_seconds, _WATCHDOG_SECONDS_MAX)
+        bridge = self._require_bridge()
+        while self._ref == ref and self._readiness is not Readiness.DEAD:
+            await asyncio.sleep(max(min(pause, bridge.overdue()[0]), _WATCHDOG_SECONDS_MIN))
+            left, what = bridge.overdue()
+            if left <= 0:
+                self._lost(ref, "page_hung", f"the worker is stuck in {what.split(':')[0]}")
+            if ping is None or ping.done():
+                ping = asyncio.create_task(self._ping(ref, bridge), name="ping")
+                self._pings.add(ping)
+                ping.add_done_callback(self._pings.discard)
+
+    async def _ping(self, ref: HostRef, bridge: Bridge) -> None:
+        limit = self._config.ping_seconds
+        try:
+            async with asyncio.timeout(limit):
+                await bridge.ping()
+        except TimeoutError:
+            self._lost(ref, "page_hung", f"the main thread was silent for {limit:g} s")
+        except BrowserError:
+            pass  # its closing has been seen
+
+    def _on_exit(self, ref: HostRef) -> Callable[[int, int], None]:
+        def on_exit(pid: int, status: int) -> None:
+            if pid == self._pids.get("driver"):
+                self._lost(ref, "driver_exited", f"the driver ended with {status}", status=status)
+
+        return on_exit
+
+    def _on_bridge_event(self, event: BridgeEvent) -> None:
+        if event.epoch != self._ref.epoch:
+            return
+        if event.what == "worker_failed" or (
+            event.what in ("closed", "data_closed") and self._readiness is not Readiness.DEAD
+        ):
+            asyncio.get_running_loop().call_later(
+                _SOCKET_TO_EXIT_SECONDS, self._page_is_gone, self._ref, event
+            )
+
+    def _page_is_gone(self, ref: HostRef, event: BridgeEvent) -> None:
+        if ref == self._ref and self._page_closed is not None and not self._page_closed.done():
+            self._page_closed.set_result(None)
+        self._lost(ref, "page_closed", f"the page is gone ({event.what})", page=dict(event.facts))
+
+    def _lost(self, ref: HostRef, what: str, message: str = "", **evidence: Any) -> None:
+        """This incarnation is over. Only its first cause counts; the rest are its echoes."""
+        if ref != self._ref or self._cause is not None:
+            return
+        message = message or what.replace("_", " ")
+        self._give_up(self._failure(message, what, "", ref, console=self._console(), **evidence))
+
+    def _give_up(self, failure: Failure) -> None:
+        """End this incarnation because of `failure`, and have the supervisor know."""
+        if failure.ref != self._ref or self._cause is not None:
+            return
+        self._cause = failure
+        if self._page_closed is not None and not self._page_closed.done():
+            self._page_closed.set_result(None)
+        if self._readiness is not Readiness.STARTING:  # else `launch` itself reports it
+            self._put_event(HostEvent(self._ref, failure))
+        self._retire()
+
+    def _put_event(self, event: HostEvent) -> None:
+        if self._events.full():
+            self._events.get_nowait()
+        self._events.put_nowait(event)
+
+    def _retire(self) -> None:
+        """Stop using the present browser and end it in the background. Does not wait."""
+        self._readiness = Readiness.DEAD
+        if self._launching is not None:
+            self._launching.cancel()
+        survivors = [self._pids[name] for name in ("driver", "browser") if self._pids.get(name)]
+        session, self._session = self._session, None
+        warden, self._warden = self._warden, None
+        self._forget()
+        if session is not None:
+            session.close()
+        if warden is not None:
+            task = asyncio.ensure_future(warden.end(survivors))
+            self._cleanups.add(task)
+            task.add_done_callback(self._cleanups.discard)
+
+    def _forget(self) -> None:
+        """Take no more notice of the present browser: what it does now is no event."""
+        self._watch.close()
+        self._pids = {}
+        if self._watchdog_task is not None:
+            self._watchdog_task.cancel()
+            self._watchdog_task = None
+        if self._bridge is not None:
+            self._bridge.end_page("the browser is gone")
+
+    # -- small things -----------------------------------------------------------------------------
+
+    async def _ask(
+        self,
+        kind: str,
+        body: Mapping[str, Any],
+        tensors: Mapping[str, np.ndarray[Any, Any]] | None = None,
+    ) -> Frame:
+        self._asked += 1
+        op_id = f"{kind}:{self._asked}"
+        frame = Frame(kind, op_id, self._ref.epoch, body=body, tensors=tensors or {})
+        return await self._require_bridge().request(frame, self._config.load_seconds)
+
+    def _failure(
+        self, message: str, what: str, op_id: str, ref: HostRef | None = None, **evidence: Any
+    ) -> Failure:
+        context = {
+            **evidence,
+            "what": what,
+            "ref": ref or self._ref,
+            "op_id": op_id,
+            "at": self._wall(),
+            "browser": str(self._kind),
+        }
+        return categorize_browser_failure(message, context)
+
+    def _console(self) -> tuple[str, ...]:
+        return tuple(self._bridge.console) if self._bridge else ()
+
+    def _require_bridge(self) -> Bridge:
+        if self._bridge is None:
+            raise BrowserLost(f"{self._ref} was never launched, or is stopped")
+        return self._bridge
+
+    def _require_ref(self, ref: HostRef) -> None:
+        if ref != self._ref or self._readiness is Readiness.DEAD:
+            raise BrowserLost(f"{ref} is not here; {self._ref} is {self._readiness}")
+
+
+def _fingerprint(tensors: Mapping[str, np.ndarray[Any, Any]]) -> int:
+    """Tells two questions apart that came under one operation id (CRC-32 of names and values)."""
+    total = 0
+    for name, array in sorted(tensors.items()):
+        total = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), total)
+        total = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, total)
+    return total
+
+
+def _check_unchanged(spec: ModelSpec) -> None:
+    """Raises `PageError` if a file of the model is no longer the one that was registered."""
+    for file in spec.files:
+        for packed in (f"{file.path}.gz", f"{file.path}.br"):
+            if os.path.exists(packed):
+                raise PageError(
+                    f"{packed} lies beside the model, and the server would send it instead: "
+                    "move it elsewhere",
+                    what="load_failed",
+                )
+        with open(file.path, "rb") as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() != file.digest:
+                raise PageError(
+                    f"{file.path} has changed since {spec.name} was loaded: unload the model and "
+                    "load it again",
+                    what="load_failed",
+                )
+
+
+def _private_directories(binaries: Binaries, profile: Path) -> dict[str, str]:
+    """WebKitGTK takes no profile argument: its caches and data follow the XDG variables."""
+    if binaries.kind is not BrowserType.SAFARI:
+        return {}
+    names = {"XDG_CACHE_HOME": "cache", "XDG_DATA_HOME": "data", "XDG_CONFIG_HOME": "config"}
+    return {variable: str(profile / name) for variable, name in names.items()}
+
+
+def _only_child(warden: Warden) -> int:
+    """The browser's pid where its driver does not tell: the driver's first child."""
+    children = [p for p in warden.tree() if p.ppid() == warden.driver_pid]
+    return children[0].pid if children else 0
+
+
+def _product(kind: BrowserType, binaries: Binaries | None, capabilities: Mapping[str, Any]) -> str:
+    """What the browser really is: neither Chromium nor WebKitGTK is passed off as another."""
+    name = str(capabilities.get("browserName", kind))
+    path = binaries.browser.lower() if binaries else ""
+    if "chromium" in path:
+        return "Chromium"
+    return "WebKitGTK MiniBrowser" if "minibrowser" in path else name.capitalize()

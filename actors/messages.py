@@ -1,0 +1,110 @@
+"""What passes between supervisor, browsers and clients: frozen, picklable records.
+
+This module must not do anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from actors.arguments import Gpu
+from recovery.failures import Failure
+from recovery.kinds import Backend
+from recovery.records import BrowserFacts, HostRef, HostStatus
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """What every browser of a pool is set to."""
+
+    headless: bool = True
+    gpu: Gpu = Gpu.OFF
+    threads: int = 1  # wasm threads of a session
+    queue_max: int = 16  # operations admitted and not yet answered
+    message_bytes_max: int = 256 << 20
+    launch_seconds: float = 60.0  # from the order to a page that is ready
+    load_seconds: float = 120.0  # one model, warm-up included
+    hang_seconds: float = 30.0  # a page that works on one operation for longer hangs
+    ping_seconds: float = 20.0  # a main thread that is silent for longer is hung
+    ping_interval_seconds: float = 2.0
+    lease_seconds: float = 15.0  # without its supervisor for longer, the browser ends itself
+    answers_kept_max: int = 64  # answered operations remembered, so that a repeat is not run again
+    answers_kept_bytes_max: int = 64 << 20
+    warm_runs: int = 5  # of each model as it is loaded, within
+    warm_ms: float = 1500.0
+
+
+@dataclass(frozen=True)
+class LaunchOrder:
+    """Start, or start again, as this incarnation. `port`: the slot's, 0 for any.
+
+    `warm`: touch the runtime before the browser counts as ready. A repair leaves that out: its
+    profile holds compiled code, and somebody may be waiting.
+    """
+
+    ref: HostRef
+    term: int
+    port: int = 0
+    arguments: tuple[str, ...] = ()
+    preferences: Mapping[str, bool | int | str] = field(default_factory=dict)
+    warm: bool = True
+
+
+@dataclass(frozen=True)
+class LaunchReport:
+    facts: BrowserFacts
+    port: int
+    seconds: Mapping[str, float]  # by phase, for the timeline
+    pids: Mapping[str, int]  # "driver", "browser", "warden", "worker"
+    profile: str
+    node: str = ""
+    address: str = ""  # of the data plane, for clients on the same node
+    data_token: str = field(default="", repr=False)
+    driver_url: str = ""  # the WebDriver session, for diagnosis and benchmarks
+    session_id: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """One operation for one incarnation. `seconds` is what is left until its deadline."""
+
+    op_id: str
+    ref: HostRef
+    model: str
+    seconds: float
+    digest: str = ""  # of the model that is meant; empty: whichever has the name
+    step: int = 0
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class RunReply:
+    """The answer, or why there is none. Exactly one of `answered`, `failure`, `busy` is set.
+
+    `outputs` are the answer's arrays by name; None if there is no answer.
+    """
+
+    status: HostStatus
+    outputs: Any = None
+    answered: bool = False
+    failure: Failure | None = None
+    busy: bool = False
+    backend: Backend | None = None
+    in_page_ms: float = 0.0
+    host_ms: float = 0.0  # from admission to the page's reply
+    queued: int = 0  # operations that were ahead at admission
+    repeated: bool = False  # answered from the cache of answered operations
+
+    @property
+    def bytes(self) -> int:
+        return sum(array.nbytes for array in (self.outputs or {}).values())
+
+
+@dataclass(frozen=True)
+class HostEvent:
+    """What a host tells its supervisor: an incarnation is over, and why."""
+
+    ref: HostRef
+    failure: Failure

@@ -1,0 +1,253 @@
+// The worker: owns the data socket and the onnxruntime-web sessions. One message is handled at a
+// time, in order of arrival (parallel run() on one page is an error in onnxruntime-web), and each
+// gets exactly one reply with its operation id. A frame of another epoch is refused.
+
+import { decode, encode } from "/page/frames.js";
+
+// The smallest bundle that serves a back end; the second one serves WebGPU and WebNN.
+const BUNDLES = {
+  wasm: ["ort.wasm.min.mjs", "ort-wasm-simd-threaded"],
+  webgpu: ["ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify"],
+  webnn: ["ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify"],
+};
+// An ONNX model of one Identity, x -> y, float32 [1].
+const NOTHING = Uint8Array.from(atob(
+  "CAgSADo3ChAKAXgSAXkiCElkZW50aXR5EgFuWg8KAXgSCgoICAESBAoCCAFiDwoBeRIKCggIARIECgIIAUIECgAQEQ=="), (c) => c.charCodeAt(0));
+const WARM_LENGTHS = [16, 2, 64, 128]; // kernels differ by length
+const SOFTWARE_ADAPTERS = /swiftshader|llvmpipe|lavapipe|software|basic render/i;
+
+let config = null;
+let socket = null;
+const runtimes = new Map(); // bundle file -> Promise of the onnxruntime-web module
+const models = new Map(); // model name -> {session, backend, outputs}
+
+function runtime(backend) {
+  const [file, wasm] = BUNDLES[backend];
+  if (!runtimes.has(file)) {
+    const base = `${location.origin}/ort/${config.ortVersion}/`;
+    runtimes.set(file, import(base + file).then((ort) => {
+      ort.env.logLevel = "error";
+      ort.env.wasm.numThreads = threads();
+      ort.env.wasm.wasmPaths = { mjs: `${base}${wasm}.mjs`, wasm: `${base}${wasm}.wasm` };
+      return ort;
+    }));
+  }
+  return runtimes.get(file);
+}
+
+// The runtime with its wasm compiled and instantiated, which its import alone does not do:
+// onnxruntime-web does that when it is asked for its first session, so a tiny one is made.
+const instances = new Map();
+function ready(backend) {
+  const [file] = BUNDLES[backend];
+  if (!instances.has(file)) {
+    instances.set(file, runtime(backend).then(async (ort) => {
+      const session = await ort.InferenceSession.create(NOTHING, { executionProviders: ["wasm"] });
+      await session.release();
+      return ort;
+    }));
+  }
+  return instances.get(file);
+}
+
+async function fetchBytes(url) {
+  const response = await fetch(url);
+  if (!response.ok) throw new Error(`${url} answered ${response.status}`);
+  return new Uint8Array(await response.arrayBuffer());
+}
+
+const threads = () => (self.crossOriginIsolated ? config.threads : 1);
+
+// Feature tests: the smallest modules that use SIMD and shared memory (as in wasm-feature-detect).
+const valid = (...bytes) => WebAssembly.validate(new Uint8Array([0, 97, 115, 109, 1, 0, 0, 0, ...bytes]));
+const hasSimd = () => valid(1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11);
+const hasThreads = () => self.crossOriginIsolated && typeof SharedArrayBuffer !== "undefined"
+  && valid(1, 4, 1, 96, 0, 0, 3, 2, 1, 0, 5, 4, 1, 3, 1, 1, 10, 11, 1, 9, 0, 65, 0, 254, 16, 2, 0, 26, 11);
+
+async function probeWebGpu() {
+  if (!navigator.gpu) return { webgpu: false, webgpuNote: "navigator.gpu is absent" };
+  try {
+    const adapter = await navigator.gpu.requestAdapter();
+    if (!adapter) return { webgpu: false, webgpuNote: "no adapter" };
+    const { vendor, architecture, device, description } = adapter.info ?? {};
+    const name = [vendor, architecture, device, description].filter(Boolean).join(" ");
+    return {
+      webgpu: true, webgpuAdapter: name || "unnamed adapter",
+      webgpuSoftware: Boolean(adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter)
+        || SOFTWARE_ADAPTERS.test(name),
+      webgpuFeatures: [...adapter.features].sort(),
+    };
+  } catch (error) {
+    return { webgpu: false, webgpuNote: String(error) };
+  }
+}
+
+async function probeWebNn() {
+  if (!navigator.ml) return { webnn: false, webnnNote: "navigator.ml is absent" };
+  try {
+    await navigator.ml.createContext();
+    return { webnn: true, webnnNote: "" };
+  } catch (error) {
+    return { webnn: false, webnnNote: String(error) };
+  }
+}
+
+async function info() {
+  return {
+    userAgent: navigator.userAgent, cores: navigator.hardwareConcurrency,
+    isolated: self.crossOriginIsolated, wasmSimd: hasSimd(), wasmThreads: hasThreads(),
+    threads: threads(), ortVersion: config.ortVersion,
+    ...(config.probe ? { ...await probeWebGpu(), ...await probeWebNn() } : {}),
+  };
+}
+
+async function run(ort, session, tensors) {
+  const feeds = {};
+  for (const [name, { type, data, dims }] of Object.entries(tensors)) {
+    feeds[name] = new ort.Tensor(type, data, dims);
+  }
+  const begun = performance.now();
+  const results = await session.run(feeds);
+  const outputs = {};
+  for (const [name, tensor] of Object.entries(results)) {
+    outputs[name] = { type: tensor.type, data: await tensor.getData(), dims: tensor.dims };
+  }
+  return { outputs, inPageMs: performance.now() - begun };
+}
+
+// Create a session and run it on the warm-up inputs until its time settles or the budget is spent.
+async function create({ url, externalData }, backend, { warmRuns, warmMs }, tensors) {
+  const asked = performance.now();
+  const [ort, bytes] = await Promise.all([ready(backend), fetchBytes(url)]);
+  const begun = performance.now();
+  const session = await ort.InferenceSession.create(bytes, {
+    executionProviders: [backend], graphOptimizationLevel: "all", externalData,
+  });
+  const createMs = performance.now() - begun;
+  const fetchMs = begun - asked;
+  const times = [];
+  let warmError = "";
+  try {
+    const end = performance.now() + warmMs;
+    while (times.length < warmRuns && performance.now() < end) {
+      times.push((await run(ort, session, tensors)).inPageMs);
+    }
+  } catch (error) {
+    // Made-up inputs may not suit a model (an index out of range, say). Real ones may.
+    warmError = String(error);
+  }
+  return { session, backend, fetchMs, createMs, times, warmError };
+}
+
+const speed = ({ times }) => (times.length ? Math.min(...times) : Infinity);
+
+async function load({ model, digest, backends, ...source }, tensors) {
+  if (models.has(model)) await unload({ model });
+  let best = null;
+  const tried = {};
+  for (const backend of backends) {
+    try {
+      const made = await create(source, backend, source.warm, tensors);
+      const { fetchMs, createMs, times, warmError } = made;
+      tried[backend] = { fetchMs, createMs, times, warmError };
+      const [kept, dropped] = !best || speed(made) < speed(best) ? [made, best] : [best, made];
+      best = kept;
+      await dropped?.session.release();
+    } catch (error) {
+      tried[backend] = { error: describe(error) };
+    }
+  }
+  if (!best) throw new Error(backends.map((b) => `${b}: ${tried[b].error}`).join("; "));
+  models.set(model, { ...best, digest });
+  return { backend: best.backend, build: `${config.ortVersion}/${BUNDLES[best.backend][0]}`, tried };
+}
+
+async function unload({ model }) {
+  const entry = models.get(model);
+  models.delete(model);
+  await entry?.session.release();
+  return {};
+}
+
+async function handle(frame) {
+  const { kind, body, tensors } = frame;
+  if (frame.epoch !== config.epoch) {
+    return { kind: "error", body: { what: "stale_frame", message: `epoch ${frame.epoch}` } };
+  }
+  switch (kind) {
+    case "info": return { kind: "info", body: await info() };
+    case "warm": await runtime(body.backend).then((ort) => warm(ort, body)); return { kind: "warm" };
+    case "load": return { kind: "loaded", body: await load(body, tensors) };
+    case "unload": return { kind: "unloaded", body: await unload(body) };
+    case "run": {
+      const entry = models.get(body.model);
+      if (!entry) return { kind: "error", body: { what: "not_loaded", message: body.model } };
+      const ort = await runtime(entry.backend);
+      const { outputs, inPageMs } = await run(ort, entry.session, tensors);
+      return { kind: "result", tensors: outputs, body: { inPageMs } };
+    }
+    default: return { kind: "error", body: { what: "unknown_kind", message: kind } };
+  }
+}
+
+// Build a session of the warm-up model and run it, again and again for as long as is asked for
+// (0: once). Both matter: building a session is code of its own.
+async function warm(ort, { backend, seconds = 0 }) {
+  const bytes = await fetchBytes("/page/warmup.onnx");
+  const end = performance.now() + seconds * 1000;
+  do {
+    const session = await ort.InferenceSession.create(bytes, { executionProviders: [backend] });
+    const rounds = seconds ? WARM_LENGTHS : WARM_LENGTHS.slice(0, 1);
+    for (const length of rounds) {
+      await session.run({ ids: new ort.Tensor("int64", new BigInt64Array(length), [1, length]) });
+    }
+    await session.release();
+  } while (performance.now() < end);
+}
+
+const describe = (error) => (error?.message ? `${error.name}: ${error.message}` : String(error));
+
+let queue = Promise.resolve();
+function receive(buffer) {
+  let frame;
+  try {
+    frame = decode(buffer);
+  } catch (error) {
+    send({ kind: "error", body: { what: "bad_frame", message: describe(error) } });
+    return;
+  }
+  queue = queue.then(async () => {
+    let reply;
+    try {
+      reply = await handle(frame);
+    } catch (error) {
+      reply = { kind: "error", body: { what: `${frame.kind}_failed`, message: describe(error) } };
+    }
+    send({ ...reply, op: frame.op, step: frame.step, position: frame.position });
+  });
+}
+
+function send(frame) {
+  let bytes = null;
+  try {
+    bytes = encode({ ...frame, epoch: config.epoch });
+    if (bytes.byteLength > config.messageBytesMax) {
+      bytes = encode({ kind: "error", op: frame.op, epoch: config.epoch,
+        body: { what: "too_large", size: bytes.byteLength, limit: config.messageBytesMax,
+          message: `the answer has ${bytes.byteLength} bytes` } });
+    }
+  } catch (error) {
+    bytes = encode({ kind: "error", op: frame.op, epoch: config.epoch,
+      body: { what: "encode_failed", message: describe(error) } });
+  }
+  socket.send(bytes);
+}
+
+self.onmessage = ({ data }) => {
+  config = data;
+  ready("wasm").catch(() => {}); // begun while the socket opens; a failure shows when it is used
+  socket = new WebSocket(config.url, [config.protocol, config.token]);
+  socket.binaryType = "arraybuffer";
+  socket.onmessage = (event) => receive(event.data);
+  socket.onclose = () => self.postMessage({ kind: "data_closed" });
+};

@@ -1,0 +1,212 @@
+"""Processes of one browser: the warden that guards them, and a watch that sees them end.
+
+The ledger of what was started is the process tree below the warden itself, so it can't miss a
+process and can't name one that is not ours. This module must not know Selenium or the page.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from recovery.errors import LaunchFailed
+
+_STARTED_SECONDS = 15.0
+_ENDED_SECONDS = 6.0  # longer than the warden's own limit
+
+
+@dataclass(frozen=True)
+class WardenOrder:
+    """What a warden is to start, on which profile (made from `template` if there is one)."""
+
+    driver: Sequence[str]
+    xvfb: Sequence[str] | None
+    profile: str
+    template: str | None
+    environment: Mapping[str, str]
+
+    def line(self) -> bytes:
+        fields = {
+            "driver": list(self.driver),
+            "xvfb": list(self.xvfb) if self.xvfb else None,
+            "profile": self.profile,
+            "template": self.template,
+            "environment": dict(self.environment),
+        }
+        return json.dumps(fields).encode() + b"\n"
+
+
+class Warden:
+    """A running warden, seen from the actor that owns it."""
+
+    def __init__(self) -> None:
+        self.pid = 0
+        self.driver_pid = 0
+        self._stdin: asyncio.StreamWriter | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._done = False
+
+    async def start(self, order: WardenOrder, on_exit: Callable[[int, int], None]) -> None:
+        """Start the driver below a new warden.
+
+        `on_exit(pid, status)` is called for each direct or adopted child that ends.
+        Raises `LaunchFailed` when the driver (or its display) can't be started.
+        """
+        launcher = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-I",
+            "-S",
+            str(Path(__file__).with_name("warden.py")),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        assert launcher.stdin is not None
+        assert launcher.stdout is not None
+        self._stdin = launcher.stdin
+        started: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._reader = asyncio.create_task(
+            self._read(launcher.stdout, started, on_exit), name="warden-reader"
+        )
+        try:
+            async with asyncio.timeout(_STARTED_SECONDS):
+                self._stdin.write(order.line())
+                await self._stdin.drain()
+                self.driver_pid = await started
+        except (TimeoutError, OSError) as error:
+            await self.end()
+            raise LaunchFailed(
+                f"{order.driver[0]} could not be started: {str(error) or 'no answer'}. "
+                "Run `tabpool doctor` to see what this machine has."
+            ) from error
+
+    async def _read(
+        self,
+        stdout: asyncio.StreamReader,
+        started: asyncio.Future[int],
+        on_exit: Callable[[int, int], None],
+    ) -> None:
+        async for line in stdout:
+            match json.loads(line):
+                case {"started": int(pid), "what": "warden"}:
+                    self.pid = pid
+                case {"started": int(pid), "what": "driver"} if not started.done():
+                    started.set_result(pid)
+                case {"error": str(text)} if not started.done():
+                    started.set_exception(OSError(text))
+                case {"exited": int(pid), "status": int(status)}:
+                    on_exit(pid, status)
+                case {"done": True}:
+                    self._done = True
+        if not started.done():
+            started.set_exception(OSError("its warden ended"))
+            started.exception()  # nobody may be waiting any more
+        if not self._done:  # it was killed, and its driver with it
+            on_exit(self.driver_pid, -signal.SIGKILL)
+
+    def tree(self) -> list[psutil.Process]:
+        """Every living process below the warden."""
+        try:
+            return psutil.Process(self.pid).children(recursive=True) if self.pid else []
+        except psutil.NoSuchProcess:
+            return []
+
+    def memory_bytes(self) -> int:
+        """Resident bytes of the whole tree; memory shared by its processes counts in each."""
+        total = 0
+        for process in self.tree():
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_info().rss
+        return total
+
+    async def end(self, survivors: Sequence[int] = ()) -> None:
+        """Let the warden kill everything below it and remove the profile.
+
+        Should the warden itself have been killed, `survivors` (pids that the caller knows to
+        be of this browser) are killed with their descendants. Does not raise.
+        """
+        stdin, self._stdin = self._stdin, None
+        reader, self._reader = self._reader, None
+        if stdin is None or reader is None:
+            return
+        stdin.close()
+        try:
+            async with asyncio.timeout(_ENDED_SECONDS):
+                await asyncio.shield(reader)
+        except TimeoutError:
+            reader.cancel()
+        pid, self.pid = self.pid, 0
+        if self._done:  # said as its last word; its own end follows at once
+            await asyncio.to_thread(_wait_for_end, pid, 1.0)
+        else:
+            kill_trees([known for known in (pid, *survivors) if known])
+
+
+def kill_trees(pids: Sequence[int]) -> None:
+    """SIGKILL the given processes and all their descendants. Does not raise."""
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            root = psutil.Process(pid)
+            for process in [*root.children(recursive=True), root]:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+
+
+def _wait_for_end(pid: int, seconds: float | None = None) -> None:
+    if sys.platform == "linux":  # a pidfd also tells of an end that nobody has reaped yet
+        with contextlib.suppress(OSError):
+            fd = os.pidfd_open(pid)
+            select.select([fd], [], [], seconds)
+            os.close(fd)
+    else:
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(pid).wait(seconds)
+
+
+class DeathWatch:
+    """Calls back, on the event loop, the moment a watched process ends."""
+
+    def __init__(self) -> None:
+        self._fds: dict[int, int] = {}
+
+    def add(self, pid: int, on_death: Callable[[], None]) -> None:
+        """Watch `pid`. A process that is already gone is reported at once."""
+        loop = asyncio.get_running_loop()
+        if sys.platform != "linux":
+            waiting = loop.run_in_executor(None, _wait_for_end, pid)
+            waiting.add_done_callback(lambda _: on_death())
+            return
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            loop.call_soon(on_death)
+            return
+
+        def died() -> None:
+            self._drop(pid)
+            on_death()
+
+        self._fds[pid] = fd
+        loop.add_reader(fd, died)
+
+    def _drop(self, pid: int) -> None:
+        fd = self._fds.pop(pid, None)
+        if fd is not None:
+            asyncio.get_running_loop().remove_reader(fd)
+            os.close(fd)
+
+    def close(self) -> None:
+        for pid in list(self._fds):
+            self._drop(pid)

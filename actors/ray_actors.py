@@ -1,0 +1,401 @@
+"""The only door to Ray: the plain classes of this room as actors, and handles to them.
+
+A handle has the methods of the class it stands for and raises the project's own errors: Ray's
+stop here. Nothing else happens in this module; every decision and every side effect is in the
+classes that it wraps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+
+from actors.browser import BrowserHost
+from actors.messages import (
+    HostConfig,
+    HostEvent,
+    LaunchOrder,
+    LaunchReport,
+    RunReply,
+    RunRequest,
+)
+from actors.supervisor import Host, ModelOrder, Supervisor, SupervisorConfig, Table
+from recovery.errors import (
+    BrowserLost,
+    InternalError,
+    LaunchFailed,
+    PoolClosed,
+    PoolError,
+    SetupError,
+)
+from recovery.kinds import Backend, BrowserType
+from recovery.records import HostRef, HostStatus, NumericId
+from sharding.signature import ModelSpec
+
+NAMESPACE = "tabpool"
+# Ray keeps arguments and results up to this size in the call itself instead of its object
+# store. Measured here for 602 KB each way: 5 ms instead of 13 ms.
+_INLINE_BYTES = 4 << 20
+_CLOSE_SECONDS = 60.0  # a supervisor that takes longer is killed; leases end the rest
+
+
+# Ray has one connection per process, which several pools of the process share.
+_connecting = threading.Lock()
+_users = 0
+_own = False
+
+
+@dataclass(frozen=True)
+class RaySession:
+    """A connection to Ray. `local`: this process started the cluster and will end it."""
+
+    local: bool
+    dashboard_url: str
+
+
+def connect(address: str | None, dashboard: bool) -> RaySession:
+    """Join the Ray cluster at `address`, or start one in this process when it is None.
+
+    A connection that the process already has is used as it is. Raises `SetupError`.
+    """
+    with _connecting:
+        return _connect(address, dashboard)
+
+
+def _connect(address: str | None, dashboard: bool) -> RaySession:
+    global _users, _own
+    if ray.is_initialized():
+        _users += 1
+        return RaySession(_own, "")
+    # Both must be set before Ray starts: metrics would be exported twice (as counter and gauge).
+    os.environ.setdefault("RAY_EXPORT_COUNTER_AS_GAUGE", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    own = address is None
+    options: dict[str, Any] = {"_system_config": {"max_direct_call_object_size": _INLINE_BYTES}}
+    try:
+        context = ray.init(
+            address="local" if own else address,
+            namespace=NAMESPACE,
+            include_dashboard=dashboard if own else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **(options if own else {}),
+        )
+    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+        raise SetupError(
+            f"Ray could not be reached or started ({error}). With `address=` given, check that "
+            "the cluster runs (`ray status`) and that RAY_AUTH_TOKEN matches; without it, check "
+            "free memory and /dev/shm."
+        ) from error
+    _users, _own = _users + 1, own
+    url = context.dashboard_url
+    return RaySession(own, f"http://{url}" if url else "")
+
+
+def disconnect(session: RaySession) -> None:
+    """Leave Ray; the last one out ends the cluster if this process started it."""
+    global _users
+    with _connecting:
+        _users = max(_users - 1, 0)
+        if session.local and not _users and ray.is_initialized():
+            ray.shutdown()
+
+
+def cluster_address() -> str:
+    """The address at which other processes can join the Ray cluster of this one."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def this_node() -> str:
+    """The id of the Ray node that this process is on."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _end_this_actor() -> None:
+    """End this worker process now; the actor is not restarted."""
+    ray.kill(ray.get_runtime_context().current_actor)
+
+
+def _end_unless_claimed(lease_seconds: float) -> threading.Timer:
+    """End this worker if its maker dies before it gives the first order: then nobody knows it."""
+    timer = threading.Timer(2 * lease_seconds, _end_this_actor)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+# -- the actors -----------------------------------------------------------------------------------
+
+
+class Browser:
+    """A `BrowserHost` in a worker process of its own."""
+
+    def __init__(self, browser_id: str, kind: BrowserType, config: HostConfig) -> None:
+        self._id = browser_id
+        self._unclaimed = _end_unless_claimed(config.lease_seconds)
+        self._host = BrowserHost(browser_id, kind, config, _end_this_actor, node=this_node())
+
+    def __repr__(self) -> str:  # what Ray's dashboard and logs show
+        return self._id
+
+    async def launch(self, order: LaunchOrder) -> LaunchReport:
+        self._unclaimed.cancel()  # from here on there is a lease
+        return await self._host.launch(order)
+
+    async def load(
+        self, ref: HostRef, term: int, spec: ModelSpec, backends: tuple[Backend, ...]
+    ) -> NumericId:
+        return await self._host.load(ref, term, spec, backends)
+
+    async def unload(self, ref: HostRef, term: int, model: str) -> None:
+        await self._host.unload(ref, term, model)
+
+    async def run(self, request: RunRequest, tensors: Mapping[str, Any]) -> RunReply:
+        return await self._host.run(request, tensors)
+
+    async def next_event(self, term: int, seconds: float) -> HostEvent | None:
+        return await self._host.next_event(term, seconds)
+
+    async def status(self) -> HostStatus:
+        return self._host.status()
+
+    async def drain(self, term: int) -> None:
+        await self._host.drain(term)
+
+    async def memory_bytes(self) -> int:
+        return await self._host.memory_bytes()
+
+    async def stop(self) -> None:
+        await self._host.stop()
+
+
+class PoolSupervisor:
+    """A `Supervisor` in a worker process of its own."""
+
+    def __init__(self, config: SupervisorConfig, hosts: HostConfig) -> None:
+        self._name = config.name
+        self._hosts = hosts
+        self._supervisor: Supervisor | None = None
+        self._config = config
+        self._run = secrets.token_hex(2)  # two pools of one name, one after the other, don't clash
+        self._unclaimed = _end_unless_claimed(config.lease_seconds)
+
+    def __repr__(self) -> str:
+        return f"supervisor of {self._name}"
+
+    async def open(self, creator: str, browsers: Mapping[str, BrowserType]) -> None:
+        self._unclaimed.cancel()
+        self._supervisor = Supervisor(self._config, self._new_host, _end_this_actor)
+        await self._supervisor.open(creator, browsers)
+
+    async def _new_host(self, browser_id: str, kind: BrowserType, epoch: int) -> Host:
+        try:
+            actor = (
+                ray.remote(Browser)
+                .options(
+                    name=f"{self._name}: {browser_id} from epoch {epoch} ({self._run})",
+                    namespace=NAMESPACE,
+                    lifetime="detached",
+                    max_restarts=0,
+                    num_cpus=0,
+                )
+                .remote(browser_id, kind, self._hosts)
+            )
+        except (RayError, ValueError) as error:
+            raise LaunchFailed(f"Ray could not start a worker for {browser_id}: {error}") from error
+        return RayHost(actor)
+
+    def _open(self) -> Supervisor:
+        if self._supervisor is None:
+            raise PoolClosed(f"pool {self._name} is not open")
+        return self._supervisor
+
+    async def config(self) -> tuple[SupervisorConfig, HostConfig]:
+        return self._config, self._hosts
+
+    async def want(self, browsers: Mapping[str, BrowserType]) -> None:
+        await self._open().want(browsers)
+
+    async def drain(self, browser_id: str) -> None:
+        await self._open().drain(browser_id)
+
+    async def load(self, order: ModelOrder) -> None:
+        await self._open().load(order)
+
+    async def unload(self, model: str) -> None:
+        await self._open().unload(model)
+
+    async def watch(self, client: str, version: int, seconds: float) -> Table:
+        return await self._open().watch(client, version, seconds)
+
+    async def reports(self) -> Mapping[str, LaunchReport]:
+        return self._open().reports()
+
+    async def memory(self) -> Mapping[str, int]:
+        return await self._open().memory()
+
+    async def close(self) -> None:
+        await self._open().close()
+
+
+# -- handles --------------------------------------------------------------------------------------
+
+
+async def _result(reference: Any, whose: str) -> Any:
+    """Await a call; its own error as it was raised, a dead worker as `BrowserLost`."""
+    try:
+        return await reference
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, PoolError):
+            raise cause from None
+        raise InternalError(f"{whose} failed: {error}") from error
+    except ActorUnavailableError as error:  # it may come back: that is for the lease to say
+        raise BrowserLost(f"{whose} can't be reached now", what="socket_closed") from error
+    except RayActorError as error:
+        raise BrowserLost(f"the worker of {whose} is gone", what="worker_exited") from error
+    except RayError as error:
+        raise BrowserLost(f"{whose} could not be reached: {error}", what="socket_closed") from error
+
+
+@dataclass(frozen=True)
+class RayHost:
+    """A handle to a `Browser`. Picklable: clients get it from the supervisor's table."""
+
+    actor: Any
+
+    async def launch(self, order: LaunchOrder) -> LaunchReport:
+        report: LaunchReport = await _result(self.actor.launch.remote(order), str(order.ref))
+        return report
+
+    async def load(
+        self, ref: HostRef, term: int, spec: ModelSpec, backends: tuple[Backend, ...]
+    ) -> NumericId:
+        call = self.actor.load.remote(ref, term, spec, backends)
+        numeric: NumericId = await _result(call, str(ref))
+        return numeric
+
+    async def unload(self, ref: HostRef, term: int, model: str) -> None:
+        await _result(self.actor.unload.remote(ref, term, model), str(ref))
+
+    async def run(self, request: RunRequest, tensors: Mapping[str, Any]) -> RunReply:
+        call = self.actor.run.remote(request, tensors)
+        reply: RunReply = await _result(call, str(request.ref))
+        return reply
+
+    async def next_event(self, term: int, seconds: float) -> HostEvent | None:
+        event: HostEvent | None = await _result(
+            self.actor.next_event.remote(term, seconds), "a browser"
+        )
+        return event
+
+    async def drain(self, term: int) -> None:
+        await _result(self.actor.drain.remote(term), "a browser")
+
+    async def memory_bytes(self) -> int:
+        return int(await _result(self.actor.memory_bytes.remote(), "a browser"))
+
+    async def stop(self) -> None:
+        await _result(self.actor.stop.remote(), "a browser")
+
+    def kill(self) -> None:
+        with contextlib.suppress(RayError):
+            ray.kill(self.actor)
+
+
+@dataclass(frozen=True)
+class RaySupervisor:
+    """A handle to a pool's supervisor."""
+
+    actor: Any
+
+    @classmethod
+    def create(cls, config: SupervisorConfig, hosts: HostConfig) -> RaySupervisor:
+        """Start the supervisor of a new pool. Raises `SetupError` if the name is taken."""
+        try:
+            actor = (
+                ray.remote(PoolSupervisor)
+                .options(
+                    name=_supervisor_name(config.name),
+                    namespace=NAMESPACE,
+                    lifetime="detached",
+                    max_restarts=0,
+                    num_cpus=0,
+                )
+                .remote(config, hosts)
+            )
+        except ValueError as error:
+            raise SetupError(
+                f"a pool called {config.name!r} already runs on this Ray cluster: join it with "
+                f"BrowserPool.attach({config.name!r}), or choose another name"
+            ) from error
+        return cls(actor)
+
+    @classmethod
+    def find(cls, name: str) -> RaySupervisor:
+        """The supervisor of a running pool. Raises `PoolClosed` if there is none."""
+        try:
+            return cls(ray.get_actor(_supervisor_name(name), namespace=NAMESPACE))
+        except ValueError as error:
+            raise PoolClosed(f"no pool called {name!r} runs on this Ray cluster") from error
+
+    async def _call(self, call: Any) -> Any:
+        try:
+            return await _result(call, "the supervisor")
+        except BrowserLost as error:
+            if error.fields.get("what") == "socket_closed":
+                raise
+            raise PoolClosed("the pool's supervisor is gone, and the pool with it") from error
+
+    async def open(self, creator: str, browsers: Mapping[str, BrowserType]) -> None:
+        await self._call(self.actor.open.remote(creator, browsers))
+
+    async def config(self) -> tuple[SupervisorConfig, HostConfig]:
+        config, hosts = await self._call(self.actor.config.remote())
+        return config, hosts
+
+    async def want(self, browsers: Mapping[str, BrowserType]) -> None:
+        await self._call(self.actor.want.remote(browsers))
+
+    async def drain(self, browser_id: str) -> None:
+        await self._call(self.actor.drain.remote(browser_id))
+
+    async def load(self, order: ModelOrder) -> None:
+        await self._call(self.actor.load.remote(order))
+
+    async def unload(self, model: str) -> None:
+        await self._call(self.actor.unload.remote(model))
+
+    async def watch(self, client: str, version: int, seconds: float) -> Table:
+        table: Table = await self._call(self.actor.watch.remote(client, version, seconds))
+        return table
+
+    async def reports(self) -> Mapping[str, LaunchReport]:
+        reports: Mapping[str, LaunchReport] = await self._call(self.actor.reports.remote())
+        return reports
+
+    async def memory(self) -> Mapping[str, int]:
+        memory: Mapping[str, int] = await self._call(self.actor.memory.remote())
+        return memory
+
+    async def close(self) -> None:
+        """Stop every browser, then the supervisor itself. No error if it is gone already."""
+        with contextlib.suppress(PoolClosed, BrowserLost, TimeoutError):
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self._call(self.actor.close.remote())
+        with contextlib.suppress(RayError):
+            ray.kill(self.actor)
+
+
+def _supervisor_name(pool: str) -> str:
+    return f"{pool}: supervisor"

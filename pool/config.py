@@ -1,0 +1,157 @@
+"""What a pool can be set to. Checking it touches nothing."""
+
+from __future__ import annotations
+
+import glob
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from actors.arguments import Gpu
+from actors.messages import HostConfig
+from recovery.errors import BadInput, LevelUnavailable
+from recovery.kinds import Backend, BrowserType, Level, Strategy, detect_browser_type
+from recovery.supervision import RestartLimit
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
+_LEVELS = (Level.NONE, Level.LOW, Level.MEDIUM)  # what this version can hold
+
+_WHOLE_NUMBERS = {
+    "max_connections": (1, 10_000),
+    "max_recovery_attempts": (1, 100),
+    "threads": (1, 64),
+    "queue_max": (1, 10_000),
+    "waiting_max": (1, 1_000_000),
+    "message_bytes_max": (1024, 2 << 30),
+}
+_SECONDS: Mapping[str, tuple[float, float]] = {
+    "deadline": (0.001, 86_400),
+    "launch_seconds": (0.1, 86_400),
+    "load_seconds": (0.1, 86_400),
+    "hang_seconds": (0.1, 86_400),
+    "lease": (1, 3600),
+}
+BACKENDS = ("auto", "wasm", "webgpu", "webnn")
+_WORDS: Mapping[str, Sequence[str]] = {
+    "level": [str(level) for level in Level],
+    "strategy": [str(strategy) for strategy in Strategy],
+    "backend": BACKENDS,
+    "when_full": ["wait", "error"],
+}
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """Every option of `BrowserPool`. Durations are seconds unless the name says otherwise."""
+
+    browsers: Mapping[str, int] = field(default_factory=lambda: {"chrome": 1})
+    name: str = ""  # "": one is made up; give one to `attach` to
+    level: str = "medium"  # what is kept ready before anything fails
+    strategy: str = "progressive"  # the order of recovery actions
+    strict: bool = True  # refuse to start rather than run below `level`
+    max_connections: int = 32  # browsers at most, over all types
+    max_recovery_attempts: int = 3  # failed attempts after which an operation fails
+    headless: bool = True  # False shows the browsers' windows
+    backend: str = "auto"  # or "wasm", "webgpu", "webnn": forced for every model
+    threads: int = 1  # wasm threads of each session; more helps few browsers on many cores
+    deadline: float = 60.0  # of an operation, unless the call says otherwise
+    queue_max: int = 16  # operations that one browser admits and has not answered
+    when_full: Literal["wait", "error"] = "wait"  # what a full pool does with the next one
+    waiting_max: int = 1024  # operations in flight in one client; one more is `PoolBusy`
+    message_bytes_max: int = 256 << 20  # of one request or answer
+    launch_seconds: float = 60.0  # one browser, from the order to a page that is ready
+    load_seconds: float = 120.0  # one model on one browser
+    hang_seconds: float = 30.0  # a browser at one operation for longer hangs, and is replaced
+    lease: float = 15.0  # whoever is out of touch for longer is given up
+    persistent: bool = False  # outlive the process that made the pool
+    address: str | None = None  # a Ray cluster to join ("auto"); None starts one here
+    dashboard: bool = True  # of the Ray that is started here
+    restart_limit: RestartLimit = field(default_factory=RestartLimit)
+
+    def checked(self) -> PoolConfig:
+        """This configuration, if it can work. Raises `BadInput` or `LevelUnavailable`."""
+        own_name: Any = self.name
+        if not isinstance(own_name, str) or (own_name and not _NAME.fullmatch(own_name)):
+            raise _bad("name", "1 to 48 letters, digits, '.', '_' or '-'", own_name)
+        for name, (low, high) in _WHOLE_NUMBERS.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise _bad(name, f"a whole number from {low} to {high}", value)
+        for name, (least, most) in _SECONDS.items():
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not least <= value <= most:
+                raise _bad(name, f"seconds from {least} to {most}", value)
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                raise _bad(name, f"one of {', '.join(words)}", getattr(self, name))
+        total = sum(self.kinds().values())
+        if not 1 <= total <= self.max_connections:
+            raise _bad("browsers", f"1 to {self.max_connections} (max_connections)", total)
+        if self.strict and self.level_effective is not Level(self.level):
+            raise LevelUnavailable(
+                f"level {self.level!r} can't be held by this version of tabpool, which holds "
+                f"{', '.join(_LEVELS)}. Choose one of them, or pass strict=False to run at "
+                f"{self.level_effective!s} and have results say so.",
+                level=self.level,
+            )
+        return self
+
+    def kinds(self) -> dict[BrowserType, int]:
+        """How many of each browser. Raises `BadInput`."""
+        found: dict[BrowserType, int] = {}
+        wanted: Any = self.browsers
+        if not isinstance(wanted, Mapping):
+            raise _bad("browsers", 'a mapping such as {"chrome": 2, "firefox": 1}', wanted)
+        for name, count in wanted.items():
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise _bad(f"browsers[{name!r}]", "a whole number of browsers", count)
+            kind = detect_browser_type(str(name))
+            found[kind] = found.get(kind, 0) + count
+        return found
+
+    @property
+    def level_effective(self) -> Level:
+        """The level that is really held."""
+        wanted = Level(self.level)
+        return wanted if wanted in _LEVELS else _LEVELS[-1]
+
+    def hosts(self) -> HostConfig:
+        """What every browser is told."""
+        gpu = Gpu.OFF if self.backend == "wasm" else Gpu.AUTO
+        if self.backend in ("webgpu", "webnn") and not has_gpu():
+            gpu = Gpu.SOFTWARE  # slow, but what was asked for
+        return HostConfig(
+            headless=self.headless,
+            gpu=gpu,
+            threads=self.threads,
+            queue_max=self.queue_max,
+            message_bytes_max=self.message_bytes_max,
+            launch_seconds=self.launch_seconds,
+            load_seconds=self.load_seconds,
+            hang_seconds=self.hang_seconds,
+            lease_seconds=self.lease,
+        )
+
+
+def has_gpu() -> bool:
+    """Whether this machine seems to have a GPU that browsers can use (macOS: always)."""
+    return sys.platform == "darwin" or bool(glob.glob("/dev/dri/renderD*"))
+
+
+def backend_order(wanted: str) -> tuple[Backend, ...]:
+    """The back ends to try for a model: the one that is forced, or all, the fastest kept.
+
+    Raises `BadInput` for a word that names none.
+    """
+    if wanted not in BACKENDS:
+        raise _bad("backend", f"one of {', '.join(BACKENDS)}", wanted)
+    if wanted != "auto":
+        return (Backend(wanted),)
+    return (Backend.WEBNN, Backend.WEBGPU, Backend.WASM)
+
+
+def _bad(option: str, expected: str, got: object) -> BadInput:
+    return BadInput(f"{option}: expected {expected}, got {got!r}.", expected=expected, got=got)

@@ -1,0 +1,304 @@
+"""The demonstration: real sentences, four real browsers, one killed and one tab crashed.
+
+Every answer is held against native onnxruntime, and afterwards the machine is searched for
+anything left behind. Exit code 0 only if all is right. It uses the pool as any program would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from actors.faults import crash_tab, kill_process
+from actors.messages import LaunchReport
+from pool import BrowserPool, PoolView, Result
+from pool.demo_models import minilm_folder
+from pool.operations import EMBED
+from pool.registry import ModelEntry
+from pool.tokens import encoder_for
+from recovery.errors import PoolError
+from recovery.kinds import BrowserType
+from recovery.pool_state import Phase
+from sharding.native import NativeSession
+
+BROWSERS = {"chrome": 2, "firefox": 1, "safari": 1}
+DIFFERENCE_MAX = 1e-4  # to native onnxruntime; the browsers' WASM and it differ in rounding only
+_AT_ONCE = 8
+_GONE_SECONDS = 5.0
+_REPAIR_SECONDS = 60.0
+_SENTENCES = Path(__file__).with_name("assets") / "sentences.txt"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault that the demo made."""
+
+    at: float  # seconds since the first operation
+    what: str
+    browser_id: str
+
+
+def main() -> int:
+    """Run the demonstration; returns the exit code."""
+    console = Console()
+    try:
+        return asyncio.run(_demonstrate(console))
+    except PoolError as error:
+        console.print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False)
+        return 2
+
+
+async def _demonstrate(console: Console) -> int:
+    sentences = _SENTENCES.read_text(encoding="utf-8").splitlines()
+    model = minilm_folder()
+    began = time.monotonic()
+    wanted = ", ".join(f"{count} {kind}" for kind, count in BROWSERS.items())
+    pool = BrowserPool(BROWSERS, name="demo", backend="wasm")
+    launched: dict[str, LaunchReport] = {}
+    with console.status(f"starting Ray and {wanted} ..."):
+        await pool.open()
+    try:
+        with console.status("loading all-MiniLM-L6-v2 into every browser ..."):
+            entry = await pool.load("minilm", model)
+        console.print(f"{pool!r} ready after {time.monotonic() - began:.1f} s")
+        results, faults, first = await _embed_all(console, pool, sentences, launched)
+        view = await _repaired(pool)
+        launched.update({f"{name} repaired": report for name, report in view.launches.items()})
+        if view.dashboard_url:
+            console.print(f"Ray's dashboard was at {view.dashboard_url} while this ran")
+    finally:
+        await pool.close()
+    vectors = np.concatenate([result.outputs["embedding"] for result in results])
+    reference = await asyncio.to_thread(_native, entry, sentences)
+    difference = float(np.abs(vectors - reference).max())
+    leftovers = await _leftovers(list(launched.values()))
+
+    console.print(_browser_table(view, results))
+    _print_timeline(console, view, results, faults, first)
+    _print_nearest(console, sentences, vectors)
+    return _judge(console, results, difference, leftovers, view)
+
+
+async def _embed_all(
+    console: Console, pool: BrowserPool, sentences: Sequence[str], launched: dict[str, LaunchReport]
+) -> tuple[list[Result], list[Fault], float]:
+    """Embed every sentence, a few at once, with two faults on the way."""
+    view = await pool.state()
+    launched.update(view.launches)
+    places = asyncio.Semaphore(_AT_ONCE)
+    begun = asyncio.Event()
+    faults: list[Fault] = []
+    first = time.time()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("embedding sentences", total=len(sentences))
+        started = 0
+
+        async def embed(sentence: str) -> Result:
+            nonlocal started
+            async with places:
+                started += 1
+                begun.set()
+                result = await pool.run_with_recovery("minilm", "embed", {"text": sentence})
+            progress.advance(bar)
+            return result
+
+        async def when(count: int) -> None:
+            while started < count:
+                begun.clear()
+                await begun.wait()
+
+        async def break_things() -> None:
+            await when(len(sentences) // 3)
+            victim = _busiest(pool, BrowserType.CHROME, ())
+            pid = kill_process(launched[victim], "browser")
+            faults.append(Fault(time.time() - first, f"SIGKILL of the browser, pid {pid}", victim))
+            progress.console.print(f"[red]killed[/red] {victim} (SIGKILL, pid {pid})")
+            await when(2 * len(sentences) // 3)
+            other = _busiest(pool, BrowserType.CHROME, (victim,))
+            pids = crash_tab(launched[other], BrowserType.CHROME)
+            faults.append(Fault(time.time() - first, f"tab crash, renderers {pids}", other))
+            progress.console.print(f"[red]crashed[/red] the tab of {other}")
+
+        breaking = asyncio.create_task(break_things())
+        results = await asyncio.gather(*(embed(sentence) for sentence in sentences))
+        await breaking
+    return list(results), faults, first
+
+
+def _busiest(pool: BrowserPool, kind: BrowserType, spared: Sequence[str]) -> str:
+    """The browser of this kind with the most operations under way."""
+    hosts = [
+        host for host in pool.hosts() if host.browser is kind and host.ref.browser_id not in spared
+    ]
+    return max(hosts, key=lambda host: host.queue).ref.browser_id
+
+
+async def _repaired(pool: BrowserPool) -> PoolView:
+    """The pool's state once every broken browser is back."""
+    async with asyncio.timeout(_REPAIR_SECONDS):
+        while True:
+            view = await pool.state()
+            records = view.control.browsers.values()
+            if all(r.phase is Phase.READY for r in records) and len(view.control.repairs) >= 2:
+                return view
+            await pool.changed()
+
+
+def _native(entry: ModelEntry, sentences: Sequence[str]) -> np.ndarray[Any, Any]:
+    """The same embeddings by native onnxruntime, one sentence at a time as in the pool."""
+    session = NativeSession(entry.spec.files[0].path)
+    session.open()
+    encoder = encoder_for(entry)
+    rows = []
+    for sentence in sentences:
+        prepared = EMBED.prepare(entry, {"text": sentence}, encoder)
+        rows.append(EMBED.finish(entry, prepared, session.run(prepared))["embedding"])
+    session.close()
+    return np.concatenate(rows)
+
+
+async def _leftovers(reports: Sequence[LaunchReport]) -> list[str]:
+    """What of these launches is still there although it had time to go."""
+    deadline = time.monotonic() + _GONE_SECONDS
+    # Processes, files and ports of several kinds: there is no one event to wait for.
+    while (found := _still_there(reports)) and time.monotonic() < deadline:  # noqa: ASYNC110
+        await asyncio.sleep(0.1)
+    return found
+
+
+def _still_there(reports: Sequence[LaunchReport]) -> list[str]:
+    """Processes, profiles and ports of these launches that are there now."""
+    found = [
+        f"process {name} {pid}"
+        for report in reports
+        for name, pid in report.pids.items()
+        if pid and psutil.pid_exists(pid)
+    ]
+    found += [f"profile {report.profile}" for report in reports if Path(report.profile).exists()]
+    found += [f"port {report.port}" for report in reports if _listening(report.port)]
+    return found
+
+
+def _listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _browser_table(view: PoolView, results: Sequence[Result]) -> Table:
+    table = Table(title="what each browser answered, and how many of these after a fault")
+    columns = ("browser", "version", "back end", "operations", "recovered", "p50 ms")
+    for column in columns:
+        table.add_column(column, justify="left" if column in columns[:3] else "right")
+    for browser_id, record in view.control.browsers.items():
+        own = [result for result in results if result.browser_id == browser_id]
+        facts = record.facts
+        table.add_row(
+            browser_id,
+            f"{facts.product} {facts.version}" if facts else "?",
+            ", ".join(sorted({str(result.backend) for result in own})) or "-",
+            str(len(own)),
+            str(sum(result.recovered for result in own)),
+            f"{statistics.median(_durations(own)):.1f}" if own else "-",
+        )
+    return table
+
+
+def _durations(results: Sequence[Result]) -> list[float]:
+    return [result.metrics["duration_ms"] for result in results]
+
+
+def _print_timeline(
+    console: Console,
+    view: PoolView,
+    results: Sequence[Result],
+    faults: Sequence[Fault],
+    first: float,
+) -> None:
+    lines = [
+        (fault.at, f"[red]fault[/red]     {fault.browser_id}: {fault.what}") for fault in faults
+    ]
+    for repair in view.control.repairs:
+        where = f"{repair.browser_id}#{repair.from_epoch}"
+        lines.append((repair.began - first, f"noticed   {where}: {repair.failure.message}"))
+        if repair.ready is not None:
+            took = repair.ready - repair.began
+            lines.append(
+                (repair.ready - first, f"[green]repaired[/green]  {where} after {took:.2f} s")
+            )
+    for result in results:
+        if result.recovered:
+            at = result.original_error.at - first if result.original_error else 0.0
+            steps = ", ".join(
+                f"{step.what} {step.where}".strip() + f" {step.seconds * 1e3:.0f} ms"
+                for step in result.recovery
+            )
+            lines.append((at, f"recovered operation {result.op_id[:6]}: {steps}"))
+    console.print("\nrecovery timeline (seconds since the first sentence)")
+    for at, line in sorted(lines, key=lambda line: line[0]):
+        console.print(f"  {at:7.3f}  {line}", highlight=False)
+
+
+def _print_nearest(
+    console: Console, sentences: Sequence[str], vectors: np.ndarray[Any, Any]
+) -> None:
+    console.print("\nnearest sentence by these embeddings (judge for yourself)")
+    likeness = vectors @ vectors.T
+    np.fill_diagonal(likeness, -1.0)
+    for index in range(0, len(sentences), max(len(sentences) // 6, 1)):
+        nearest = int(likeness[index].argmax())
+        console.print(f"  {sentences[index]}", highlight=False)
+        score = likeness[index, nearest]
+        console.print(f"    [cyan]{score:.2f}[/cyan]  {sentences[nearest]}", highlight=False)
+
+
+def _judge(
+    console: Console,
+    results: Sequence[Result],
+    difference: float,
+    leftovers: Sequence[str],
+    view: PoolView,
+) -> int:
+    ids = {result.op_id for result in results}
+    checks: Mapping[str, bool] = {
+        f"{len(results)} operations asked, {sum(r.success for r in results)} answered, "
+        f"each once": len(ids) == len(results) and all(r.success for r in results),
+        f"{sum(r.recovered for r in results)} recovered from a fault": any(
+            r.recovered for r in results
+        ),
+        f"{len(view.control.repairs)} browsers repaired": all(
+            repair.ready is not None for repair in view.control.repairs
+        ),
+        f"largest difference to native onnxruntime {difference:.2e} (goal: below "
+        f"{DIFFERENCE_MAX:g})": difference < DIFFERENCE_MAX,
+        "nothing left behind" if not leftovers else f"left behind: {', '.join(leftovers)}": (
+            not leftovers
+        ),
+        "no answer simulated": not any(r.simulated for r in results),
+    }
+    console.print()
+    for line, right in checks.items():
+        console.print(f"  {'[green]ok[/green] ' if right else '[red]NOT[/red]'} {line}")
+    return 0 if all(checks.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,717 @@
+"""`BrowserPool`: the front door.
+
+It checks what it is given, sends operations to browsers and, when one fails, does what
+`recovery.answering` says. Browsers are the supervisor's business: nothing here starts, stops or
+repairs one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from actors import ray_actors
+from actors.messages import LaunchReport, RunReply, RunRequest
+from actors.ray_actors import RaySupervisor
+from actors.supervisor import ModelOrder, SupervisorConfig, Table
+from pool.config import PoolConfig, backend_order
+from pool.operations import OperationRegistry
+from pool.registry import ModelEntry, ModelRegistry, read_model
+from pool.results import RecoveryStep, Result
+from pool.routing import Routing
+from pool.tokens import TextEncoder, encoder_for
+from recovery.answering import (
+    AnsweringPolicy,
+    Attempt,
+    GiveUp,
+    Refuse,
+    Send,
+    WaitForHost,
+    next_action,
+)
+from recovery.errors import (
+    BadInput,
+    BrowserError,
+    CallerError,
+    LaunchFailed,
+    MessageTooLarge,
+    PageError,
+    PoolBusy,
+    PoolClosed,
+    UnknownModel,
+)
+from recovery.failures import Category, Failure, Scope, categorize_browser_failure
+from recovery.kinds import BrowserType, Level, ModelType, Strategy
+from recovery.pool_state import ALIVE, BrowserRecord, ModelPhase, Phase, PoolState
+from recovery.records import HostRef, HostStatus
+from sharding.frames import Frame, encoded_size
+
+_OP_ID_MAX = 128
+_WATCH_SECONDS_MAX = 5.0
+_FROZEN_GRACE_SECONDS = 0.5  # past its deadline an operation is not waited for longer
+
+
+@dataclass(frozen=True)
+class PoolView:
+    """What `BrowserPool.state` shows."""
+
+    name: str
+    level: Level
+    level_effective: Level
+    degraded: bool
+    control: PoolState
+    hosts: tuple[HostStatus, ...]
+    launches: Mapping[str, LaunchReport]
+    memory_bytes: Mapping[str, int]
+    dashboard_url: str
+    operations: Mapping[str, int]
+
+
+class BrowserPool:
+    """A pool of browsers that answers operations.
+
+    Options are the fields of `PoolConfig`. Use it as an async context manager, or call `open`
+    and `close`; `.blocking()` gives the same without `await`.
+    """
+
+    def __init__(self, browsers: Mapping[str, int] | None = None, **options: Any) -> None:
+        known = {f.name for f in fields(PoolConfig)}
+        unknown = sorted(options.keys() - known)
+        if unknown:
+            raise BadInput(
+                f"BrowserPool has no option {', '.join(unknown)}; it has "
+                f"{', '.join(sorted(known))}.",
+                expected=sorted(known),
+                got=unknown,
+            )
+        if browsers is not None:
+            options["browsers"] = dict(browsers)
+        config = PoolConfig(**options).checked()
+        self._config = config if config.name else replace(config, name=_made_up_name())
+        self._client = secrets.token_hex(8)
+        self._operations = OperationRegistry()
+        self._registry = ModelRegistry()
+        self._encoders: dict[str, TextEncoder | None] = {}
+        self._rng = random.Random(self._client)
+        self._supervisor: RaySupervisor | None = None
+        self._routing: Routing | None = None
+        self._ray: ray_actors.RaySession | None = None
+        self._owner = True
+        self._in_flight = 0
+        self._counts = {"asked": 0, "answered": 0, "recovered": 0, "failed": 0, "refused": 0}
+
+    @property
+    def name(self) -> str:
+        """What `BrowserPool.attach` takes."""
+        return self._config.name
+
+    @property
+    def operations(self) -> OperationRegistry:
+        """Where further operations are registered."""
+        return self._operations
+
+    def __repr__(self) -> str:
+        phases: dict[str, int] = {}
+        if self._routing is not None and self._routing.table is not None:
+            for record in self._routing.table.state.browsers.values():
+                phases[record.phase] = phases.get(record.phase, 0) + 1
+        counted = ", ".join(f"{count} {phase}" for phase, count in phases.items()) or "not open"
+        return f"<BrowserPool {self.name} [{counted}; {self._in_flight} in flight]>"
+
+    # -- opening and closing ----------------------------------------------------------------------
+
+    async def open(self) -> Self:
+        """Start every browser, or (after `attach`) join the running pool.
+
+        Raises `SetupError` (naming what to install) or `LaunchFailed` when, in a strict pool,
+        any browser can't be started, or when none can.
+        """
+        if self._supervisor is not None:
+            raise PoolClosed("this pool is open already")
+        config = self._config
+        self._ray = await asyncio.to_thread(ray_actors.connect, config.address, config.dashboard)
+        try:
+            if self._owner:
+                supervisor = RaySupervisor.create(
+                    SupervisorConfig(
+                        config.name,
+                        Level(config.level),
+                        Strategy(config.strategy),
+                        config.restart_limit,
+                        config.lease,
+                        config.persistent,
+                        config.max_connections,
+                    ),
+                    config.hosts(),
+                )
+                self._supervisor = supervisor
+                await supervisor.open(self._client, _browser_ids(config.kinds(), ()))
+            else:
+                self._supervisor = supervisor = RaySupervisor.find(config.name)
+                self._config = config = await self._joined_config(supervisor)
+            poll = min(config.lease / 3, _WATCH_SECONDS_MAX)
+            self._routing = Routing(
+                supervisor, self._client, poll, ray_actors.this_node(), config.message_bytes_max
+            )
+            await self._routing.start()
+            await self._started()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def _joined_config(self, supervisor: RaySupervisor) -> PoolConfig:
+        """This client's configuration with what the running pool has fixed."""
+        theirs, hosts = await supervisor.config()
+        return replace(
+            self._config,
+            level=str(theirs.level),
+            strategy=str(theirs.strategy),
+            restart_limit=theirs.limit,
+            lease=theirs.lease_seconds,
+            message_bytes_max=hosts.message_bytes_max,
+            queue_max=hosts.queue_max,
+            launch_seconds=hosts.launch_seconds,
+            load_seconds=hosts.load_seconds,
+            hang_seconds=hosts.hang_seconds,
+            max_connections=theirs.browsers_max,
+        )
+
+    async def _started(self) -> None:
+        """Wait until every browser is ready or given up."""
+        limit = self._config.restart_limit
+        launches = limit.launches_failed_max
+        patience = (self._config.launch_seconds + limit.delay_max_seconds) * launches
+        table = await self._table_when(
+            lambda table: all(
+                record.phase is not Phase.STARTING for record in table.state.browsers.values()
+            ),
+            patience,
+        )
+        lost = [r for r in table.state.browsers.values() if r.phase is Phase.GIVEN_UP]
+        ready = [r for r in table.state.browsers.values() if r.phase is Phase.READY]
+        if lost and (self._config.strict or not ready):
+            raise _why_lost(lost[0])
+
+    async def close(self) -> None:
+        """Stop the pool (or, if attached, leave it). Nothing of it is left behind.
+
+        Operations under way end as failed.
+        """
+        await self._leave(stop=self._owner)
+
+    async def shutdown(self) -> None:
+        """Stop the pool for everybody, also from an attached client."""
+        await self._leave(stop=True)
+
+    async def _leave(self, *, stop: bool) -> None:
+        routing, self._routing = self._routing, None
+        if routing is not None:
+            await routing.stop()
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is not None and stop:
+            await supervisor.close()
+        self._registry = ModelRegistry()
+        self._encoders.clear()
+        session, self._ray = self._ray, None
+        if session is not None:
+            await asyncio.to_thread(ray_actors.disconnect, session)
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    @classmethod
+    def attach(cls, name: str, *, address: str = "auto", **options: Any) -> BrowserPool:
+        """A pool that another process made under `name` on the Ray cluster at `address`.
+
+        Open it as usual. Closing it leaves the pool running; its models are known here.
+        """
+        pool = cls(name=name, address=address, **options)
+        pool._owner = False
+        return pool
+
+    def blocking(self) -> Any:
+        """The same pool without `await`: see `pool.blocking.BlockingPool`."""
+        from pool.blocking import BlockingPool
+
+        return BlockingPool(self)
+
+    # -- models -----------------------------------------------------------------------------------
+
+    async def load(
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        type: str | ModelType | None = None,  # noqa: A002
+        backend: str | None = None,
+    ) -> ModelEntry:
+        """Load the model at `path` (a folder or an .onnx file) on every browser, as `name`.
+
+        `type` overrides what is detected, `backend` the pool's. Returns when every browser has
+        it, warm. Raises `NotAModel` or `BadInput` before any browser is touched, and `PageError`
+        when no browser can load it.
+        """
+        self._require_open()
+        backend = self._config.backend if backend is None else backend
+        backends = backend_order(backend)
+        entry = await asyncio.to_thread(read_model, name, path, type)
+        self._adopt()
+        known = name in self._registry.names()
+        self._registry.add(entry)
+        self._encoders[name] = encoder_for(entry)
+        supervisor, _ = self._require_open()
+        try:
+            await supervisor.load(ModelOrder(entry.spec, backends, entry))
+            table = await self._table_when(
+                lambda table: _settled(table.state, name), self._config.load_seconds
+            )
+        except BaseException as error:
+            if not known:
+                self._registry.remove(name)
+                if not isinstance(error, CallerError):  # what was ordered is not wanted any more
+                    await supervisor.unload(name)
+            raise
+        records = [r for r in table.state.browsers.values() if name in r.models]
+        if not any(r.models[name] is ModelPhase.LOADED for r in records):
+            await self.unload(name)
+            why = "; ".join(f"{r.id}: {r.load_failures.get(name, r.phase)}" for r in records)
+            raise PageError(
+                f"no browser could load {name}: {why or 'none is running'}", what="load_failed"
+            )
+        return entry
+
+    async def unload(self, name: str) -> None:
+        """Take a model out of every browser. Raises `UnknownModel`."""
+        supervisor, _ = self._require_open()
+        self._entry(name)
+        self._registry.remove(name)
+        self._encoders.pop(name, None)
+        await supervisor.unload(name)
+
+    def models(self) -> tuple[str, ...]:
+        """The names of the loaded models."""
+        self._adopt()
+        return tuple(self._registry.names())
+
+    def _adopt(self) -> None:
+        """Know the models that other clients of this pool have loaded."""
+        if self._routing is None:
+            return
+        for name, entry in self._routing.models().items():
+            if name not in self._registry.names() and isinstance(entry, ModelEntry):
+                self._registry.add(entry)
+                self._encoders[name] = encoder_for(entry)
+
+    def _entry(self, name: str) -> ModelEntry:
+        try:
+            return self._registry.get(name)
+        except UnknownModel:
+            self._adopt()
+            return self._registry.get(name)
+
+    # -- operations -------------------------------------------------------------------------------
+
+    async def run_with_recovery(
+        self,
+        model: str,
+        op: str,
+        inputs: Mapping[str, Any],
+        *,
+        deadline: float | None = None,
+        op_id: str | None = None,
+    ) -> Result:
+        """Run one operation and return its one answer, whatever fails on the way.
+
+        `deadline` is in seconds from now. `op_id` names the operation in logs and results; one
+        is made up if it is not given. Bad input raises a `CallerError` before any browser
+        is touched, a pool that is full `PoolBusy`; every other failure is a `Result` with
+        `success=False`, whose `outputs` raise `OperationFailed`.
+        """
+        _, routing = self._require_open()
+        seconds = self._config.deadline if deadline is None else deadline
+        if not seconds > 0:
+            raise BadInput(f"deadline: expected seconds over 0, got {seconds!r}.", got=seconds)
+        given: Any = op_id
+        if given is not None and not (isinstance(given, str) and 0 < len(given) <= _OP_ID_MAX):
+            raise BadInput(
+                f"op_id: expected text of 1 to {_OP_ID_MAX} characters, got {op_id!r}.", got=op_id
+            )
+        spec = self._operations.get(op)
+        entry = self._entry(model)
+        tensors = spec.prepare(entry, inputs, self._encoders.get(model))
+        size = self._check_size(model, tensors)
+        if self._in_flight >= self._config.waiting_max:
+            self._counts["refused"] += 1
+            raise PoolBusy(
+                f"{self._in_flight} operations are in flight in this client, its limit "
+                "(waiting_max). Await some of them first, or raise the limit."
+            )
+        self._in_flight += 1
+        self._counts["asked"] += 1
+        answering = _Answering(
+            self._config,
+            routing,
+            model,
+            op,
+            op_id or secrets.token_hex(8),
+            self._rng,
+            client=self._client,
+            digest=entry.spec.digest,
+        )
+        try:
+            result, reply = await answering.run(tensors, seconds)
+        except PoolBusy:
+            self._counts["refused"] += 1
+            raise
+        finally:
+            self._in_flight -= 1
+        if result.success and reply is not None:
+            values = spec.finish(entry, tensors, reply.outputs or {})
+            result = replace(result, values=values)
+        result = replace(result, metrics={**result.metrics, "bytes_in": float(size)})
+        self._count(result)
+        return result
+
+    def _check_size(self, model: str, tensors: Mapping[str, np.ndarray[Any, Any]]) -> int:
+        size = encoded_size(Frame("run", tensors=tensors, body={"model": model}))
+        if size > self._config.message_bytes_max:
+            raise MessageTooLarge(
+                f"these inputs make a message of {size} bytes; the limit (message_bytes_max) is "
+                f"{self._config.message_bytes_max}. Send a smaller batch, or raise the limit.",
+                expected=self._config.message_bytes_max,
+                got=size,
+            )
+        return size
+
+    def _count(self, result: Result) -> None:
+        self._counts["answered" if result.success else "failed"] += 1
+        self._counts["recovered"] += result.recovered
+
+    # -- the pool itself --------------------------------------------------------------------------
+
+    async def state(self) -> PoolView:
+        """Browsers, models, repairs, queues and memory, as they are now."""
+        supervisor, _ = self._require_open()
+        launches, memory = await asyncio.gather(supervisor.reports(), supervisor.memory())
+        table = await supervisor.watch(self._client, -1, 0.0)
+        alive = [r for r in table.state.browsers.values() if r.phase is Phase.READY]
+        wanted = [r for r in table.state.browsers.values() if r.phase is not Phase.STOPPED]
+        effective = self._config.level_effective
+        return PoolView(
+            self.name,
+            Level(self._config.level),
+            effective,
+            degraded=len(alive) < len(wanted) or effective is not Level(self._config.level),
+            control=table.state,
+            hosts=self.hosts(),
+            launches=launches,
+            memory_bytes=memory,
+            dashboard_url=self._ray.dashboard_url if self._ray else "",
+            operations=dict(self._counts),
+        )
+
+    def hosts(self) -> tuple[HostStatus, ...]:
+        """What this client knows of each browser, without asking anybody."""
+        _, routing = self._require_open()
+        return tuple(routing.candidates())
+
+    async def changed(self, seconds: float = _WATCH_SECONDS_MAX) -> None:
+        """Return when something about the pool has changed, or after `seconds`."""
+        _, routing = self._require_open()
+        await routing.change(seconds)
+
+    async def drain(self, browser_id: str) -> None:
+        """Take a browser out of service: it finishes what it has and is stopped."""
+        supervisor, routing = self._require_open()
+        table = routing.table
+        if table is None or browser_id not in table.state.browsers:
+            known = list(table.state.browsers) if table else []
+            raise BadInput(
+                f"no browser {browser_id!r} in this pool; it has {', '.join(known)}.",
+                expected=known,
+                got=browser_id,
+            )
+        await supervisor.drain(browser_id)
+
+    async def scale(self, browsers: Mapping[str, int]) -> None:
+        """Have this many of each type named: start what is missing, drain what is too many.
+
+        Types that are not named stay as they are. Returns when it is so.
+        """
+        supervisor, _ = self._require_open()
+        counts = replace(self._config, browsers=dict(browsers)).kinds()
+        table = await supervisor.watch(self._client, -1, 0.0)
+        living = [
+            record
+            for record in table.state.browsers.values()
+            if record.phase in (Phase.STARTING, Phase.READY)
+        ]
+        untouched = sum(record.kind not in counts for record in living)
+        total = untouched + sum(counts.values())
+        if not 1 <= total <= self._config.max_connections:
+            raise BadInput(
+                f"browsers: expected 1 to {self._config.max_connections} (max_connections) in "
+                f"all, got {total}.",
+                expected=self._config.max_connections,
+                got=total,
+            )
+        missing = {}
+        for kind, count in counts.items():
+            have = [record for record in living if record.kind is kind]
+            await asyncio.gather(*(supervisor.drain(record.id) for record in have[count:]))
+            missing[kind] = max(count - len(have), 0)
+        taken = [record.id for record in table.state.browsers.values() if record.phase in ALIVE]
+        fresh = _browser_ids(missing, tuple(taken))
+        await supervisor.want(fresh)
+        await self._table_when(
+            lambda table: (
+                all(
+                    table.state.browsers[name].phase is not Phase.STARTING
+                    and ModelPhase.LOADING not in table.state.browsers[name].models.values()
+                    for name in fresh
+                    if name in table.state.browsers
+                )
+                and fresh.keys() <= table.state.browsers.keys()
+            ),
+            self._config.launch_seconds + self._config.load_seconds,
+        )
+        for browser_id in fresh:
+            table = await supervisor.watch(self._client, -1, 0.0)
+            if table.state.browsers[browser_id].phase is Phase.GIVEN_UP and self._config.strict:
+                raise _why_lost(table.state.browsers[browser_id])
+
+    async def _table_when(self, condition: Any, seconds: float) -> Table:
+        _, routing = self._require_open()
+        try:
+            return await routing.until(condition, seconds)
+        except TimeoutError as error:
+            raise LaunchFailed(
+                f"the pool was not in order within {seconds:.0f} s: {self!r}. The machine may be "
+                "overloaded; `tabpool doctor` shows what it has."
+            ) from error
+
+    def _require_open(self) -> tuple[RaySupervisor, Routing]:
+        if self._supervisor is None or self._routing is None:
+            raise PoolClosed(
+                "this pool is not open: use `async with BrowserPool(...)`, or call open()"
+            )
+        if self._routing.gone is not None:
+            raise self._routing.gone
+        return self._supervisor, self._routing
+
+
+class _Answering:
+    """The answering loop of one operation."""
+
+    def __init__(
+        self,
+        config: PoolConfig,
+        routing: Routing,
+        model: str,
+        op: str,
+        op_id: str,
+        rng: random.Random,
+        *,
+        client: str = "",
+        digest: str = "",
+    ) -> None:
+        self._config = config
+        self._routing = routing
+        self._client = client
+        self._digest = digest
+        self._model = model
+        self._op = op
+        self._op_id = op_id
+        self._rng = rng
+        self._begun = time.monotonic()
+        self._attempts: list[Attempt] = []
+        self._steps: list[RecoveryStep] = []
+
+    async def run(
+        self, tensors: Mapping[str, np.ndarray[Any, Any]], seconds: float
+    ) -> tuple[Result, RunReply | None]:
+        policy = AnsweringPolicy(
+            self._config.level_effective,
+            self._config.max_recovery_attempts,
+            self._config.when_full == "wait",
+        )
+        end = self._begun + seconds
+        while True:
+            left = end - time.monotonic()
+            if self._routing.gone is not None:
+                return self._failed(str(self._routing.gone)), None
+            action = next_action(
+                policy,
+                self._model,
+                self._attempts,
+                self._routing.candidates(),
+                left,
+                self._rng,
+                coming=self._routing.any_left(),
+            )
+            match action:
+                case Send(status):
+                    reply = await self._send(status, tensors, left)
+                    if reply is not None:
+                        return self._answered(status, reply), reply
+                case WaitForHost(why) if left > 0:
+                    await self._wait(why, left)
+                case Refuse(why):
+                    raise PoolBusy(f"{why}; wait (when_full='wait'), or add browsers.")
+                case GiveUp(why) | WaitForHost(why):
+                    return self._failed(why), None
+
+    async def _send(
+        self, status: HostStatus, tensors: Mapping[str, np.ndarray[Any, Any]], left: float
+    ) -> RunReply | None:
+        ref, began = status.ref, self._elapsed()
+        # Two clients may give their operations the same names; a host must not mix them up.
+        whole_id = f"{self._client}/{self._op_id}" if self._client else self._op_id
+        request = RunRequest(whole_id, ref, self._model, left, self._digest)
+        try:
+            # The browser answers at the deadline at the latest, unless it is frozen itself.
+            async with asyncio.timeout(left + _FROZEN_GRACE_SECONDS):
+                reply = await self._routing.run(ref, request, tensors)
+        except (BrowserError, TimeoutError) as error:
+            fields = error.fields if isinstance(error, BrowserError) else {}
+            failure = categorize_browser_failure(
+                error, {**fields, "ref": ref, "op_id": self._op_id, "at": time.time()}
+            )
+            await self._failed_attempt(ref, failure, began)
+            return None
+        if reply is None:
+            return None  # the table changed under us: choose again
+        await self._routing.learn(reply.status)
+        if reply.failure is not None:
+            await self._failed_attempt(ref, reply.failure, began)
+            return None
+        if reply.busy:
+            return None
+        if self._steps:
+            took = self._elapsed() - began
+            self._steps.append(RecoveryStep("resubmitted", str(ref), began, took, "answered"))
+        return reply
+
+    async def _failed_attempt(self, ref: HostRef, failure: Failure, began: float) -> None:
+        self._attempts.append(Attempt(ref, failure))
+        self._steps.append(
+            RecoveryStep(
+                "failed", str(ref), began, self._elapsed() - began, str(failure.category), failure
+            )
+        )
+        gone = failure.category is not Category.CONNECTION_FAILURE and failure.scope in (
+            Scope.PAGE,
+            Scope.BROWSER,
+        )
+        if gone or failure.evidence.get("what") == "replaced":
+            await self._routing.distrust(ref)
+
+    async def _wait(self, why: str, left: float) -> None:
+        began = self._elapsed()
+        await self._routing.change(left)
+        if self._steps:
+            took = self._elapsed() - began
+            last = self._steps[-1]
+            if last.what == "waited":  # one step, however many changes woke us
+                self._steps.pop()
+                began, took = last.at, took + last.seconds
+            self._steps.append(RecoveryStep("waited", "", began, took, why))
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._begun
+
+    def _first_failure(self) -> Failure | None:
+        return next((a.failure for a in self._attempts if a.failure is not None), None)
+
+    def _answered(self, status: HostStatus, reply: RunReply) -> Result:
+        return Result(
+            self._op_id,
+            self._model,
+            self._op,
+            success=True,
+            level_effective=self._config.level_effective,
+            browser_id=status.ref.browser_id,
+            browser_type=status.browser,
+            epoch=status.ref.epoch,
+            backend=reply.backend,
+            recovery=tuple(self._steps),
+            original_error=self._first_failure(),
+            metrics={
+                "duration_ms": self._elapsed() * 1e3,
+                "in_page_ms": reply.in_page_ms,
+                "queue_ms": max(reply.host_ms - reply.in_page_ms, 0.0),
+                "bytes_out": float(reply.bytes),
+                "attempts": float(len(self._attempts) + 1),
+            },
+        )
+
+    def _failed(self, why: str) -> Result:
+        first = self._first_failure()
+        return Result(
+            self._op_id,
+            self._model,
+            self._op,
+            success=False,
+            level_effective=self._config.level_effective,
+            recovery=tuple(self._steps),
+            original_error=first,
+            error=f"{why} (first failure: {first})" if first else why,
+            metrics={
+                "duration_ms": self._elapsed() * 1e3,
+                "attempts": float(len(self._attempts)),
+            },
+        )
+
+
+def _browser_ids(
+    kinds: Mapping[BrowserType, int], taken: tuple[str, ...]
+) -> dict[str, BrowserType]:
+    """Names for new slots: the type and the first numbers that no living slot has."""
+    found: dict[str, BrowserType] = {}
+    for kind, count in kinds.items():
+        number = 0
+        for _ in range(count):
+            while f"{kind}-{number}" in taken or f"{kind}-{number}" in found:
+                number += 1
+            found[f"{kind}-{number}"] = kind
+    return found
+
+
+def _settled(state: PoolState, model: str) -> bool:
+    return model in state.models and not any(
+        record.phase is Phase.STARTING or record.models.get(model) is ModelPhase.LOADING
+        for record in state.browsers.values()
+    )
+
+
+def _why_lost(record: BrowserRecord) -> Exception:
+    """The error that the failure of a browser which can't be started was made from."""
+    from recovery import errors
+
+    failure = record.failure
+    message = failure.message if failure else f"{record.id} could not be started"
+    name = failure.evidence.get("error_type", "") if failure else ""
+    kind = getattr(errors, str(name), LaunchFailed)
+    return kind(message, browser=record.id, failure=failure)
+
+
+def _made_up_name() -> str:
+    return f"pool-{secrets.token_hex(3)}"

@@ -1,0 +1,71 @@
+"""What an operation comes to: the outputs, where they are from, and what it took to get them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from recovery.errors import OperationFailed
+from recovery.failures import Failure
+from recovery.kinds import Backend, BrowserType, Level
+
+
+@dataclass(frozen=True)
+class RecoveryStep:
+    """One step of getting an answer after a failure.
+
+    `what`: "failed" (an attempt ended without an answer), "waited" (for a browser to be ready),
+    "resubmitted" (the same operation id to another browser or incarnation). `at` is seconds
+    since the operation began, `seconds` how long the step took.
+    """
+
+    what: str
+    where: str
+    at: float
+    seconds: float
+    outcome: str
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """The one answer to one operation.
+
+    `metrics` holds duration_ms (the caller's whole wait), in_page_ms (the model's own run),
+    queue_ms (in the browser's queue and worker before it), bytes_in, bytes_out, attempts.
+    """
+
+    op_id: str
+    model: str
+    op: str
+    success: bool
+    level_effective: Level
+    browser_id: str = ""
+    browser_type: BrowserType | None = None
+    epoch: int = 0
+    backend: Backend | None = None
+    recovery: tuple[RecoveryStep, ...] = ()
+    original_error: Failure | None = None
+    error: str = ""
+    simulated: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    values: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict, repr=False)
+
+    @property
+    def recovered(self) -> bool:
+        """Whether something failed on the way to this answer."""
+        return self.success and self.original_error is not None
+
+    @property
+    def outputs(self) -> Mapping[str, np.ndarray[Any, Any]]:
+        """The answer's arrays by name (read-only). Raises `OperationFailed` if it failed."""
+        if not self.success:
+            raise OperationFailed(
+                f"{self.op} on {self.model} failed: {self.error}",
+                failure=self.original_error,
+                recovery=self.recovery,
+            )
+        return self.values

@@ -1,0 +1,254 @@
+"""A client's view of the pool: who can take an operation, kept up to date.
+
+The table is a hint; admission belongs to the browsers. One task long-polls the supervisor (which
+also renews the client's lease), and every reply refines what is known of its browser. This
+module must not choose: `recovery.answering` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+from actors.dataplane import DataLink
+from actors.messages import RunReply, RunRequest
+from actors.supervisor import Host, Table
+from recovery.errors import BrowserLost, PoolClosed, PoolError
+from recovery.kinds import Readiness
+from recovery.pool_state import Phase
+from recovery.records import HostRef, HostStatus
+
+_QUEUE_NEWS_SECONDS = 0.1  # a host that said it is full is asked again after this
+_DISTRUST_SECONDS = 2.0  # a dead browser is usually replaced or dropped within this
+_UNREACHABLE_SECONDS = 0.2  # between two calls of a supervisor that is out of reach
+
+
+class TableSource(Protocol):
+    async def watch(self, client: str, version: int, seconds: float) -> Table: ...
+
+
+class Routing:
+    """The routes of one client."""
+
+    def __init__(
+        self, source: TableSource, client: str, poll_seconds: float, node: str, bytes_max: int
+    ) -> None:
+        self._source = source
+        self._node = node
+        self._bytes_max = bytes_max
+        self._links: dict[str, DataLink] = {}
+        self._tokens: dict[str, str] = {}
+        self._client = client
+        self._poll_seconds = poll_seconds
+        self._patience_seconds = 3 * poll_seconds
+        self._distrusted: dict[HostRef, float] = {}
+        self._statuses: dict[HostRef, HostStatus] = {}
+        self._hosts: dict[HostRef, Host] = {}
+        self._outstanding: dict[HostRef, int] = {}
+        self._heard: dict[HostRef, float] = {}  # when each host last spoke for itself
+        self._opening = asyncio.Lock()  # one link to a worker, however many ask for it at once
+        self._changed = asyncio.Condition()
+        self._task: asyncio.Task[None] | None = None
+        self.table: Table | None = None
+        self.gone: PoolClosed | None = None
+
+    async def start(self) -> None:
+        """Get the first table and keep it up to date from then on."""
+        await self._take(await self._source.watch(self._client, -1, 0.0))
+        self._task = asyncio.create_task(self._follow(), name="routing")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        if self.gone is None:
+            self.gone = PoolClosed("this pool has been closed")
+        await self._announce()  # whoever waits for a browser must not wait for its deadline
+        for link in self._links.values():
+            await link.close()
+
+    async def _follow(self) -> None:
+        heard = time.monotonic()
+        while True:
+            version = self.table.version if self.table else -1
+            try:
+                table = await self._source.watch(self._client, version, self._poll_seconds)
+            except BrowserLost as error:  # out of reach now; after a lease it is given up
+                if time.monotonic() - heard > self._patience_seconds:
+                    self.gone = PoolClosed(f"the pool's supervisor is out of reach: {error}")
+                else:
+                    await asyncio.sleep(_UNREACHABLE_SECONDS)
+                    continue
+            except PoolError as error:
+                self.gone = error if isinstance(error, PoolClosed) else PoolClosed(str(error))
+            if self.gone is not None:
+                await self._announce()
+                return
+            heard = time.monotonic()
+            await self._take(table)
+
+    async def _take(self, table: Table) -> None:
+        if self.table is not None and table.version <= self.table.version:
+            return
+        self.table = table
+        refs = {route.status.ref for route in table.routes}
+        for route in table.routes:
+            known = self._statuses.get(route.status.ref)
+            # The host's own word on its queue is newer than the supervisor's guess.
+            queue_max = known.queue_max if known else route.status.queue_max
+            self._statuses[route.status.ref] = replace(route.status, queue_max=queue_max)
+            self._hosts[route.status.ref] = route.host
+            if route.status.ref.node == self._node:  # loopback addresses of others mean nothing
+                self._tokens[route.status.ref.address] = route.data_token
+        await self._drop_links({ref.address for ref in refs if ref.node == self._node})
+        for ref in self._statuses.keys() - refs:
+            del self._statuses[ref], self._hosts[ref]
+            self._heard.pop(ref, None)
+            self._distrusted.pop(ref, None)
+        await self._announce()
+
+    async def _announce(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    # -- what operations use ----------------------------------------------------------------------
+
+    def candidates(self) -> list[HostStatus]:
+        """Every known host, its queue counted as this client's own operations on it, or as it
+        said itself a moment ago if that is more."""
+        return [
+            replace(
+                status,
+                queue=max(self._queue_heard(status), self._outstanding.get(ref, 0)),
+                readiness=Readiness.DEAD if self._distrust_left(ref) > 0 else status.readiness,
+            )
+            for ref, status in self._statuses.items()
+        ]
+
+    def _distrust_left(self, ref: HostRef) -> float:
+        return self._distrusted.get(ref, -math.inf) - asyncio.get_running_loop().time()
+
+    def _queue_heard(self, status: HostStatus) -> int:
+        # Other clients' operations end without a word to this one, so such news grows old.
+        return status.queue if self._news_left(status.ref) > 0 else 0
+
+    def _news_left(self, ref: HostRef) -> float:
+        age = asyncio.get_running_loop().time() - self._heard.get(ref, -math.inf)
+        return _QUEUE_NEWS_SECONDS - age
+
+    def any_left(self) -> bool:
+        """Whether any browser runs, or is being started."""
+        records = self.table.state.browsers.values() if self.table else ()
+        return any(record.phase in (Phase.STARTING, Phase.READY) for record in records)
+
+    async def run(
+        self, ref: HostRef, request: RunRequest, tensors: Mapping[str, Any]
+    ) -> RunReply | None:
+        """Have `ref` run an operation: over the data plane if it is on this node, else by Ray.
+
+        None if the table no longer has it. Raises `BrowserLost`.
+        """
+        host = self._hosts.get(ref)
+        if host is None:
+            return None
+        try:
+            with self._sending(ref):
+                if not ref.address or ref.node != self._node:
+                    return await host.run(request, tensors)
+                return await self._run_linked(ref.address, request, tensors)
+        except BaseException:  # a reply is announced by `learn`; this also frees a place
+            await self._announce()
+            raise
+
+    async def _run_linked(
+        self, address: str, request: RunRequest, tensors: Mapping[str, Any]
+    ) -> RunReply:
+        link = await self._link(address)
+        try:
+            return await link.run(request, tensors)
+        except BrowserLost as error:
+            if error.fields.get("what") == "socket_closed":
+                # Was it the connection or the worker? If this fails, too, it was the worker.
+                await self._link(address)
+            raise
+
+    async def _link(self, address: str) -> DataLink:
+        async with self._opening:
+            link = self._links.get(address)
+            if link is None or link.closed:
+                link = DataLink(address, self._tokens.get(address, ""), self._bytes_max)
+                await link.open()
+                self._links[address] = link
+            return link
+
+    async def _drop_links(self, kept: set[str]) -> None:
+        for address in self._links.keys() - kept:
+            link = self._links[address]
+            if not link.busy:  # else whoever waits on it hears of its close
+                del self._links[address]
+                await link.close()
+        for address in self._tokens.keys() - kept:
+            del self._tokens[address]
+
+    @contextlib.contextmanager
+    def _sending(self, ref: HostRef) -> Iterator[None]:
+        """Count an operation as outstanding on `ref` for as long as it is."""
+        self._outstanding[ref] = self._outstanding.get(ref, 0) + 1
+        try:
+            yield
+        finally:
+            self._outstanding[ref] -= 1
+            if not self._outstanding[ref]:
+                del self._outstanding[ref]
+
+    async def learn(self, status: HostStatus) -> None:
+        """Take in what a host said of itself."""
+        known = self._statuses.get(status.ref)
+        if known is not None:  # a host doesn't know its own address: keep the table's
+            self._statuses[status.ref] = replace(status, ref=known.ref)
+            self._distrusted.pop(status.ref, None)
+            self._heard[status.ref] = asyncio.get_running_loop().time()
+        await self._announce()
+
+    async def distrust(self, ref: HostRef) -> None:
+        """This incarnation failed; leave it alone until the supervisor has replaced it.
+
+        For a while only: should the supervisor not agree that it failed, it is asked again.
+        """
+        if ref in self._statuses:
+            self._distrusted[ref] = asyncio.get_running_loop().time() + _DISTRUST_SECONDS
+
+    async def change(self, seconds: float) -> None:
+        """Wait until something may have changed, at most `seconds`."""
+        full = [status.ref for status in self._statuses.values() if status.full]
+        news = [*map(self._news_left, full), *map(self._distrust_left, self._distrusted)]
+        for left in news:
+            if left > 0:
+                seconds = min(seconds, left)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(seconds, 0.0)), self._changed:
+                await self._changed.wait()
+
+    async def until(self, condition: Callable[[Table], bool], seconds: float) -> Table:
+        """The first table for which `condition` holds. Raises `TimeoutError`, `PoolClosed`."""
+
+        def holds() -> bool:
+            return self.gone is not None or (self.table is not None and condition(self.table))
+
+        async with asyncio.timeout(seconds), self._changed:
+            await self._changed.wait_for(holds)
+        if self.gone is not None:
+            raise self.gone
+        assert self.table is not None
+        return self.table
+
+    def models(self) -> Mapping[str, object]:
+        return (
+            {name: order.entry for name, order in self.table.models.items()} if self.table else {}
+        )

@@ -1,0 +1,115 @@
+"""Real browsers: shared launches, one Ray for all, and a check that nothing is left behind."""
+
+from __future__ import annotations
+
+import glob
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+
+import psutil
+import pytest
+
+from actors import ray_actors
+from actors.binaries import find_binaries
+from actors.browser import BrowserHost
+from actors.messages import HostConfig, LaunchOrder, LaunchReport
+from recovery.errors import BrowserMissing
+from recovery.kinds import BrowserType
+from recovery.records import HostRef
+
+GONE_SECONDS = 5.0  # the promise: nothing outlives its owner by more
+ENGINES = (BrowserType.CHROME, BrowserType.FIREFOX, BrowserType.SAFARI)
+_MARKS = ("tabpool-profile-", "actors/warden.py", "chromedriver", "geckodriver", "WebKitWebDriver")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/browser" in str(item.path):
+            item.add_marker(pytest.mark.browser)
+
+
+def require(kind: BrowserType) -> None:
+    """Skip, saying why, where this engine is not installed."""
+    try:
+        find_binaries(kind)
+    except BrowserMissing as error:
+        pytest.skip(str(error))
+
+
+def our_processes() -> dict[int, str]:
+    """Every driver, browser, display and warden that was started by this project."""
+    found = {}
+    for process in psutil.process_iter(["pid", "cmdline", "name", "status"]):
+        line = " ".join(process.info["cmdline"] or ())
+        named = process.info["name"] in ("Xvfb", "MiniBrowser", "WebKitWebProcess")
+        if process.info["status"] != psutil.STATUS_ZOMBIE and (
+            named or any(mark in line for mark in _MARKS)
+        ):
+            found[process.info["pid"]] = line[:120]
+    return found
+
+
+# Profiles, and what the engines put into the temporary directory themselves.
+_FILES = (
+    "tabpool-profile-*",
+    "*org.chromium.*",
+    "rust_mozprofile*",
+    "Temp-*",
+    "WebKit*",
+    ".X11-unix/X*",
+)
+
+
+def our_files() -> set[str]:
+    folder = tempfile.gettempdir()
+    return {path for mark in _FILES for path in glob.glob(os.path.join(folder, mark))}
+
+
+def wait_gone(condition: Callable[[], object], seconds: float = GONE_SECONDS) -> None:
+    """Return when `condition` is falsy; fail, showing it, if it still is not in time."""
+    deadline = time.monotonic() + seconds
+    while left := condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"left behind after {seconds} s: {left}")
+        time.sleep(0.05)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    processes, files = our_processes(), our_files()
+    yield
+    wait_gone(lambda: {p: line for p, line in our_processes().items() if p not in processes})
+    wait_gone(lambda: our_files() - files)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """One Ray for all pools of the run; its address, for other processes to join."""
+    session = ray_actors.connect(None, dashboard=False)
+    yield ray_actors.cluster_address()
+    ray_actors.disconnect(session)
+
+
+LaunchedHost = tuple[BrowserHost, LaunchReport]
+
+
+@asynccontextmanager
+async def launched(kind: BrowserType, **config: object) -> AsyncIterator[LaunchedHost]:
+    """A browser host in this process, without Ray."""
+    require(kind)
+    lost: list[bool] = []
+    settings = HostConfig(**{"lease_seconds": 300.0, **config})  # type: ignore[arg-type]
+    host = BrowserHost(f"{kind}-0", kind, settings, lambda: lost.append(True))
+    try:
+        yield host, await host.launch(LaunchOrder(HostRef(f"{kind}-0", 0), term=1))
+    finally:
+        await host.stop()
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not await condition():
+        assert time.monotonic() < deadline, "it never became so"

@@ -1,0 +1,278 @@
+"""The answering loop of `pool.pool`, over a real supervisor and routing, on fake hosts."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.supervisor import Supervisor, SupervisorConfig
+from pool.config import PoolConfig
+from pool.pool import _Answering
+from pool.results import Result
+from pool.routing import Routing
+from recovery.errors import OperationFailed, PoolBusy, PoolClosed
+from recovery.failures import Category
+from recovery.kinds import Backend, BrowserType, Level, Strategy
+from recovery.supervision import RestartLimit
+from tests.fakes import FakeHosts, eventually, order
+
+X = {"x": np.arange(3, dtype=np.float32)}
+LIMIT = RestartLimit(restarts_max=1000)
+
+
+class Pool:
+    def __init__(self, hosts: FakeHosts, supervisor: Supervisor, routing: Routing) -> None:
+        self.hosts = hosts
+        self.supervisor = supervisor
+        self.routing = routing
+
+    async def ask(self, op_id: str = "op", seconds: float = 30.0, **options: Any) -> Result:
+        config = PoolConfig(**options).checked()
+        rng = random.Random(op_id)
+        answering = _Answering(config, self.routing, "m", "inference", op_id, rng)
+        result, reply = await answering.run(X, seconds)
+        if result.success:
+            assert reply is not None
+            np.testing.assert_array_equal(reply.outputs["x"], X["x"] + 1)
+        return result
+
+    async def in_flight(self, browser_id: str, count: int) -> None:
+        await eventually(lambda: len(self.hosts[browser_id].in_flight) == count)
+
+
+@contextlib.asynccontextmanager
+async def serving(*browsers: str, hosts: FakeHosts | None = None) -> AsyncIterator[Pool]:
+    """A pool of these browsers, each ready and with model m loaded."""
+    hosts = hosts or FakeHosts()
+    config = SupervisorConfig("p", Level.MEDIUM, Strategy.PROGRESSIVE, LIMIT, 60.0, True)
+    supervisor = Supervisor(config, hosts, lambda: None)
+    await supervisor.open("client", dict.fromkeys(browsers, BrowserType.CHROME))
+    await supervisor.load(order())
+    routing = Routing(supervisor, "client", 1.0, "node", 1 << 20)
+    await routing.start()
+    try:
+        yield Pool(hosts, supervisor, routing)
+    finally:
+        await routing.stop()
+        await supervisor.close()
+
+
+async def test_answer_on_the_first_attempt_tells_where_it_is_from():
+    async with serving("b-0") as pool:
+        result = await pool.ask()
+        assert result.success
+        assert not result.recovered
+        assert (result.browser_id, result.epoch, result.backend) == ("b-0", 0, Backend.WASM)
+        assert result.recovery == ()
+        assert result.metrics["attempts"] == 1
+
+
+async def test_browser_that_crashes_mid_operation_is_answered_for_by_the_other():
+    async with serving("b-0", "b-1") as pool:
+        for host in pool.hosts.all:
+            host.run_gate.clear()
+        asked = asyncio.create_task(pool.ask())
+        await eventually(lambda: any(host.in_flight for host in pool.hosts.all))
+        (unlucky,) = [host for host in pool.hosts.all if host.in_flight]
+        unlucky.launch_gate.clear()  # it takes its time to come back
+        unlucky.crash()
+        for host in pool.hosts.all:
+            host.run_gate.set()
+        result = await asked
+        assert result.recovered
+        assert result.browser_id != unlucky.ref.browser_id
+        assert [step.what for step in result.recovery] == ["failed", "resubmitted"]
+        assert result.recovery[0].failure == result.original_error
+        assert result.original_error.category is Category.CRASH
+        assert pool.hosts.answers() == {"op": 1}
+        unlucky.launch_gate.set()
+
+
+async def test_when_the_only_browser_dies_its_next_epoch_answers():
+    async with serving("b-0", hosts=FakeHosts(b_0=[{"crash_on_run": {0}}])) as pool:
+        result = await pool.ask()
+        assert result.recovered
+        assert (result.browser_id, result.epoch) == ("b-0", 1)
+        assert [step.what for step in result.recovery] == ["failed", "waited", "resubmitted"]
+        assert all(step.seconds >= 0 for step in result.recovery)
+
+
+async def test_worker_that_is_killed_mid_operation_is_replaced_and_answers():
+    async with serving("b-0", hosts=FakeHosts(b_0=[{"die_on_run": {0}}])) as pool:
+        result = await pool.ask()
+        assert result.recovered
+        assert result.epoch == 1
+        assert result.original_error.evidence["what"] == "worker_exited"
+        assert len(pool.hosts.made["b-0"]) == 2
+
+
+async def test_browser_that_keeps_crashing_ends_the_operation_after_its_attempts():
+    async with serving("b-0", hosts=FakeHosts(b_0=[{"crash_on_run": range(10)}])) as pool:
+        result = await pool.ask(max_recovery_attempts=2)
+        assert not result.success
+        assert not result.recovered
+        assert result.metrics["attempts"] == 2
+        assert "2 attempts failed" in result.error
+        with pytest.raises(OperationFailed, match="inference on m failed") as caught:
+            _ = result.outputs
+        assert caught.value.failure == result.original_error
+
+
+async def test_level_none_fails_at_the_first_crash():
+    hosts = FakeHosts(b_0=[{"crash_on_run": {0}}], b_1=[{"crash_on_run": {0}}])
+    async with serving("b-0", "b-1", hosts=hosts) as pool:
+        result = await pool.ask(level="none")
+        assert not result.success
+        assert result.metrics["attempts"] == 1
+        assert result.level_effective is Level.NONE
+
+
+async def test_error_that_both_browsers_report_is_not_tried_a_third_time():
+    wrong = [{"error_on_run": range(10)}]
+    names = ("b-0", "b-1", "b-2")
+    async with serving(*names, hosts=FakeHosts(b_0=wrong, b_1=wrong, b_2=wrong)) as pool:
+        result = await pool.ask()
+        assert not result.success
+        assert result.original_error.category is Category.API_ERROR
+        assert sum(host.runs for host in pool.hosts.all) == 2
+        assert all(host.ref.epoch == 0 for host in pool.hosts.all)  # no browser was harmed
+
+
+async def test_error_of_the_only_browser_does_not_wait_for_the_deadline():
+    async with serving("b-0", hosts=FakeHosts(b_0=[{"error_on_run": range(10)}])) as pool:
+        async with asyncio.timeout(5):
+            result = await pool.ask(seconds=600)
+        assert not result.success
+        assert pool.hosts["b-0"].runs == 2
+
+
+async def test_deadline_ends_the_operation_and_says_so():
+    async with serving("b-0") as pool:
+        pool.hosts["b-0"].run_gate.clear()
+        result = await pool.ask(seconds=0.05)
+        assert not result.success
+        assert result.original_error.category is Category.TIMEOUT
+        with pytest.raises(OperationFailed):
+            _ = result.outputs
+
+
+async def test_deadline_ends_the_wait_for_a_browser():
+    async with serving("b-0") as pool:
+        await pool.supervisor.unload("m")
+        await pool.routing.until(lambda table: not table.models, 5.0)
+        result = await pool.ask(seconds=0.05)
+        assert not result.success
+        assert "deadline" in result.error or "no browser" in result.error
+
+
+async def test_deadline_holds_even_if_a_worker_never_answers():
+    async with serving("b-0", "b-1") as pool:
+        never = asyncio.Event()
+
+        async def hang(*_):
+            await never.wait()
+
+        for host in pool.hosts.all:
+            host.run = hang
+        async with asyncio.timeout(1):
+            result = await pool.ask(seconds=0.05)
+        assert not result.success
+
+
+async def test_full_queues_are_waited_for():
+    async with serving("b-0", hosts=FakeHosts(b_0=[{"queue_max": 2}])) as pool:
+        host = pool.hosts["b-0"]
+        host.run_gate.clear()
+        asked = [asyncio.create_task(pool.ask(f"op{n}")) for n in range(10)]
+        await eventually(lambda: bool(host.in_flight))
+        for _ in range(50):
+            assert len(host.in_flight) <= 2
+            await asyncio.sleep(0)
+        host.run_gate.set()
+        results = await asyncio.gather(*asked)
+        assert all(result.success and not result.recovered for result in results)
+        assert pool.hosts.answers() == {f"op{n}": 1 for n in range(10)}
+
+
+async def test_full_queues_are_refused_if_the_caller_wants_that():
+    async with serving("b-0", hosts=FakeHosts(b_0=[{"queue_max": 1}])) as pool:
+        pool.hosts["b-0"].run_gate.clear()
+        first = asyncio.create_task(pool.ask("first", when_full="error"))
+        await pool.in_flight("b-0", 1)
+        with pytest.raises(PoolBusy, match="queue limit"):
+            await pool.ask("second", when_full="error")
+        pool.hosts["b-0"].run_gate.set()
+        assert (await first).success
+        assert (await pool.ask("third", when_full="error")).success
+
+
+async def test_host_that_another_client_filled_is_asked_again_when_it_is_free():
+    """Nobody tells this client that the other's operations are done."""
+    async with serving("b-0", hosts=FakeHosts(b_0=[{"queue_max": 1}])) as pool:
+        host = pool.hosts["b-0"]
+        host.in_flight.append("somebody else's")
+        asked = asyncio.create_task(pool.ask(seconds=5.0))
+        await eventually(lambda: bool(pool.routing.candidates()[0].full))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        host.in_flight.remove("somebody else's")
+        assert (await asked).success
+
+
+async def test_caller_who_gives_up_makes_room_for_who_waits():
+    async with serving("b-0", hosts=FakeHosts(b_0=[{"queue_max": 1}])) as pool:
+        host = pool.hosts["b-0"]
+        host.run_gate.clear()
+        first = asyncio.create_task(pool.ask("first"))
+        await pool.in_flight("b-0", 1)
+        second = asyncio.create_task(pool.ask("second"))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        first.cancel()
+        await eventually(lambda: host.in_flight == ["second"])
+        host.run_gate.set()
+        assert (await second).success
+
+
+async def test_pool_that_closes_ends_what_waits():
+    async with serving("b-0") as pool:
+        await pool.supervisor.unload("m")
+        await pool.routing.until(lambda table: not table.models, 5.0)
+        asked = asyncio.create_task(pool.ask())
+        await asyncio.sleep(0)
+        pool.routing.gone = PoolClosed("the pool is closed")
+        await pool.routing._announce()
+        result = await asked
+        assert not result.success
+        assert "closed" in result.error
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_none_lost_and_none_answered_twice_while_browsers_crash(seed):
+    rng = random.Random(seed)
+    names = [f"b-{n}" for n in range(4)]
+    scripts = {
+        name.replace("-", "_"): [
+            {
+                "crash_on_run": {rng.randrange(40) for _ in range(4)},
+                "die_on_run": {rng.randrange(20, 60)},
+            }
+            for _ in range(3)
+        ]
+        for name in names
+    }
+    async with serving(*names, hosts=FakeHosts(**scripts)) as pool:
+        ids = [f"op{n}" for n in range(200)]
+        async with asyncio.timeout(20):
+            results = await asyncio.gather(
+                *(pool.ask(op_id, max_recovery_attempts=50) for op_id in ids)
+            )
+        assert [result.op_id for result in results] == ids
+        assert all(result.success for result in results)
+        assert pool.hosts.answers() == dict.fromkeys(ids, 1)
+        assert any(result.recovered for result in results)
+        assert len(pool.supervisor._state.repairs) >= 4
