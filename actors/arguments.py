@@ -69,7 +69,7 @@ _CHROMIUM = (
 )
 _CHROMIUM_GPU = {
     Gpu.OFF: ("--disable-gpu",),
-    Gpu.AUTO: ("--enable-unsafe-webgpu",),
+    Gpu.AUTO: ("--enable-unsafe-webgpu", "--enable-features=WebMachineLearningNeuralNetwork"),
     Gpu.SOFTWARE: (
         "--enable-unsafe-webgpu",
         "--use-webgpu-adapter=swiftshader",

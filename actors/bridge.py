@@ -3,8 +3,10 @@
 Bound to loopback. The page enters once with a single-use ticket and gets the token in a cookie;
 sockets also carry it as a subprotocol, and every request's Host and Origin are checked. `data`
 is the worker's socket (frames), `control` the main thread's (ping, console, visibility), so that
-a busy worker still answers pings. This module must not launch browsers or judge failures: it
-reports what it sees through `on_event`.
+a busy worker still answers pings. A socket that closes does not end the page: it opens another
+with the same token, as often as it must, until `end_page`; the page itself is served once only, so
+that one which was loaded again (and so has no models) can't take the place of the first. This
+module must not launch browsers or judge failures: it reports what it sees through `on_event`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import math
 import secrets
 import time
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +34,8 @@ from sharding.signature import ModelSpec
 
 PROTOCOL = "tabpool.v1"
 _COOKIE = "tabpool"
+_SOCKETS = ("control", "data")
+_SOCKET_PATHS = frozenset(f"/{name}" for name in _SOCKETS)
 _WORK_SECONDS = 300.0  # of one request, where the caller does not say
 _CONTROL_BYTES_MAX = 64 * 1024
 _CONSOLE_LINES_MAX = 100
@@ -60,7 +64,7 @@ class PageConfig:
 @dataclass(frozen=True)
 class BridgeEvent:
     """Something seen on a socket: `what` is one of hello, closed, console, worker_failed,
-    visibility; `epoch` is the page's."""
+    visibility; `epoch` is the page's. After `closed` the page may open that socket again."""
 
     what: str
     epoch: int
@@ -85,8 +89,10 @@ class Bridge:
         self._epoch = -1
         self._token = ""
         self._ticket = ""
+        self._served = False  # the page of this epoch
         self._sockets: dict[str, web.WebSocketResponse] = {}
-        self._data_open = asyncio.Event()
+        self._requests: dict[str, web.Request] = {}  # that each socket came from
+        self._changed = asyncio.Event()  # set, and replaced, when a socket opens or the page ends
         self._pending: dict[str, asyncio.Future[Frame]] = {}
         # What the page has not answered, in the order in which it works, with the longest that
         # each may take; abandoned ones too, since the page still computes them.
@@ -140,7 +146,9 @@ class Bridge:
         origin = request.headers.get("Origin")
         if origin is not None and origin != f"http://{self._host}":
             raise web.HTTPForbidden(text="wrong origin")
-        if not request.path.startswith("/enter/"):
+        # A socket carries the token itself, and gets the cookie with it: a browser whose network
+        # process died has lost it.
+        if not request.path.startswith("/enter/") and request.path not in _SOCKET_PATHS:
             token = request.cookies.get(_COOKIE, "")
             if not (self._token and hmac.compare_digest(token.encode(), self._token.encode())):
                 raise web.HTTPForbidden(text="no token")
@@ -156,10 +164,13 @@ class Bridge:
         ):
             raise web.HTTPForbidden(text="no ticket")
         response = web.Response(status=303, headers={"Location": "/", "Cache-Control": "no-store"})
-        response.set_cookie(_COOKIE, self._token, httponly=True, samesite="Strict", path="/")
+        _give_cookie(response, self._token)
         return response
 
     async def _index(self, request: web.Request) -> web.StreamResponse:
+        if self._served:
+            raise web.HTTPForbidden(text="the page was served already")
+        self._served = True
         config = {
             "protocol": PROTOCOL,
             "token": self._token,
@@ -190,9 +201,25 @@ class Bridge:
 
     # -- the sockets --------------------------------------------------------------------------
 
-    async def _open_socket(self, request: web.Request, bytes_max: int) -> web.WebSocketResponse:
+    async def _control(self, request: web.Request) -> web.StreamResponse:
+        return await self._serve("control", request, _CONTROL_BYTES_MAX, self._on_control)
+
+    async def _data(self, request: web.Request) -> web.StreamResponse:
+        limit = self._config.message_bytes_max + _FRAME_OVERHEAD_BYTES
+        return await self._serve("data", request, limit, self._on_data)
+
+    async def _serve(
+        self,
+        name: str,
+        request: web.Request,
+        bytes_max: int,
+        on_message: Callable[[Any, int], None],
+    ) -> web.StreamResponse:
+        token = self._token
         offered = [p.strip() for p in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
-        if len(offered) != 2 or not hmac.compare_digest(offered[1].encode(), self._token.encode()):
+        if len(offered) != 2 or not (
+            token and hmac.compare_digest(offered[1].encode(), token.encode())
+        ):
             raise web.HTTPForbidden(text="no token")
         if request.headers.get("Origin") is None:
             raise web.HTTPForbidden(text="no origin")
@@ -200,36 +227,25 @@ class Bridge:
         socket = web.WebSocketResponse(
             protocols=(PROTOCOL,), compress=False, max_msg_size=bytes_max, timeout=1.0
         )
+        _give_cookie(socket, token)
         await socket.prepare(request)
-        return socket
-
-    async def _control(self, request: web.Request) -> web.StreamResponse:
-        socket = await self._open_socket(request, _CONTROL_BYTES_MAX)
-        return await self._serve("control", socket, self._on_control)
-
-    async def _data(self, request: web.Request) -> web.StreamResponse:
-        limit = self._config.message_bytes_max + _FRAME_OVERHEAD_BYTES
-        socket = await self._open_socket(request, limit)
-        return await self._serve("data", socket, self._on_data)
-
-    async def _serve(
-        self, name: str, socket: web.WebSocketResponse, on_message: Callable[[Any, int], None]
-    ) -> web.StreamResponse:
+        if token != self._token:  # ended or replaced while the socket opened
+            await socket.close(code=WSCloseCode.POLICY_VIOLATION)
+            return socket
         if name in self._sockets:  # one page only; a second tab of it is refused
             await socket.close(code=WSCloseCode.POLICY_VIOLATION)
             return socket
         epoch = self._epoch
-        self._sockets[name] = socket
-        if name == "data":
-            self._data_open.set()
+        self._sockets[name], self._requests[name] = socket, request
+        self._tell_change()
         try:
             async for message in socket:
                 if message.type in (WSMsgType.BINARY, WSMsgType.TEXT):
                     on_message(message.data, epoch)
         finally:
             if self._sockets.get(name) is socket:
-                del self._sockets[name]
-                self._fail_pending(f"the page's {name} socket closed")
+                del self._sockets[name], self._requests[name]
+                self._fail_pending((name,), f"the page's {name} socket closed", "socket_closed")
                 if epoch == self._epoch:
                     self._on_event(BridgeEvent("closed", epoch, {"socket": name}))
         return socket
@@ -277,32 +293,71 @@ class Bridge:
         self.end_page("the browser was replaced")
         self._epoch, self._host = epoch, host
         self._token, self._ticket = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
-        self._data_open = asyncio.Event()
+        self._served = False
         self.console.clear()
         return f"/enter/{self._ticket}"
 
     def end_page(self, why: str) -> None:
         """Refuse the present page from now on, and fail whoever waits for it."""
         self._token = self._ticket = ""
-        sockets, self._sockets = self._sockets, {}
+        sockets, self._sockets, self._requests = self._sockets, {}, {}
         for socket in sockets.values():
             closing = asyncio.ensure_future(_close(socket))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
-        self._fail_pending(why)
+        self._fail_pending(_SOCKETS, why)
+        self._tell_change()
 
-    def _fail_pending(self, why: str) -> None:
-        futures: list[asyncio.Future[Any]] = [*self._pending.values(), *self._pongs.values()]
-        self._pending, self._pongs = {}, {}
-        self._exchanges.clear()
+    def _fail_pending(self, names: tuple[str, ...], why: str, what: str = "") -> None:
+        futures: list[asyncio.Future[Any]] = []
+        if "data" in names:
+            futures += self._pending.values()
+            self._pending = {}
+            self._exchanges.clear()  # the page drops what it has not begun
+        if "control" in names:
+            futures += self._pongs.values()
+            self._pongs = {}
+        facts = {"what": what} if what else {}
         for future in futures:
             if not future.done():
-                future.set_exception(BrowserLost(why))
+                future.set_exception(BrowserLost(why, **facts))
                 future.exception()  # whoever waited may have gone; that is no unseen error
 
+    def _tell_change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    @property
+    def connected(self) -> bool:
+        """Whether both sockets of the page are open."""
+        return len(self._sockets) == len(_SOCKETS)
+
     async def opened(self) -> None:
-        """Wait until the page's worker has opened its data socket."""
-        await self._data_open.wait()
+        """Wait until the page's worker has its data socket open. Raises `BrowserLost`."""
+        await self._open_socket_of("data")
+
+    async def reconnected(self) -> None:
+        """Wait until the page has both sockets open. Raises `BrowserLost` when it is ended."""
+        while not self.connected:  # the first may close again while the second opens
+            for name in _SOCKETS:
+                await self._open_socket_of(name)
+
+    async def _open_socket_of(self, name: str) -> web.WebSocketResponse:
+        """The page's socket, once it is open. Raises `BrowserLost` when the page is ended."""
+        token = self._token
+        while token and token == self._token:
+            socket = self._sockets.get(name)
+            if socket is not None:
+                return socket
+            await self._changed.wait()
+        raise BrowserLost("the page is not connected")
+
+    def drop(self, names: Iterable[str] = _SOCKETS) -> None:
+        """Break connections, as a network does; the page may open them again. For tests."""
+        for name in names:
+            request = self._requests.get(name)
+            if request is not None and request.transport is not None:
+                request.transport.abort()
 
     def _answered(self, op_id: str) -> None:
         if self._exchanges.pop(op_id, None) is not None:
@@ -326,13 +381,12 @@ class Bridge:
         """Send a frame and wait for the reply to its operation id.
 
         `seconds_max` is how long the page may work on it before `overdue` names it; time spent
-        behind others does not count. Raises `BrowserLost` when the page goes away and
-        `PageError` when it reports an error.
+        behind others does not count, nor does the time until a data socket that is away is open
+        again. Raises `BrowserLost` when the socket closes (`what` is `socket_closed`) or the page
+        is ended, and `PageError` when it reports an error.
         """
-        socket = self._sockets.get("data")
-        if socket is None:
-            raise BrowserLost("the page is not connected")
         data = encode(frame, bytes_max=self._config.message_bytes_max)
+        socket = await self._open_socket_of("data")
         reply: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
         self._pending[frame.op_id] = reply
         if not self._exchanges:
@@ -342,7 +396,7 @@ class Bridge:
             await socket.send_bytes(data)
             answer = await reply
         except ConnectionError as error:
-            raise BrowserLost("the page's data socket is closed") from error
+            raise BrowserLost("the page's data socket is closed", what="socket_closed") from error
         finally:
             if self._pending.get(frame.op_id) is reply:
                 del self._pending[frame.op_id]
@@ -352,10 +406,13 @@ class Bridge:
         return answer
 
     async def ping(self) -> None:
-        """Return when the page's main thread has answered. Raises `BrowserLost`."""
+        """Return when the page's main thread has answered. Raises `BrowserLost`.
+
+        Does not wait for a socket that is away: `what` is `socket_closed` then.
+        """
         socket = self._sockets.get("control")
         if socket is None:
-            raise BrowserLost("the page is not connected")
+            raise BrowserLost("the page is not connected", what="socket_closed")
         number = secrets.randbits(48)
         pong: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pongs[number] = pong
@@ -363,7 +420,9 @@ class Bridge:
             await socket.send_str(json.dumps({"kind": "ping", "id": number}))
             await pong
         except ConnectionError as error:
-            raise BrowserLost("the page's control socket is closed") from error
+            raise BrowserLost(
+                "the page's control socket is closed", what="socket_closed"
+            ) from error
         finally:
             self._pongs.pop(number, None)
 
@@ -376,6 +435,10 @@ class Bridge:
             self._assets.pop(path, None)
 
 
+def _give_cookie(response: web.StreamResponse, token: str) -> None:
+    response.set_cookie(_COOKIE, token, httponly=True, samesite="Strict", path="/")
+
+
 async def _close(socket: web.WebSocketResponse) -> None:
     with contextlib.suppress(ConnectionError, RuntimeError, asyncio.TimeoutError):
-        await socket.close(code=WSCloseCode.GOING_AWAY)
+        await socket.close(code=WSCloseCode.POLICY_VIOLATION)  # tells the page not to come back

@@ -1,8 +1,10 @@
 """One browser: the owner of its processes, its Selenium session and its bridge.
 
 A plain class, wrapped as a Ray actor in `actors.ray_actors`. It launches when ordered, answers
-operations, notices every death at once and reports it; it bounds its own queue. It must not
-decide what follows from a failure: the supervisor does.
+operations, notices every death at once and reports it; it bounds its own queue, and refuses what
+its circuit breakers refuse. What it reports is numbered and kept until a supervisor acknowledges
+it, so that none is lost with a supervisor. It must not decide what follows from a failure: the
+supervisor does.
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ import asyncio
 import contextlib
 import hashlib
 import itertools
+import math
 import os
+import sys
 import time
 import zlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -27,17 +31,22 @@ from actors.arguments import Gpu, LaunchSettings, default_settings
 from actors.binaries import Binaries, find_binaries
 from actors.bridge import Bridge, BridgeEvent, PageConfig
 from actors.dataplane import DataServer
+from actors.guarding import Admission, HostBreakers
 from actors.messages import (
     HostConfig,
     HostEvent,
+    HostReport,
     LaunchOrder,
     LaunchReport,
     RunReply,
     RunRequest,
 )
-from actors.processes import DeathWatch, Warden, WardenOrder
+from actors.processes import DeathWatch, Warden, WardenOrder, page_processes
 from actors.profiles import new_profile_path, save_template, template_lock, template_path
 from actors.session import Session, driver_command, free_port
+from recovery.adjustments import merge_arguments
+from recovery.breaker import CircuitState, Snapshot
+from recovery.breakers import BreakerKey
 from recovery.errors import (
     BrowserError,
     BrowserLost,
@@ -55,8 +64,11 @@ from sharding.frames import Frame
 from sharding.inputs import warmup_inputs
 from sharding.signature import ModelSpec
 
+_OUTAGE_JUDGED_SECONDS = 0.15  # after which an outage is one, and no death
 _SOCKET_TO_EXIT_SECONDS = 0.005  # a process's sockets close a moment before its exit is visible
-_EVENTS_MAX = 256
+_PAGE_EXIT_SECONDS = 1.0  # a page process that ended within so much before a close explains it
+_PING_AGAIN_SECONDS = 0.005
+_EVENTS_MAX = 256  # not yet acknowledged
 _WATCHDOG_SECONDS_MAX = 0.5
 _WATCHDOG_SECONDS_MIN = 0.01
 _XVFB_ARGUMENTS = ("-screen", "0", "1024x768x24", "-nolisten", "tcp", "-noreset")
@@ -116,7 +128,17 @@ class BrowserHost:
         self._lease_until = 0.0
         self._lease_task: asyncio.Task[None] | None = None
         self._watchdog_task: asyncio.Task[None] | None = None
-        self._events: asyncio.Queue[HostEvent] = asyncio.Queue(_EVENTS_MAX)
+        self._events: deque[HostEvent] = deque(maxlen=_EVENTS_MAX)  # the oldest is dropped
+        self._seq = 0
+        self._news = asyncio.Event()  # set, and replaced, with every event
+        self._breakers = HostBreakers(browser_id, config.breaker, self._on_breakers, clock, wall)
+        self._outage: asyncio.Task[None] | None = None  # from a socket's close to both being open
+        self._out_of_touch: Failure | None = None  # while it lasts
+        self._page_ended = asyncio.Event()
+        self._judged = asyncio.Event()  # clear while it isn't known what an outage is
+        self._judged.set()
+        self._page_ended_at = -math.inf
+        self._memory_bytes = 0
         self._cause: Failure | None = None  # why the present incarnation is over
         self._models: dict[str, NumericId] = {}
         self._specs: dict[str, ModelSpec] = {}
@@ -131,6 +153,8 @@ class BrowserHost:
         self._facts: BrowserFacts | None = None
         self._warm_runs = config.warm_runs
         self._launching: asyncio.Task[LaunchReport] | None = None
+        self._launched: asyncio.Task[LaunchReport] | None = None  # the same, with its errors told
+        self._report: LaunchReport | None = None  # while the incarnation is ready
         self._loading = asyncio.Lock()  # an unload must not overtake the load before it
 
     # -- launching --------------------------------------------------------------------------------
@@ -138,45 +162,71 @@ class BrowserHost:
     async def launch(self, order: LaunchOrder) -> LaunchReport:
         """Become the incarnation `order.ref`, with whatever was there before ended.
 
-        Raises `StaleTerm`, `SetupError` (something is not installed) or `LaunchFailed`.
+        The launch goes on when this call is abandoned. The same order again joins it, or gets
+        what it came to. Raises `StaleTerm`, `SetupError` (something is not installed),
+        `LaunchFailed`, or `BrowserLost` if the incarnation was launched and has ended.
         """
         self._accept_term(order.term)
+        if order.ref != self._ref or self._launched is None:
+            self._begin_launch(order)
+        assert self._launched is not None
+        report = await asyncio.shield(self._launched)
+        if order.ref != self._ref or self._report is None:
+            raise self._why_ended(order.ref)
+        return report
+
+    def _begin_launch(self, order: LaunchOrder) -> None:
         if order.ref.epoch <= self._ref.epoch:
             raise StaleTerm(f"{order.ref} was ordered, but {self._ref} has been here")
+        fresh = self._launched is None
         self._retire()
         self._ref, self._cause = order.ref, None
         self._warm_runs = self._config.warm_runs if order.warm else 1
         self._readiness = Readiness.STARTING
         self._models, self._specs = {}, {}
+        if fresh:  # else this worker's own breakers know better
+            self._breakers.restore(order.breakers)
+            if order.death is not None:
+                self._breakers.observe(order.death)
         self._launching = asyncio.create_task(self._launch(order), name=f"launch {order.ref}")
+        self._launched = asyncio.create_task(
+            self._launch_in_time(order.ref, self._launching), name="launched"
+        )
+        self._launched.add_done_callback(_note_error)
+
+    async def _launch_in_time(
+        self, ref: HostRef, launching: asyncio.Task[LaunchReport]
+    ) -> LaunchReport:
         try:
             async with asyncio.timeout(self._config.launch_seconds):
-                report = await self._launching
+                report = await launching
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
-                self._retire()
-                raise  # it is this call that is not wanted any more
-            raise self._why_not_launched(order.ref) from None
+                self._retire_if(ref)
+                raise  # the event loop ends
+            raise self._why_not_launched(ref) from None
         except TimeoutError as error:
-            self._retire()
+            self._retire_if(ref)
             raise LaunchFailed(
                 f"{self._kind} was not ready within {self._config.launch_seconds:g} s. "
                 "The machine may be overloaded: raise `launch_seconds`, or see `tabpool doctor`.",
                 console=self._console(),
             ) from error
         except OSError as error:
-            self._retire()
+            self._retire_if(ref)
             raise SetupError(
                 f"{self._kind} could not be launched: {error}. Check that the cache directory "
                 "(TABPOOL_CACHE) and the temporary directory can be written and have space."
             ) from error
         except PoolError as error:
-            self._retire()
+            self._retire_if(ref)
             if isinstance(error, BrowserLost):  # lost while launching is not launched
                 raise LaunchFailed(str(error), console=self._console()) from error
             raise
-        self._readiness = Readiness.READY
+        if self._ref != ref or self._readiness is not Readiness.STARTING:
+            raise self._why_not_launched(ref)  # it ended in the moment it was ready
+        self._readiness, self._report = Readiness.READY, report
         return report
 
     def _why_not_launched(self, ref: HostRef) -> BrowserError:
@@ -185,13 +235,18 @@ class BrowserHost:
             return LaunchFailed(f"{ref} ended while it launched: {cause.message}")
         return BrowserLost(f"{ref} was stopped while it launched")
 
+    def _why_ended(self, ref: HostRef) -> BrowserError:
+        cause = self._cause
+        if cause is not None and cause.ref == ref:
+            what = cause.evidence.get("what", "page_closed")
+            return BrowserLost(f"{ref} was launched, and has ended: {cause.message}", what=what)
+        return BrowserLost(f"{ref} was launched, and was stopped", what="replaced")
+
     async def _launch(self, order: LaunchOrder) -> LaunchReport:
         marks = {"begun": self._clock()}
         binaries = find_binaries(self._kind, headless=self._config.headless)
         self._binaries = binaries
-        settings = host_settings(self._kind, self._config).adjusted(
-            order.arguments, order.preferences
-        )
+        settings = _with_order(host_settings(self._kind, self._config), order)
         if not self._data.address:
             await self._data.start()
         if self._bridge is None:
@@ -215,7 +270,8 @@ class BrowserHost:
         marks["page"] = self._clock()
         if order.warm:
             await self._warm_page()
-        facts = self._facts = await self._page_facts()
+        facts, _ = await asyncio.gather(self._page_facts(), self._watch_page(order.ref))
+        self._facts = facts
         marks["warm"] = self._clock()
         self._watchdog_task = asyncio.create_task(self._watchdog(order.ref), name="watchdog")
         names = list(marks)
@@ -278,12 +334,23 @@ class BrowserHost:
     async def _page_ready(self) -> None:
         assert self._page_closed is not None
         opened = asyncio.ensure_future(self._require_bridge().opened())
-        done, _ = await asyncio.wait(
-            {opened, self._page_closed}, return_when=asyncio.FIRST_COMPLETED
-        )
-        if opened not in done:
+        try:
+            await asyncio.wait({opened, self._page_closed}, return_when=asyncio.FIRST_COMPLETED)
+            if not opened.done():
+                raise LaunchFailed(f"the page of {self._kind} ended while it loaded")
+            await opened
+        finally:
             opened.cancel()
-            raise LaunchFailed(f"the page of {self._kind} ended while it loaded")
+
+    async def _watch_page(self, ref: HostRef) -> None:
+        """Notice when a process ends that may be the page's. Whether it was, its sockets tell."""
+        if self._warden is None or sys.platform != "linux":
+            return  # elsewhere each watch costs a thread: there a reconnect that fails must do
+        processes = await asyncio.to_thread(page_processes, self._warden.tree, self._kind)
+        if ref == self._ref and self._readiness is not Readiness.DEAD:
+            for pid in processes:
+                if pid not in self._pids.values():
+                    self._watch.add(pid, partial(self._page_process_ended, ref))
 
     async def _warm_page(self, seconds: float = 0.0) -> None:
         await self._ask("warm", {"backend": str(Backend.WASM), "seconds": seconds})
@@ -417,6 +484,7 @@ class BrowserHost:
         async with self._loading:
             self._require_ref(ref)
             self._models.pop(model, None)
+            self._breakers.forget(model)
             spec = self._specs.pop(model, None)
             if spec is not None:
                 await self._ask("unload", {"model": model})
@@ -431,7 +499,9 @@ class BrowserHost:
 
         Never raises for what a browser does; raises `CallerError` (a message over the limit).
         """
-        key = f"run:{request.op_id}:{request.model}:{_fingerprint(tensors):08x}"
+        spec = self._specs.get(request.model)
+        digest = request.digest or (spec.digest if spec else "")
+        key = f"run:{request.op_id}:{digest[:16]}:{request.model}:{_fingerprint(tensors):08x}"
         answered = self._answers.get(key)
         if answered is not None:
             return replace(answered, status=self.status(), repeated=True)
@@ -440,7 +510,10 @@ class BrowserHost:
             refusal = self._refusal(request)
             if refusal is not None:
                 return refusal
-            running = asyncio.create_task(self._run(key, request, tensors), name=key)
+            admission = self._breakers.admit(request.model)
+            if admission is None:
+                return RunReply(self.status(), busy=True)  # `status.blocked` says by what
+            running = asyncio.create_task(self._run(key, request, tensors, admission), name=key)
             self._in_flight[key] = running
             running.add_done_callback(lambda _: self._in_flight.pop(key, None))
         return replace(await asyncio.shield(running), status=self.status())
@@ -461,7 +534,11 @@ class BrowserHost:
         return RunReply(status, busy=True) if status.full else None
 
     async def _run(
-        self, key: str, request: RunRequest, tensors: Mapping[str, np.ndarray[Any, Any]]
+        self,
+        key: str,
+        request: RunRequest,
+        tensors: Mapping[str, np.ndarray[Any, Any]],
+        admission: Admission,
     ) -> RunReply:
         ref, begun, queued = self._ref, self._clock(), len(self._in_flight)
         frame = Frame(
@@ -478,12 +555,22 @@ class BrowserHost:
                 answer = await self._require_bridge().request(frame, self._config.hang_seconds)
         except TimeoutError:
             message = f"no answer within {request.seconds:.1f} s"
-            failure = self._failure(message, "deadline_passed", request.op_id, ref)
+            failure = self._failure(
+                message, "deadline_passed", request.op_id, ref, model=request.model
+            )
+            if self._bridge is not None and self._bridge.connected:
+                admission.failed(failure, cured=not request.last)
+            else:
+                admission.abandoned()  # the model can't answer while its page is away
             return RunReply(self.status(), failure=failure)
-        except CallerError:
+        except PageError as error:
+            return RunReply(self.status(), failure=self._page_failed(error, request, admission))
+        except BaseException as error:
+            admission.abandoned()
+            if isinstance(error, PoolError) and not isinstance(error, CallerError):
+                return RunReply(self.status(), failure=await self._failure_of(error, ref, request))
             raise
-        except PoolError as error:
-            return RunReply(self.status(), failure=await self._failure_of(error, ref, request))
+        admission.succeeded()
         self._served += 1
         reply = RunReply(
             self.status(),
@@ -497,19 +584,28 @@ class BrowserHost:
         self._remember(key, reply)
         return reply
 
+    def _page_failed(self, error: PageError, request: RunRequest, admission: Admission) -> Failure:
+        what = str(error.fields.get("what", "run_failed"))
+        facts = {**error.fields, "model": request.model}
+        facts.pop("what", None)
+        failure = self._failure(str(error), what, request.op_id, request.ref, **facts)
+        if what == "not_loaded":  # it was unloaded meanwhile
+            admission.abandoned()
+        else:
+            admission.failed(failure, cured=not request.last)
+        if failure.scope is Scope.PAGE:
+            self._give_up(failure)  # out of memory, say: it would fail every other one, too
+        return failure
+
     async def _failure_of(self, error: PoolError, ref: HostRef, request: RunRequest) -> Failure:
-        if isinstance(error, PageError):
-            what = str(error.fields.get("what", "run_failed"))
-            failure = self._failure(str(error), what, request.op_id, ref)
-            if failure.scope is Scope.PAGE:
-                self._give_up(failure)  # out of memory, say: it would fail every other one, too
-            return failure
-        # The page is gone; what took it is known a moment later.
-        if self._ref == ref and self._readiness is Readiness.READY:
+        # The page is gone, or only its socket; what took it is known a moment later.
+        if self._ref == ref and self._cause is None and self._judged.is_set():
             await asyncio.sleep(_SOCKET_TO_EXIT_SECONDS)
+        await self._judged.wait()
         if self._cause is not None and self._cause.ref == ref:
             return replace(self._cause, op_id=request.op_id)
-        return self._failure(str(error), "page_closed", request.op_id, ref)
+        what = str(error.fields.get("what", "page_closed"))
+        return self._failure(str(error), what, request.op_id, ref)
 
     def _remember(self, op_id: str, reply: RunReply) -> None:
         if reply.bytes > self._config.answers_kept_bytes_max:
@@ -534,20 +630,79 @@ class BrowserHost:
             models=dict(self._models),
             served=self._served,
             term=self._term,
+            blocked=self._breakers.blocked(),
+            memory_bytes=self._memory_bytes,
         )
 
     async def memory_bytes(self) -> int:
-        """Resident bytes of the browser's whole process tree."""
-        return await asyncio.to_thread(self._warden.memory_bytes) if self._warden else 0
+        """Resident bytes of the browser's whole process tree; `status` has the latest, too."""
+        ref, warden = self._ref, self._warden
+        found = await asyncio.to_thread(warden.memory_bytes) if warden else 0
+        if ref == self._ref:
+            self._memory_bytes = found
+        return found
 
-    async def next_event(self, term: int, seconds: float) -> HostEvent | None:
-        """The next thing that happened here, or None when nothing did for `seconds`."""
+    async def next_event(
+        self,
+        term: int,
+        seconds: float,
+        after: int = 0,
+        peers: Mapping[BreakerKey, CircuitState] | None = None,
+    ) -> HostEvent | None:
+        """The first event that is newer than `after`, or None when there was none for `seconds`.
+
+        Events up to `after` are acknowledged and forgotten; others are kept. A number that this
+        worker has not reached is another worker's, and acknowledges nothing. `peers` are the
+        circuits of the pool's other browsers, for the cap on how many may be open.
+        """
         self._accept_term(term)
-        try:
+        if peers is not None:
+            self._breakers.note_peers(peers)
+        if after > self._seq:
+            after = 0
+        while self._events and self._events[0].seq <= after:
+            self._events.popleft()
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                return await self._events.get()
-        except TimeoutError:
-            return None
+                while True:
+                    for event in self._events:
+                        if event.seq > after:
+                            return event
+                    await self._news.wait()
+        return None
+
+    async def hello(self, term: int) -> HostReport:
+        """What is here, for a supervisor whose term begins. Its events are kept as they were."""
+        self._accept_term(term)
+        return HostReport(
+            self._ref,
+            self._readiness,
+            seq=self._seq,
+            launch=self._report,
+            models=dict(self._models),
+            digests={name: spec.digest for name, spec in self._specs.items()},
+            cause=self._cause or self._out_of_touch,
+            breakers=self._breakers.snapshots(),
+        )
+
+    async def reconnect(self, ref: HostRef, term: int) -> None:
+        """Return when the page has its sockets again and answers; at once if it has them.
+
+        Raises `BrowserLost`: its `what` is `socket_closed` if the page did not come back within
+        `reconnect_seconds`. The browser is left as it is: what follows is the caller's to decide.
+        """
+        self._accept_term(term)
+        self._require_ref(ref)
+        bridge, limit = self._require_bridge(), self._config.reconnect_seconds
+        try:
+            async with asyncio.timeout(limit):
+                await _answers(bridge)
+        except TimeoutError as error:
+            raise BrowserLost(
+                f"the page of {ref} did not open its sockets again within {limit:g} s",
+                what="socket_closed",
+            ) from error
+        self._require_ref(ref)
 
     async def drain(self, term: int) -> None:
         """Admit nothing more; returns when everything in flight is answered."""
@@ -563,6 +718,8 @@ class BrowserHost:
         The lease runs on: should nobody end this worker, it ends itself.
         """
         self._retire()
+        if self._launched is not None:
+            await asyncio.wait({self._launched})
         await self._data.stop()
         if self._bridge is not None:
             await self._bridge.stop()
@@ -624,14 +781,77 @@ class BrowserHost:
         return on_exit
 
     def _on_bridge_event(self, event: BridgeEvent) -> None:
-        if event.epoch != self._ref.epoch:
+        if event.epoch != self._ref.epoch or self._readiness is Readiness.DEAD:
             return
-        if event.what == "worker_failed" or (
-            event.what in ("closed", "data_closed") and self._readiness is not Readiness.DEAD
-        ):
+        if event.what == "device_lost":
+            self._lost(
+                self._ref, "device_lost", "the page lost its GPU device", device_lost=event.facts
+            )
+        closed = event.what in ("closed", "data_closed")
+        if event.what == "worker_failed" or (closed and self._readiness is Readiness.STARTING):
             asyncio.get_running_loop().call_later(
                 _SOCKET_TO_EXIT_SECONDS, self._page_is_gone, self._ref, event
             )
+        elif closed and (self._outage is None or self._outage.done()):
+            self._judged = asyncio.Event()
+            self._outage = asyncio.create_task(
+                self._bear_outage(self._ref, event, self._judged), name="outage"
+            )
+
+    async def _bear_outage(self, ref: HostRef, event: BridgeEvent, judged: asyncio.Event) -> None:
+        """Tell once what an outage is: the page's death, or only that of a connection.
+
+        Lasts until the page has both sockets again, or is ended.
+        """
+        bridge = self._require_bridge()
+        try:
+            await self._either_back_or_dead(bridge)
+            if self._clock() - self._page_ended_at < _PAGE_EXIT_SECONDS:
+                self._page_is_gone(ref, event)
+                return
+            what = f"the page's {event.facts.get('socket', 'data')} socket closed"
+            failure = self._failure(what, "socket_closed", "", ref, page=dict(event.facts))
+            self._breakers.observe(failure)
+            self._put_event(failure=failure)
+            self._out_of_touch = failure
+        finally:
+            judged.set()
+        try:
+            with contextlib.suppress(BrowserLost):
+                await bridge.reconnected()
+        finally:
+            self._out_of_touch = None
+
+    async def _either_back_or_dead(self, bridge: Bridge) -> None:
+        """Wait until an outage can be judged: the page is back, or a process has ended.
+
+        A large process that is killed closes its sockets up to 0.1 s before its end is visible.
+        The end of browser or driver ends the outage itself, and with it this wait.
+        """
+        if self._clock() - self._page_ended_at < _PAGE_EXIT_SECONDS:
+            return
+        self._page_ended.clear()
+        ways = {
+            asyncio.ensure_future(bridge.reconnected()),
+            asyncio.ensure_future(self._page_ended.wait()),
+        }
+        try:
+            await asyncio.wait(
+                ways, timeout=_OUTAGE_JUDGED_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+
+    def _page_process_ended(self, ref: HostRef) -> None:
+        """A spare one, perhaps: alone it means nothing. In an outage it was the page's."""
+        if ref != self._ref:
+            return
+        self._page_ended_at = self._clock()
+        self._page_ended.set()
+        if self._judged.is_set() and self._outage is not None and not self._outage.done():
+            self._page_is_gone(ref, BridgeEvent("closed", ref.epoch))
 
     def _page_is_gone(self, ref: HostRef, event: BridgeEvent) -> None:
         if ref == self._ref and self._page_closed is not None and not self._page_closed.done():
@@ -653,17 +873,28 @@ class BrowserHost:
         if self._page_closed is not None and not self._page_closed.done():
             self._page_closed.set_result(None)
         if self._readiness is not Readiness.STARTING:  # else `launch` itself reports it
-            self._put_event(HostEvent(self._ref, failure))
+            self._breakers.observe(failure)  # once, whatever else ends with it
+            self._put_event(failure=failure)
         self._retire()
 
-    def _put_event(self, event: HostEvent) -> None:
-        if self._events.full():
-            self._events.get_nowait()
-        self._events.put_nowait(event)
+    def _on_breakers(self, moved: Mapping[str, Snapshot]) -> None:
+        self._put_event(breakers=moved)
+
+    def _put_event(
+        self, failure: Failure | None = None, breakers: Mapping[str, Snapshot] | None = None
+    ) -> None:
+        self._seq += 1
+        self._events.append(HostEvent(self._ref, self._seq, failure, breakers))
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def _retire_if(self, ref: HostRef) -> None:
+        if ref == self._ref:  # else another was launched meanwhile
+            self._retire()
 
     def _retire(self) -> None:
         """Stop using the present browser and end it in the background. Does not wait."""
-        self._readiness = Readiness.DEAD
+        self._readiness, self._report, self._memory_bytes = Readiness.DEAD, None, 0
         if self._launching is not None:
             self._launching.cancel()
         survivors = [self._pids[name] for name in ("driver", "browser") if self._pids.get(name)]
@@ -681,6 +912,11 @@ class BrowserHost:
         """Take no more notice of the present browser: what it does now is no event."""
         self._watch.close()
         self._pids = {}
+        self._page_ended_at = -math.inf
+        if self._outage is not None:
+            self._outage.cancel()
+            self._outage = None
+        self._judged.set()
         if self._watchdog_task is not None:
             self._watchdog_task.cancel()
             self._watchdog_task = None
@@ -710,7 +946,16 @@ class BrowserHost:
             "op_id": op_id,
             "at": self._wall(),
             "browser": str(self._kind),
+            "version": self._facts.version if self._facts else "",
         }
+        model = context.get("model")
+        if model in self._models:
+            numeric, spec = self._models[model], self._specs[model]
+            context |= {
+                "backend": str(numeric.backend),
+                "adapter": numeric.adapter,
+                "model_type": str(spec.type),
+            }
         return categorize_browser_failure(message, context)
 
     def _console(self) -> tuple[str, ...]:
@@ -724,6 +969,35 @@ class BrowserHost:
     def _require_ref(self, ref: HostRef) -> None:
         if ref != self._ref or self._readiness is Readiness.DEAD:
             raise BrowserLost(f"{ref} is not here; {self._ref} is {self._readiness}")
+
+
+def _with_order(settings: LaunchSettings, order: LaunchOrder) -> LaunchSettings:
+    """What was ordered wins over what a healthy browser of this kind starts with."""
+    return replace(
+        settings,
+        arguments=merge_arguments(settings.arguments, order.arguments),
+        preferences={**settings.preferences, **order.preferences},
+        environment={**settings.environment, **order.environment},
+    )
+
+
+async def _answers(bridge: Bridge) -> None:
+    """Return when both sockets of the page are open and a ping was answered."""
+    while True:
+        await bridge.reconnected()
+        try:
+            await bridge.ping()
+        except BrowserLost as error:
+            if error.fields.get("what") != "socket_closed":
+                raise
+            await asyncio.sleep(_PING_AGAIN_SECONDS)  # it closed again
+        else:
+            return
+
+
+def _note_error(task: asyncio.Task[LaunchReport]) -> None:
+    if not task.cancelled():
+        task.exception()  # whoever ordered it may have gone; that is no unseen error
 
 
 def _fingerprint(tensors: Mapping[str, np.ndarray[Any, Any]]) -> int:

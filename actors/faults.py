@@ -6,23 +6,18 @@ runs unless it is called.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import psutil
 
+from actors.bridge import Bridge
 from actors.messages import LaunchReport
+from actors.processes import page_processes
 from recovery.errors import BadInput
 from recovery.kinds import BrowserType
-
-# How each engine's page processes can be told from its others, by their command lines.
-_PAGE_MARKS = {
-    BrowserType.CHROME: "--type=renderer",
-    BrowserType.EDGE: "--type=renderer",
-    BrowserType.FIREFOX: "-contentproc",
-    BrowserType.SAFARI: "WebKitWebProcess",
-}
 
 
 def kill_process(report: LaunchReport, which: str) -> int:
@@ -44,17 +39,32 @@ def crash_tab(report: LaunchReport, kind: BrowserType) -> Sequence[int]:
     Raises `BadInput` if there are none.
     """
     killed = []
-    for process in _tree(report):
-        try:
-            line = " ".join(process.cmdline())
-        except psutil.Error:
-            continue
-        if _PAGE_MARKS[kind] in line and process.pid != report.pids["browser"]:
-            process.kill()
-            killed.append(process.pid)
+    for pid in page_processes(lambda: _tree(report), kind):
+        if pid != report.pids["browser"]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
     if not killed:
         raise BadInput(f"no page process of {kind} below warden {report.pids['warden']}")
     return killed
+
+
+def kill_network(report: LaunchReport) -> int:
+    """SIGKILL Chromium's network process, which it replaces; every connection breaks.
+
+    Returns its pid. Raises `BadInput` if there is none.
+    """
+    for process in _tree(report):
+        with contextlib.suppress(psutil.Error):
+            if "network.mojom.NetworkService" in " ".join(process.cmdline()):
+                process.kill()
+                return process.pid
+    raise BadInput(f"no network process below warden {report.pids['warden']}")
+
+
+def drop_sockets(bridge: Bridge, names: Iterable[str] = ("control", "data")) -> None:
+    """Break the connections between a page and its server. Both live, and may connect again."""
+    bridge.drop(names)
 
 
 def _tree(report: LaunchReport) -> list[psutil.Process]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actors.arguments import Gpu
+from recovery.breaker import BreakerConfig, Snapshot
 from recovery.failures import Failure
-from recovery.kinds import Backend
-from recovery.records import BrowserFacts, HostRef, HostStatus
+from recovery.kinds import Backend, Readiness
+from recovery.records import BrowserFacts, HostRef, HostStatus, NumericId
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class HostConfig:
     ping_seconds: float = 20.0  # a main thread that is silent for longer is hung
     ping_interval_seconds: float = 2.0
     lease_seconds: float = 15.0  # without its supervisor for longer, the browser ends itself
+    reconnect_seconds: float = 2.0  # that a page whose sockets closed has to open them again
+    breaker: BreakerConfig = field(default_factory=BreakerConfig)  # of the browser and each model
     answers_kept_max: int = 64  # answered operations remembered, so that a repeat is not run again
     answers_kept_bytes_max: int = 64 << 20
     warm_runs: int = 5  # of each model as it is loaded, within
@@ -41,7 +44,9 @@ class LaunchOrder:
     """Start, or start again, as this incarnation. `port`: the slot's, 0 for any.
 
     `warm`: touch the runtime before the browser counts as ready. A repair leaves that out: its
-    profile holds compiled code, and somebody may be waiting.
+    profile holds compiled code, and somebody may be waiting. `breakers`: where the circuit
+    breakers of the slot (by model; the empty name is the browser's own) were when another worker
+    had it, and `death`, what ended that worker: the breakers have not heard of it yet.
     """
 
     ref: HostRef
@@ -49,7 +54,10 @@ class LaunchOrder:
     port: int = 0
     arguments: tuple[str, ...] = ()
     preferences: Mapping[str, bool | int | str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
     warm: bool = True
+    breakers: Mapping[str, Snapshot] = field(default_factory=dict)
+    death: Failure | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,7 @@ class RunRequest:
     digest: str = ""  # of the model that is meant; empty: whichever has the name
     step: int = 0
     position: int = 0
+    last: bool = False  # the caller will not try again: should this fail, the operation has
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,31 @@ class RunReply:
 
 @dataclass(frozen=True)
 class HostEvent:
-    """What a host tells its supervisor: an incarnation is over, and why."""
+    """News from a host: an incarnation failed, or circuit breakers moved. Exactly one is set.
+
+    A connection failure whose scope is the page leaves the incarnation alive (it can be told to
+    `reconnect`); every other failure ends it. `seq` numbers a worker's events from 1 on.
+    """
 
     ref: HostRef
-    failure: Failure
+    seq: int
+    failure: Failure | None = None
+    breakers: Mapping[str, Snapshot] | None = None
+
+
+@dataclass(frozen=True)
+class HostReport:
+    """What a worker has, for a supervisor that has just begun its term.
+
+    `digests` are those of the loaded models. `launch` is set while the incarnation is ready,
+    `cause` when it is over or its page out of touch. Events up to `seq` are included.
+    """
+
+    ref: HostRef
+    readiness: Readiness
+    seq: int = 0
+    launch: LaunchReport | None = None
+    models: Mapping[str, NumericId] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
+    cause: Failure | None = None
+    breakers: Mapping[str, Snapshot] = field(default_factory=dict)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,15 @@ from pathlib import Path
 import psutil
 
 from recovery.errors import LaunchFailed
+from recovery.kinds import BrowserType
 
+# How each engine's page processes can be told from its others, by their command lines.
+PAGE_MARKS = {
+    BrowserType.CHROME: "--type=renderer",
+    BrowserType.EDGE: "--type=renderer",
+    BrowserType.FIREFOX: "-contentproc",
+    BrowserType.SAFARI: "WebKitWebProcess",
+}
 _STARTED_SECONDS = 15.0
 _ENDED_SECONDS = 6.0  # longer than the warden's own limit
 
@@ -56,6 +65,7 @@ class Warden:
         self._stdin: asyncio.StreamWriter | None = None
         self._reader: asyncio.Task[None] | None = None
         self._done = False
+        self._profile = ""
 
     async def start(self, order: WardenOrder, on_exit: Callable[[int, int], None]) -> None:
         """Start the driver below a new warden.
@@ -75,6 +85,7 @@ class Warden:
         )
         assert launcher.stdin is not None
         assert launcher.stdout is not None
+        self._profile = order.profile
         self._stdin = launcher.stdin
         started: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._reader = asyncio.create_task(
@@ -152,6 +163,17 @@ class Warden:
             await asyncio.to_thread(_wait_for_end, pid, 1.0)
         else:
             kill_trees([known for known in (pid, *survivors) if known])
+            await asyncio.to_thread(shutil.rmtree, self._profile, ignore_errors=True)
+
+
+def page_processes(tree: Callable[[], Sequence[psutil.Process]], kind: BrowserType) -> list[int]:
+    """The pids in `tree()` that serve pages, by their command lines. Spare ones are among them."""
+    found = []
+    for process in tree():
+        with contextlib.suppress(psutil.Error):
+            if PAGE_MARKS[kind] in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
 
 
 def kill_trees(pids: Sequence[int]) -> None:

@@ -11,25 +11,32 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
+import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from tenacity import AsyncRetrying, retry_if_exception
 
 from actors.browser import BrowserHost
 from actors.messages import (
     HostConfig,
     HostEvent,
+    HostReport,
     LaunchOrder,
     LaunchReport,
     RunReply,
     RunRequest,
 )
+from actors.orders import DiskOrders
 from actors.supervisor import Host, ModelOrder, Supervisor, SupervisorConfig, Table
+from recovery.breaker import CircuitState
+from recovery.breakers import BreakerKey
 from recovery.errors import (
     BrowserLost,
     InternalError,
@@ -38,7 +45,11 @@ from recovery.errors import (
     PoolError,
     SetupError,
 )
-from recovery.kinds import Backend, BrowserType
+from recovery.failures import Failure
+from recovery.kinds import Backend, BrowserType, RecoveryLevel
+from recovery.log import Log, LogUnavailable
+from recovery.policies import SUPERVISOR_RETURNS
+from recovery.pool_state import PoolState, Repair
 from recovery.records import HostRef, HostStatus, NumericId
 from sharding.signature import ModelSpec
 
@@ -126,6 +137,17 @@ def _end_this_actor() -> None:
     ray.kill(ray.get_runtime_context().current_actor)
 
 
+def _was_restarted() -> bool:
+    if not ray.is_initialized():
+        return False  # not in a worker at all
+    context = ray.get_runtime_context()
+    return bool(context.get_actor_id()) and bool(context.was_current_actor_reconstructed)
+
+
+def _call_myself(method: str) -> None:
+    getattr(ray.get_runtime_context().current_actor, method).remote()
+
+
 def _end_unless_claimed(lease_seconds: float) -> threading.Timer:
     """End this worker if its maker dies before it gives the first order: then nobody knows it."""
     timer = threading.Timer(2 * lease_seconds, _end_this_actor)
@@ -163,8 +185,17 @@ class Browser:
     async def run(self, request: RunRequest, tensors: Mapping[str, Any]) -> RunReply:
         return await self._host.run(request, tensors)
 
-    async def next_event(self, term: int, seconds: float) -> HostEvent | None:
-        return await self._host.next_event(term, seconds)
+    async def next_event(
+        self, term: int, seconds: float, after: int, peers: Mapping[BreakerKey, CircuitState]
+    ) -> HostEvent | None:
+        return await self._host.next_event(term, seconds, after, peers)
+
+    async def hello(self, term: int) -> HostReport:
+        self._unclaimed.cancel()
+        return await self._host.hello(term)
+
+    async def reconnect(self, ref: HostRef, term: int) -> None:
+        await self._host.reconnect(ref, term)
 
     async def status(self) -> HostStatus:
         return self._host.status()
@@ -180,30 +211,75 @@ class Browser:
 
 
 class PoolSupervisor:
-    """A `Supervisor` in a worker process of its own."""
+    """A `Supervisor` in a worker process of its own.
+
+    Ray starts the process again when it dies (if the pool keeps a log), with the same arguments:
+    then the supervisor resumes from that log in the next term.
+    """
 
     def __init__(self, config: SupervisorConfig, hosts: HostConfig) -> None:
-        self._name = config.name
+        self._config = config
         self._hosts = hosts
         self._supervisor: Supervisor | None = None
-        self._config = config
-        self._run = secrets.token_hex(2)  # two pools of one name, one after the other, don't clash
+        self._resuming = asyncio.Lock()
         self._unclaimed = _end_unless_claimed(config.lease_seconds)
+        self._again = _was_restarted()
+        if self._again:
+            _call_myself("resume")  # nobody else may call for a while
 
     def __repr__(self) -> str:
-        return f"supervisor of {self._name}"
+        return f"supervisor of {self._config.name}"
 
-    async def open(self, creator: str, browsers: Mapping[str, BrowserType]) -> None:
-        self._unclaimed.cancel()
-        self._supervisor = Supervisor(self._config, self._new_host, _end_this_actor)
-        await self._supervisor.open(creator, browsers)
+    async def open(self, browsers: Mapping[str, BrowserType]) -> None:
+        if self._supervisor is None and not self._again:
+            self._unclaimed.cancel()
+            await self._begin(browsers)
+        else:  # a repeat of a call whose answer was lost
+            await (await self._open()).want(browsers)
+
+    async def _begin(self, browsers: Mapping[str, BrowserType]) -> None:
+        log, trouble = None, ""
+        if self._config.folder:
+            log = Log(Path(self._config.folder))
+            try:
+                await log.open()
+            except LogUnavailable as error:  # the pool answers all the same, and says so
+                log, trouble = None, f"the log can't be written: {error}"
+        self._supervisor = supervisor = self._made(log, 1, None)
+        supervisor.trouble(trouble)
+        await supervisor.open(browsers)
+
+    async def resume(self) -> None:
+        """Go on where the incarnation before was, if its log tells."""
+        async with self._resuming:
+            if self._supervisor is not None:
+                return
+            self._unclaimed.cancel()
+            log = Log(Path(self._config.folder))
+            recovery = await log.open()
+            lost = ", ".join(str(each) for each in recovery.lost)
+            supervisor = self._made(log, recovery.term + 1, recovery.state)
+            await supervisor.resume(self._find_hosts, f"events {lost} are lost" if lost else "")
+            self._supervisor = supervisor
+
+    def _made(self, log: Log | None, term: int, state: PoolState | None) -> Supervisor:
+        folder = self._config.folder
+        return Supervisor(
+            self._config,
+            self._new_host,
+            _end_this_actor,
+            log,
+            term=term,
+            state=state,
+            orders=DiskOrders(Path(folder) / "models") if folder else None,
+        )
 
     async def _new_host(self, browser_id: str, kind: BrowserType, epoch: int) -> Host:
         try:
             actor = (
                 ray.remote(Browser)
                 .options(
-                    name=f"{self._name}: {browser_id} from epoch {epoch} ({self._run})",
+                    name=_browser_name(self._config, browser_id, epoch),
                     namespace=NAMESPACE,
                     lifetime="detached",
                     max_restarts=0,
@@ -215,37 +291,58 @@ class PoolSupervisor:
             raise LaunchFailed(f"Ray could not start a worker for {browser_id}: {error}") from error
         return RayHost(actor)
 
-    def _open(self) -> Supervisor:
+    async def _find_hosts(self) -> Mapping[str, list[Host]]:
+        """The living workers of this pool, by browser, found by their names."""
+        name, run = re.escape(self._config.name), re.escape(self._config.run)
+        pattern = re.compile(rf"{name}: (?P<id>[\w-]+) from epoch \d+ \({run}\)")
+        found: dict[str, list[Host]] = {}
+        for listed in await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True):
+            match = pattern.fullmatch(listed["name"]) if listed["namespace"] == NAMESPACE else None
+            if match is None:
+                continue
+            with contextlib.suppress(ValueError):  # it has ended meanwhile
+                actor = ray.get_actor(listed["name"], namespace=NAMESPACE)
+                found.setdefault(match["id"], []).append(RayHost(actor))
+        return found
+
+    async def _open(self) -> Supervisor:
+        if self._supervisor is None and self._again:
+            await self.resume()
         if self._supervisor is None:
-            raise PoolClosed(f"pool {self._name} is not open")
+            raise PoolClosed(f"pool {self._config.name} is not open")
         return self._supervisor
 
     async def config(self) -> tuple[SupervisorConfig, HostConfig]:
         return self._config, self._hosts
 
     async def want(self, browsers: Mapping[str, BrowserType]) -> None:
-        await self._open().want(browsers)
+        await (await self._open()).want(browsers)
 
     async def drain(self, browser_id: str) -> None:
-        await self._open().drain(browser_id)
+        await (await self._open()).drain(browser_id)
 
     async def load(self, order: ModelOrder) -> None:
-        await self._open().load(order)
+        await (await self._open()).load(order)
 
     async def unload(self, model: str) -> None:
-        await self._open().unload(model)
+        await (await self._open()).unload(model)
+
+    async def repair(
+        self, browser_id: str, failure: Failure, start: RecoveryLevel | None
+    ) -> Repair:
+        return await (await self._open()).repair(browser_id, failure, start)
 
     async def watch(self, client: str, version: int, seconds: float) -> Table:
-        return await self._open().watch(client, version, seconds)
+        return await (await self._open()).watch(client, version, seconds)
 
     async def reports(self) -> Mapping[str, LaunchReport]:
-        return self._open().reports()
+        return (await self._open()).reports()
 
     async def memory(self) -> Mapping[str, int]:
-        return await self._open().memory()
+        return await (await self._open()).memory()
 
     async def close(self) -> None:
-        await self._open().close()
+        await (await self._open()).close()
 
 
 # -- handles --------------------------------------------------------------------------------------
@@ -293,11 +390,19 @@ class RayHost:
         reply: RunReply = await _result(call, str(request.ref))
         return reply
 
-    async def next_event(self, term: int, seconds: float) -> HostEvent | None:
-        event: HostEvent | None = await _result(
-            self.actor.next_event.remote(term, seconds), "a browser"
-        )
+    async def next_event(
+        self, term: int, seconds: float, after: int, peers: Mapping[BreakerKey, CircuitState]
+    ) -> HostEvent | None:
+        call = self.actor.next_event.remote(term, seconds, after, peers)
+        event: HostEvent | None = await _result(call, "a browser")
         return event
+
+    async def hello(self, term: int) -> HostReport:
+        report: HostReport = await _result(self.actor.hello.remote(term), "a browser")
+        return report
+
+    async def reconnect(self, ref: HostRef, term: int) -> None:
+        await _result(self.actor.reconnect.remote(ref, term), str(ref))
 
     async def drain(self, term: int) -> None:
         await _result(self.actor.drain.remote(term), "a browser")
@@ -329,8 +434,10 @@ class RaySupervisor:
                     name=_supervisor_name(config.name),
                     namespace=NAMESPACE,
                     lifetime="detached",
-                    max_restarts=0,
+                    max_restarts=-1 if config.folder else 0,
                     num_cpus=0,
+                    # Beside its log, which lies on the machine of whoever makes the pool.
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(this_node(), soft=False),
                 )
                 .remote(config, hosts)
             )
@@ -349,53 +456,84 @@ class RaySupervisor:
         except ValueError as error:
             raise PoolClosed(f"no pool called {name!r} runs on this Ray cluster") from error
 
-    async def _call(self, call: Any) -> Any:
+    async def _call(self, call: Callable[[], Any]) -> Any:
+        """Call, and again while the supervisor is being restarted: its calls can be repeated."""
         try:
-            return await _result(call, "the supervisor")
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception(_out_of_reach), **SUPERVISOR_RETURNS
+            ):
+                with attempt:
+                    return await _result(call(), "the supervisor")
         except BrowserLost as error:
-            if error.fields.get("what") == "socket_closed":
-                raise
-            raise PoolClosed("the pool's supervisor is gone, and the pool with it") from error
+            raise _closed_or_away(error) from error
+        raise InternalError("a retry ended without an outcome")
 
-    async def open(self, creator: str, browsers: Mapping[str, BrowserType]) -> None:
-        await self._call(self.actor.open.remote(creator, browsers))
+    async def open(self, browsers: Mapping[str, BrowserType]) -> None:
+        await self._call(lambda: self.actor.open.remote(browsers))
 
     async def config(self) -> tuple[SupervisorConfig, HostConfig]:
-        config, hosts = await self._call(self.actor.config.remote())
+        config, hosts = await self._call(lambda: self.actor.config.remote())
         return config, hosts
 
     async def want(self, browsers: Mapping[str, BrowserType]) -> None:
-        await self._call(self.actor.want.remote(browsers))
+        await self._call(lambda: self.actor.want.remote(browsers))
 
     async def drain(self, browser_id: str) -> None:
-        await self._call(self.actor.drain.remote(browser_id))
+        await self._call(lambda: self.actor.drain.remote(browser_id))
 
     async def load(self, order: ModelOrder) -> None:
-        await self._call(self.actor.load.remote(order))
+        await self._call(lambda: self.actor.load.remote(order))
 
     async def unload(self, model: str) -> None:
-        await self._call(self.actor.unload.remote(model))
+        await self._call(lambda: self.actor.unload.remote(model))
+
+    async def repair(
+        self, browser_id: str, failure: Failure, start: RecoveryLevel | None
+    ) -> Repair:
+        call = self.actor.repair
+        repair: Repair = await self._call(lambda: call.remote(browser_id, failure, start))
+        return repair
 
     async def watch(self, client: str, version: int, seconds: float) -> Table:
-        table: Table = await self._call(self.actor.watch.remote(client, version, seconds))
+        # Not repeated here: who watches has a patience of its own.
+        call = self.actor.watch.remote(client, version, seconds)
+        try:
+            table: Table = await _result(call, "the supervisor")
+        except BrowserLost as error:
+            raise _closed_or_away(error) from error
         return table
 
     async def reports(self) -> Mapping[str, LaunchReport]:
-        reports: Mapping[str, LaunchReport] = await self._call(self.actor.reports.remote())
+        reports: Mapping[str, LaunchReport] = await self._call(lambda: self.actor.reports.remote())
         return reports
 
     async def memory(self) -> Mapping[str, int]:
-        memory: Mapping[str, int] = await self._call(self.actor.memory.remote())
+        memory: Mapping[str, int] = await self._call(lambda: self.actor.memory.remote())
         return memory
 
     async def close(self) -> None:
         """Stop every browser, then the supervisor itself. No error if it is gone already."""
         with contextlib.suppress(PoolClosed, BrowserLost, TimeoutError):
             async with asyncio.timeout(_CLOSE_SECONDS):
-                await self._call(self.actor.close.remote())
+                await self._call(lambda: self.actor.close.remote())
         with contextlib.suppress(RayError):
             ray.kill(self.actor)
 
 
+def _out_of_reach(error: BaseException) -> bool:
+    return isinstance(error, BrowserLost) and error.fields.get("what") == "socket_closed"
+
+
+def _closed_or_away(error: BrowserLost) -> PoolError:
+    if _out_of_reach(error):
+        return error
+    return PoolClosed("the pool's supervisor is gone, and the pool with it")
+
+
 def _supervisor_name(pool: str) -> str:
     return f"{pool}: supervisor"
+
+
+def _browser_name(config: SupervisorConfig, browser_id: str, epoch: int) -> str:
+    """What Ray's dashboard shows, and how a new supervisor finds it again."""
+    return f"{config.name}: {browser_id} from epoch {epoch} ({config.run})"

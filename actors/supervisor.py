@@ -2,7 +2,10 @@
 
 A thin shell around `recovery.pool_state`: whatever happens becomes an event, the event is logged
 and applied, and the instructions that follow are carried out on hosts. It is on no operation's
-way. A plain class; hosts, clock and log come in as arguments. It must not decide anything.
+way. When its process dies, the next incarnation begins a new term: it takes the state from the
+log, asks the living what they have, and finishes or repeats what was under way
+(`recovery.reconcile`). A plain class; hosts, clock and log come in as arguments. It must not
+decide anything.
 """
 
 from __future__ import annotations
@@ -11,11 +14,23 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
-from actors.messages import HostEvent, LaunchOrder, LaunchReport, RunReply, RunRequest
+from actors.messages import (
+    HostEvent,
+    HostReport,
+    LaunchOrder,
+    LaunchReport,
+    RunReply,
+    RunRequest,
+)
+from recovery.adjustments import adjust
+from recovery.breaker import CircuitState
+from recovery.breakers import BreakerKey
+from recovery.codec import as_logged
 from recovery.errors import (
     BadInput,
     BrowserError,
@@ -25,13 +40,18 @@ from recovery.errors import (
     SetupError,
     StaleTerm,
 )
-from recovery.failures import categorize_browser_failure
-from recovery.kinds import Backend, BrowserType, Level, Readiness, Strategy
+from recovery.failures import Failure, categorize_browser_failure
+from recovery.kinds import Backend, BrowserType, Level, Readiness, RecoveryLevel
+from recovery.plan import StrategyOrder
 from recovery.pool_state import (
     ALIVE,
+    COMING,
     Body,
+    BreakersMoved,
     BrowserFailed,
     BrowserReady,
+    BrowserReconnected,
+    BrowserRecord,
     BrowserStopped,
     BrowserUnwanted,
     BrowserWanted,
@@ -49,11 +69,16 @@ from recovery.pool_state import (
     PoolClosing,
     PoolOpened,
     PoolState,
+    Reconnect,
+    Repair,
     Stop,
+    TermBegan,
     Unload,
     decide,
 )
+from recovery.reconcile import Seen, reconcile
 from recovery.records import HostRef, HostStatus, NumericId
+from recovery.segments import LogUnavailable
 from recovery.supervision import RestartLimit
 from sharding.signature import ModelSpec
 
@@ -62,6 +87,9 @@ _FAILURES_KEPT_MAX = 256
 _ASK_SECONDS = 2.0
 _STOP_SECONDS = 10.0  # longer than a warden takes; then the worker is killed, and its warden acts
 _DRAIN_SECONDS = 300.0  # what is in flight has deadlines of its own
+_HELLO_SECONDS = 5.0  # a worker that says nothing to a new supervisor for so long is given up
+_UNLOGGED_MAX = 1000  # events that wait for a log that can't be written
+_CHECKPOINT_EVENTS = 1000  # that a new supervisor replays at most, or little more
 
 
 class Host(Protocol):
@@ -76,7 +104,11 @@ class Host(Protocol):
     ) -> NumericId: ...
     async def unload(self, ref: HostRef, term: int, model: str) -> None: ...
     async def run(self, request: RunRequest, tensors: Mapping[str, Any]) -> RunReply: ...
-    async def next_event(self, term: int, seconds: float) -> HostEvent | None: ...
+    async def next_event(
+        self, term: int, seconds: float, after: int, peers: Mapping[BreakerKey, CircuitState]
+    ) -> HostEvent | None: ...
+    async def hello(self, term: int) -> HostReport: ...
+    async def reconnect(self, ref: HostRef, term: int) -> None: ...
     async def drain(self, term: int) -> None: ...
     async def memory_bytes(self) -> int: ...
     async def stop(self) -> None: ...
@@ -84,12 +116,19 @@ class Host(Protocol):
 
 
 HostFactory = Callable[[str, BrowserType, int], Awaitable[Host]]
+HostFinder = Callable[[], Awaitable[Mapping[str, Sequence[Host]]]]
 
 
 class EventLog(Protocol):
-    """Where events go before their instructions run."""
+    """Where events go before their instructions run. See `recovery.log.Log`."""
 
+    @property
+    def last_seq(self) -> int: ...
+    @property
+    def events_since_checkpoint(self) -> int: ...
     async def append(self, event: Event) -> None: ...
+    async def checkpoint(self, state: PoolState, seq: int) -> None: ...
+    async def close(self) -> None: ...
 
 
 class MemoryLog:
@@ -97,29 +136,69 @@ class MemoryLog:
 
     def __init__(self, events_max: int = 10_000) -> None:
         self.events: deque[Event] = deque(maxlen=events_max)
+        self.last_seq = 0
+        self.events_since_checkpoint = 0
 
     async def append(self, event: Event) -> None:
         self.events.append(event)
+        self.last_seq = event.seq
+
+    async def checkpoint(self, state: PoolState, seq: int) -> None:
+        """A state is in memory already."""
+
+    async def close(self) -> None:
+        """Nothing is open."""
 
 
 @dataclass(frozen=True)
 class SupervisorConfig:
+    """What a pool's supervisor is told once. `creator` is the client whose lease is the pool's."""
+
     name: str
     level: Level
-    strategy: Strategy
+    strategy: StrategyOrder
     limit: RestartLimit
     lease_seconds: float
     persistent: bool  # outlive the creator
     browsers_max: int = 32
+    creator: str = ""
+    run: str = ""  # tells pools of one name apart, one after the other
+    folder: str = ""  # of the log and the model orders; empty: in memory only
+    checkpoint_seconds: float = 60.0
 
 
 @dataclass(frozen=True)
 class ModelOrder:
-    """A model to load. `entry` is the pool's own record of it, handed to clients as it is."""
+    """A model to load. `entry` is the pool's own record of it as plain JSON, for clients."""
 
     spec: ModelSpec
     backends: tuple[Backend, ...]
-    entry: Any
+    entry: Mapping[str, Any]
+
+
+class OrderStore(Protocol):
+    """Keeps model orders for the next incarnation. Every method may raise `LogUnavailable`."""
+
+    async def save(self, order: ModelOrder) -> None: ...
+    async def load(self, name: str, digest: str) -> ModelOrder | None: ...
+    async def remove(self, name: str) -> None: ...
+
+
+class MemoryOrders:
+    """Model orders that end with the supervisor."""
+
+    def __init__(self) -> None:
+        self._orders: dict[str, ModelOrder] = {}
+
+    async def save(self, order: ModelOrder) -> None:
+        self._orders[order.spec.name] = order
+
+    async def load(self, name: str, digest: str) -> ModelOrder | None:
+        order = self._orders.get(name)
+        return order if order is not None and order.spec.digest == digest else None
+
+    async def remove(self, name: str) -> None:
+        self._orders.pop(name, None)
 
 
 @dataclass(frozen=True)
@@ -139,6 +218,7 @@ class Table:
     state: PoolState
     routes: tuple[Route, ...]
     models: Mapping[str, ModelOrder] = field(default_factory=dict)
+    log_trouble: str = ""  # why the log can't be written, or what of it was lost
 
 
 class Supervisor:
@@ -153,54 +233,137 @@ class Supervisor:
         wall: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
         term: int = 1,
+        state: PoolState | None = None,
+        orders: OrderStore | None = None,
+        on_repair: Callable[[BrowserRecord, Repair], None] | None = None,
     ) -> None:
         self._config = config
         self._factory = factory
         self._on_closed = on_closed
-        self._log = log or MemoryLog()
+        self._log: EventLog = log or MemoryLog()
+        self._orders: OrderStore = orders or MemoryOrders()
+        self._on_repair = on_repair
         self._wall = wall
         self._clock = clock
         self._term = term
-        self._seq = 0
-        self._state = PoolState()
+        self._seq = self._log.last_seq
+        self._unlogged: deque[Event] = deque()
+        self._log_trouble = ""
+        self._state = state or PoolState()
         self._order = asyncio.Lock()  # events are logged and applied one at a time
         self._hosts: dict[str, Host] = {}
+        self._seen: dict[str, int] = {}  # the last event of each host that was taken in
+        self._deaths: dict[str, Failure] = {}  # of workers, for the breakers of the next ones
         self._ports: dict[str, int] = {}
         self._reports: dict[str, LaunchReport] = {}
         self._models: dict[str, ModelOrder] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._stops: set[asyncio.Task[None]] = set()
+        self._turns: dict[str, asyncio.Lock] = {}  # by node: one rebuild at a time
         self._version = 0
         self._changed = asyncio.Condition()
-        self._creator = ""
         self._creator_until = 0.0
         self.faults: deque[str] = deque(maxlen=_FAILURES_KEPT_MAX)
 
     # -- orders from clients ----------------------------------------------------------------------
 
-    async def open(self, creator: str, browsers: Mapping[str, BrowserType]) -> None:
+    async def open(self, browsers: Mapping[str, BrowserType]) -> None:
         """Begin: every browser in `browsers` (id to type) is started."""
         config = self._config
-        self._creator = creator
-        self._renew(creator)
         await self._happen(
             PoolOpened(config.name, config.level, config.strategy, config.limit, self._term)
         )
         await self.want(browsers)
-        if not config.persistent:
-            self._spawn(self._lease_loop(), "lease")
+        self._begin_watching()
+
+    async def resume(self, find: HostFinder, trouble: str = "") -> None:
+        """Go on with the state that was given: reconcile it with the hosts that `find` finds.
+
+        `trouble` says what of the log was lost, if anything was.
+        """
+        self._log_trouble = trouble
+        await self._happen(TermBegan(self._term))
+        for name, digest in self._state.models.items():
+            order = await self._orders.load(name, digest)
+            if order is None:
+                self.faults.append(f"model {name}: its order is lost; load it again")
+                await self._happen(ModelUnwanted(name))
+            else:
+                self._models[name] = order
+        found = await find()
+        greetings = [self._greet(name, host) for name, hosts in found.items() for host in hosts]
+        seen = self._adopt([greeting for greeting in await asyncio.gather(*greetings) if greeting])
+        todo = reconcile(self._state, seen, self._wall())
+        for event in todo.events:
+            await self._happen(event)
+        for order_again in todo.orders:
+            self._carry_out(order_again)
+        await self._announce()
+        self._begin_watching()
+
+    def _begin_watching(self) -> None:
+        self._renew(self._config.creator)
+        if self._state.closing:
+            self._spawn(self._finish_closing, "close")
+        elif not self._config.persistent:
+            self._spawn(self._lease_loop, "lease")
+        if self._config.folder:
+            self._spawn(self._checkpoint_loop, "checkpoints")
+
+    def trouble(self, text: str) -> None:
+        """Have the table say what is wrong with the log."""
+        self._log_trouble = text
+
+    async def _finish_closing(self) -> None:
+        await self.close()
+        self._on_closed()
+
+    async def _greet(self, browser_id: str, host: Host) -> tuple[str, Host, HostReport] | None:
+        try:
+            async with asyncio.timeout(_HELLO_SECONDS):
+                return browser_id, host, await host.hello(self._term)
+        except (PoolError, TimeoutError) as error:
+            self.faults.append(f"hello to {browser_id}: {type(error).__name__}: {error}")
+            host.kill()
+            return None
+
+    def _adopt(self, greetings: Sequence[tuple[str, Host, HostReport]]) -> dict[str, Seen]:
+        """Take over the newest worker of each slot; whatever else of this pool lives is ended."""
+        seen: dict[str, Seen] = {}
+        for browser_id, host, report in sorted(greetings, key=lambda each: -each[2].ref.epoch):
+            if browser_id in self._hosts or browser_id not in self._state.browsers:
+                host.kill()
+                continue
+            self._hosts[browser_id] = host
+            self._seen[browser_id] = report.seq
+            launch = report.launch
+            if launch is not None:
+                self._ports[browser_id], self._reports[browser_id] = launch.port, launch
+            seen[browser_id] = Seen(
+                report.ref.epoch,
+                report.readiness,
+                launch.facts if launch is not None else None,
+                report.digests,
+                report.models,
+                report.cause,
+                report.breakers,
+            )
+            self._watch_from_now(browser_id, host)
+        return seen
 
     async def want(self, browsers: Mapping[str, BrowserType]) -> None:
-        """Start these browsers (id to type) as well."""
+        """Start these browsers (id to type) as well. One that is there already is no error."""
         self._require_open()
         for browser_id, kind in browsers.items():
-            await self._happen(BrowserWanted(browser_id, kind))
+            known = self._state.browsers.get(browser_id)
+            if known is None or known.phase not in ALIVE:
+                await self._happen(BrowserWanted(browser_id, kind), ordered=True)
 
     async def drain(self, browser_id: str) -> None:
         """Take one browser out of service in order; returns when it has stopped."""
         self._require_open()
-        await self._happen(BrowserUnwanted(browser_id))
+        await self._happen(BrowserUnwanted(browser_id), ordered=True)
         await self._until(
             lambda: self._state.browsers[browser_id].phase in (Phase.STOPPED, Phase.GIVEN_UP)
         )
@@ -220,14 +383,38 @@ class Supervisor:
                 expected=known,
                 got=order.spec.digest,
             )
+        if known is None:
+            await self._orders.save(order)
         self._models[name] = order
-        await self._happen(ModelWanted(name, order.spec.digest))
+        await self._happen(ModelWanted(name, order.spec.digest, order.spec.type), ordered=True)
         await self._until(lambda: self._settled(name))
 
     async def unload(self, model: str) -> None:
         self._require_open()
-        await self._happen(ModelUnwanted(model))
+        await self._happen(ModelUnwanted(model), ordered=True)
         self._models.pop(model, None)
+        await self._orders.remove(model)
+
+    async def repair(
+        self, browser_id: str, failure: Failure, start: RecoveryLevel | None = None
+    ) -> Repair:
+        """Recover one browser from `failure` as the pool's strategy says; returns what came of it.
+
+        `start` is the rung to begin with, if not the usual one for the failure. For callers who
+        know of a failure that no watch can see. Raises `BadInput`.
+        """
+        self._require_open()
+        record = self._state.browsers.get(browser_id)
+        if record is None or record.phase not in (Phase.READY, Phase.RECONNECTING):
+            raise BadInput(f"browser {browser_id!r} is not in service, so there is nothing to do.")
+        began = self._wall()
+        await self._happen(BrowserFailed(browser_id, record.epoch, failure, start=start))
+        await self._until(lambda: self._state.browsers[browser_id].repair is None)
+        return next(
+            repair
+            for repair in reversed(self._state.repairs)
+            if repair.browser_id == browser_id and repair.began >= began
+        )
 
     async def close(self) -> None:
         """Stop every browser; returns when all are gone."""
@@ -236,6 +423,7 @@ class Supervisor:
         await self._until(lambda: not any(r.phase in ALIVE for r in self._state.browsers.values()))
         while self._stops:  # what failed meanwhile counts as stopped before it is gone
             await asyncio.wait(self._stops)
+        await self._log.close()
 
     async def watch(self, client: str, version: int, seconds: float) -> Table:
         """The table as soon as it is newer than `version`, or after `seconds` in any case.
@@ -264,16 +452,66 @@ class Supervisor:
 
     # -- events -----------------------------------------------------------------------------------
 
-    async def _happen(self, body: Body) -> None:
-        """Log and apply an event, then carry out what follows from it."""
+    async def _happen(self, body: Body, *, ordered: bool = False) -> None:
+        """Log and apply an event, then carry out what follows from it.
+
+        While the log can't be written, what clients order (`ordered`) is refused with
+        `LogUnavailable`; what simply happened is applied all the same, and logged later.
+        """
         async with self._order:
-            event = Event(self._seq + 1, self._term, self._wall(), body)
-            state, instructions = decide(self._state, event)
-            await self._log.append(event)
+            # As a replay will see it, so that the live state can't differ from a replayed one.
+            event = as_logged(Event(self._seq + 1, self._term, self._wall(), body))
+            before = self._state
+            state, instructions = decide(before, event)
+            await self._append(event, ordered)
             self._seq, self._state = event.seq, state
+        self._tell_repairs(before, state)
         for instruction in instructions:
             self._carry_out(instruction)
         await self._announce()
+        if self._log.events_since_checkpoint >= _CHECKPOINT_EVENTS:
+            await self._checkpoint()
+
+    async def _append(self, event: Event, ordered: bool) -> None:
+        try:
+            while self._unlogged:
+                await self._log.append(self._unlogged[0])
+                self._unlogged.popleft()
+                self._log_trouble = ""
+            await self._log.append(event)
+        except LogUnavailable as error:
+            self._log_trouble = str(error)
+            if ordered:
+                raise
+            if len(self._unlogged) >= _UNLOGGED_MAX:
+                self._log_trouble = f"the log is given up: {error}"
+                await self._log.close()
+                self._log = MemoryLog()
+                self._unlogged.clear()
+            else:
+                self._unlogged.append(event)
+
+    async def _checkpoint(self) -> None:
+        async with self._order:
+            if self._unlogged or not self._log.events_since_checkpoint:
+                return
+            try:
+                await self._log.checkpoint(self._state, self._seq)
+            except LogUnavailable as error:
+                self._log_trouble = str(error)
+
+    async def _checkpoint_loop(self) -> None:
+        while not self._state.closing:
+            await asyncio.sleep(self._config.checkpoint_seconds)
+            await self._checkpoint()
+
+    def _tell_repairs(self, before: PoolState, after: PoolState) -> None:
+        """Report the repairs that have ended, for the history."""
+        if self._on_repair is None or after.repairs is before.repairs:
+            return
+        for repair in after.repairs:
+            if repair not in before.repairs:
+                self._on_repair(after.browsers[repair.browser_id], repair)
 
     async def _announce(self) -> None:
         async with self._changed:
@@ -287,40 +525,54 @@ class Supervisor:
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
             case Launch():
-                self._spawn(self._launch(instruction), f"launch {instruction.browser_id}")
+                self._spawn(partial(self._launch, instruction), f"launch {instruction.browser_id}")
+            case Reconnect():
+                self._spawn(
+                    partial(self._reconnect, instruction), f"reconnect {instruction.browser_id}"
+                )
             case Load():
-                self._spawn(self._load(instruction), f"load {instruction.model}")
+                self._spawn(partial(self._load, instruction), f"load {instruction.model}")
             case Unload():
-                self._spawn(self._unload(instruction), f"unload {instruction.model}")
+                self._spawn(partial(self._unload, instruction), f"unload {instruction.model}")
             case Drain():
-                self._spawn(self._drain(instruction), f"drain {instruction.browser_id}")
+                self._spawn(partial(self._drain, instruction), f"drain {instruction.browser_id}")
             case Stop():
-                work = self._stop(instruction.browser_id, instruction.epoch)
+                work = partial(self._stop, instruction.browser_id, instruction.epoch)
                 stop = self._spawn(work, f"stop {instruction.browser_id}")
                 self._stops.add(stop)
                 stop.add_done_callback(self._stops.discard)
 
-    def _spawn(self, work: Any, name: str) -> asyncio.Task[None]:
+    def _spawn(self, work: Callable[[], Awaitable[None]], name: str) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(self._guarded(work, name), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _guarded(self, work: Awaitable[None], name: str) -> None:
+    async def _guarded(self, work: Callable[[], Awaitable[None]], name: str) -> None:
         """Run a task whose failure must not pass unseen."""
         try:
-            await work
+            await work()
         except PoolError as error:
             self.faults.append(f"{name}: {type(error).__name__}: {error}")
 
     # -- carrying out -----------------------------------------------------------------------------
 
     async def _launch(self, order: Launch) -> None:
-        browser_id = order.browser_id
         await asyncio.sleep(order.delay)
-        ref = HostRef(browser_id, order.epoch)
         if not self._is_starting(order):
             return  # stopped while it waited
+        if order.epoch == 0:
+            await self._launch_now(order)
+            return
+        report = self._reports.get(order.browser_id)
+        # When many die, they are rebuilt one at a time: all at once would only starve each other.
+        turn = self._turns.setdefault(report.node if report else "", asyncio.Lock())
+        async with turn:
+            if self._is_starting(order):
+                await self._launch_now(order)
+
+    async def _launch_now(self, order: Launch) -> None:
+        browser_id = order.browser_id
         host = self._hosts.get(browser_id)
         try:
             if host is None:
@@ -329,23 +581,63 @@ class Supervisor:
                     host.kill()  # stopped before there was anything to stop
                     return
                 self._hosts[browser_id] = host
+                self._seen.pop(browser_id, None)
             self._watch_from_now(browser_id, host)  # a launch may take longer than a lease
-            port = self._ports.get(browser_id, 0)
-            report = await host.launch(LaunchOrder(ref, self._term, port, warm=order.epoch == 0))
+            report = await host.launch(self._launch_order(order))
         except PoolError as error:
             if isinstance(error, StaleTerm):
                 raise
-            what = error.fields.get("what", "launch_failed")
-            if what == "worker_exited" and self._hosts.get(browser_id) is host:
-                self._forget(browser_id)
-            failure = categorize_browser_failure(
-                error, {"what": what, "ref": ref, "at": self._wall(), **error.fields}
-            )
-            final = isinstance(error, SetupError)
-            await self._happen(BrowserFailed(browser_id, order.epoch, failure, final))
+            await self._launch_failed(order, host, error)
             return
         self._ports[browser_id], self._reports[browser_id] = report.port, report
-        await self._happen(BrowserReady(browser_id, order.epoch, report.facts))
+        self._deaths.pop(browser_id, None)
+        if self._state.browsers[browser_id].epoch == order.epoch:
+            await self._happen(BrowserReady(browser_id, order.epoch, report.facts))
+
+    def _launch_order(self, order: Launch) -> LaunchOrder:
+        record = self._state.browsers[order.browser_id]
+        adjusted = order.adjusted and adjust(
+            order.kind, order.adjusted.model_type, order.adjusted.category
+        )
+        return LaunchOrder(
+            HostRef(order.browser_id, order.epoch),
+            self._term,
+            self._ports.get(order.browser_id, 0),
+            adjusted.arguments if adjusted else (),
+            adjusted.preferences if adjusted else {},
+            adjusted.environment if adjusted else {},
+            warm=order.epoch == 0 and not record.stands_in_for,
+            breakers=record.breakers,
+            death=self._deaths.get(order.browser_id),
+        )
+
+    async def _launch_failed(self, order: Launch, host: Host | None, error: PoolError) -> None:
+        browser_id, ref = order.browser_id, HostRef(order.browser_id, order.epoch)
+        what = error.fields.get("what", "launch_failed")
+        if what == "worker_exited" and self._hosts.get(browser_id) is host:
+            self._forget(browser_id)
+        context = {"what": what, "ref": ref, "at": self._wall(), "browser": str(order.kind)}
+        failure = categorize_browser_failure(error, {**context, **error.fields})
+        final = isinstance(error, SetupError)
+        await self._happen(BrowserFailed(browser_id, order.epoch, failure, final))
+
+    async def _reconnect(self, order: Reconnect) -> None:
+        host = self._hosts.get(order.browser_id)
+        ref = HostRef(order.browser_id, order.epoch)
+        try:
+            if host is None:
+                raise BrowserLost(f"the worker of {order.browser_id} is gone", what="worker_exited")
+            await host.reconnect(ref, self._term)
+        except StaleTerm:
+            raise
+        except PoolError as error:
+            record = self._state.browsers[order.browser_id]
+            if record.epoch == order.epoch and record.phase is Phase.RECONNECTING:
+                context = {"ref": ref, "at": self._wall(), "browser": str(record.kind)}
+                failure = categorize_browser_failure(error, {**context, **error.fields})
+                await self._happen(BrowserFailed(order.browser_id, order.epoch, failure))
+            return
+        await self._happen(BrowserReconnected(order.browser_id, order.epoch))
 
     def _is_starting(self, order: Launch) -> bool:
         record = self._state.browsers[order.browser_id]
@@ -355,7 +647,7 @@ class Supervisor:
     def _watch_from_now(self, browser_id: str, host: Host) -> None:
         if browser_id not in self._watches:
             self._watches[browser_id] = self._spawn(
-                self._watch_host(browser_id, host), f"watch {browser_id}"
+                partial(self._watch_host, browser_id, host), f"watch {browser_id}"
             )
 
     async def _watch_host(self, browser_id: str, host: Host) -> None:
@@ -363,8 +655,11 @@ class Supervisor:
         while self._hosts.get(browser_id) is host:
             try:
                 lease = self._config.lease_seconds
+                seen = self._seen.get(browser_id, 0)
                 async with asyncio.timeout(lease):  # an answer is due after a third of it
-                    event = await host.next_event(self._term, lease / 3)
+                    event = await host.next_event(
+                        self._term, lease / 3, seen, self._peers(browser_id)
+                    )
             except StaleTerm:
                 raise
             except TimeoutError:
@@ -375,7 +670,27 @@ class Supervisor:
                 await self._worker_gone(browser_id, host, error)
                 return
             if event is not None:
-                await self._happen(BrowserFailed(browser_id, event.ref.epoch, event.failure))
+                self._seen[browser_id] = event.seq
+                await self._take_in(browser_id, event)
+
+    def _peers(self, browser_id: str) -> dict[BreakerKey, CircuitState]:
+        """The circuits of the other browsers in service, for the cap on how many may be open."""
+        return {
+            BreakerKey(record.id, model): (
+                record.breakers[model].breaker.state
+                if model in record.breakers
+                else CircuitState.CLOSED
+            )
+            for record in self._state.browsers.values()
+            if record.id != browser_id and record.phase is Phase.READY
+            for model in ("", *record.models)
+        }
+
+    async def _take_in(self, browser_id: str, event: HostEvent) -> None:
+        if event.breakers is not None:
+            await self._happen(BreakersMoved(browser_id, event.breakers))
+        if event.failure is not None:
+            await self._happen(BrowserFailed(browser_id, event.ref.epoch, event.failure))
 
     async def _worker_gone(self, browser_id: str, host: Host, error: PoolError) -> None:
         if self._hosts.get(browser_id) is not host:
@@ -390,15 +705,18 @@ class Supervisor:
             "browser": str(record.kind),
         }
         failure = categorize_browser_failure(error, context)
+        self._deaths[browser_id] = failure
         await self._happen(BrowserFailed(browser_id, record.epoch, failure))
 
     def _forget(self, browser_id: str) -> None:
         self._hosts.pop(browser_id, None)
+        self._seen.pop(browser_id, None)
         watch = self._watches.pop(browser_id, None)
         if watch is not None and watch is not asyncio.current_task():
             watch.cancel()
 
     async def _load(self, order: Load) -> None:
+        await asyncio.sleep(order.delay)
         host, model = self._hosts.get(order.browser_id), self._models.get(order.model)
         if host is None or model is None:
             return
@@ -450,7 +768,7 @@ class Supervisor:
     # -- leases and tables ------------------------------------------------------------------------
 
     def _renew(self, client: str) -> None:
-        if client == self._creator:
+        if client == self._config.creator:
             self._creator_until = self._clock() + self._config.lease_seconds
 
     async def _lease_loop(self) -> None:
@@ -467,7 +785,7 @@ class Supervisor:
     def _settled(self, model: str) -> bool:
         """Whether every browser that may still serve `model` has loaded it, or has failed to."""
         for record in self._state.browsers.values():
-            if record.phase is Phase.STARTING:
+            if record.phase in COMING:
                 return False
             if record.phase is Phase.READY and record.models.get(model) is ModelPhase.LOADING:
                 return False
@@ -477,17 +795,25 @@ class Supervisor:
         routes = []
         for record in self._state.browsers.values():
             host = self._hosts.get(record.id)
-            if host is None or record.phase not in (Phase.READY, Phase.DRAINING):
+            report = self._reports.get(record.id)
+            if host is None or report is None or record.phase not in _ROUTED:
                 continue
-            ready = record.phase is Phase.READY
-            report = self._reports[record.id]
             status = HostStatus(
                 HostRef(record.id, record.epoch, report.node, report.address),
                 record.kind,
-                Readiness.READY if ready else Readiness.DRAINING,
+                _ROUTED[record.phase],
                 queue_max=1,  # a guess until the host itself replies
                 models=record.numeric,
                 term=self._term,
             )
             routes.append(Route(status, host, report.data_token))
-        return Table(self._version, self._state, tuple(routes), dict(self._models))
+        return Table(
+            self._version, self._state, tuple(routes), dict(self._models), self._log_trouble
+        )
+
+
+_ROUTED = {
+    Phase.READY: Readiness.READY,
+    Phase.RECONNECTING: Readiness.STARTING,  # it may be back in a moment, with all it had
+    Phase.DRAINING: Readiness.DRAINING,
+}

@@ -23,8 +23,9 @@ from rich.progress import Progress
 
 from benchmarks.report import Report, run
 from recovery.failures import Category, Failure, Scope, Severity
-from recovery.kinds import Backend, BrowserType, Level, Strategy
+from recovery.kinds import Backend, BrowserType, Level
 from recovery.log import Disk, Log, LogConfig
+from recovery.plan import STRATEGIES
 from recovery.pool_state import (
     Body,
     BrowserFailed,
@@ -52,7 +53,7 @@ def story() -> Iterator[Event]:
 
     def bodies() -> Iterator[Body]:
         limit = RestartLimit(restarts_max=10**9, period_seconds=60.0)
-        yield PoolOpened("bench", Level.MEDIUM, Strategy.PROGRESSIVE, limit, 1)
+        yield PoolOpened("bench", Level.MEDIUM, STRATEGIES["progressive"], limit, 1)
         for model in range(_MODELS):
             yield ModelWanted(f"model-{model}", "0" * 64)
         for browser in range(_BROWSERS):

@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 from actors.arguments import Gpu
 from actors.messages import HostConfig
+from recovery.breaker import BreakerConfig
 from recovery.errors import BadInput, LevelUnavailable
-from recovery.kinds import Backend, BrowserType, Level, Strategy, detect_browser_type
+from recovery.kinds import Backend, BrowserType, Level, detect_browser_type
+from recovery.plan import strategy_order
 from recovery.supervision import RestartLimit
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
@@ -32,11 +34,12 @@ _SECONDS: Mapping[str, tuple[float, float]] = {
     "load_seconds": (0.1, 86_400),
     "hang_seconds": (0.1, 86_400),
     "lease": (1, 3600),
+    "checkpoint_interval": (1, 86_400),
+    "reconnect_seconds": (0.1, 600),
 }
 BACKENDS = ("auto", "wasm", "webgpu", "webnn")
 _WORDS: Mapping[str, Sequence[str]] = {
     "level": [str(level) for level in Level],
-    "strategy": [str(strategy) for strategy in Strategy],
     "backend": BACKENDS,
     "when_full": ["wait", "error"],
 }
@@ -49,7 +52,7 @@ class PoolConfig:
     browsers: Mapping[str, int] = field(default_factory=lambda: {"chrome": 1})
     name: str = ""  # "": one is made up; give one to `attach` to
     level: str = "medium"  # what is kept ready before anything fails
-    strategy: str = "progressive"  # the order of recovery actions
+    strategy: str = "progressive"  # the order of recovery actions, see `recovery.plan`
     strict: bool = True  # refuse to start rather than run below `level`
     max_connections: int = 32  # browsers at most, over all types
     max_recovery_attempts: int = 3  # failed attempts after which an operation fails
@@ -64,6 +67,10 @@ class PoolConfig:
     launch_seconds: float = 60.0  # one browser, from the order to a page that is ready
     load_seconds: float = 120.0  # one model on one browser
     hang_seconds: float = 30.0  # a browser at one operation for longer hangs, and is replaced
+    reconnect_seconds: float = 2.0  # that a page which is out of touch has to come back
+    breaker: BreakerConfig = field(default_factory=BreakerConfig)  # of each browser and model
+    checkpoint_interval: float = 60.0  # between checkpoints of the control log
+    state_dir: str = ""  # of log and history; "": $TABPOOL_STATE, or the user's state directory
     lease: float = 15.0  # whoever is out of touch for longer is given up
     persistent: bool = False  # outlive the process that made the pool
     address: str | None = None  # a Ray cluster to join ("auto"); None starts one here
@@ -87,6 +94,13 @@ class PoolConfig:
         for name, words in _WORDS.items():
             if getattr(self, name) not in words:
                 raise _bad(name, f"one of {', '.join(words)}", getattr(self, name))
+        strategy_order(self.strategy)
+        if not isinstance(self.breaker, BreakerConfig):
+            raise _bad("breaker", "a recovery.breaker.BreakerConfig", self.breaker)
+        if self.persistent and self.address is None:
+            raise _bad(
+                "persistent", "an `address`: the Ray that is started here ends with its maker", True
+            )
         total = sum(self.kinds().values())
         if not 1 <= total <= self.max_connections:
             raise _bad("browsers", f"1 to {self.max_connections} (max_connections)", total)
@@ -133,6 +147,8 @@ class PoolConfig:
             load_seconds=self.load_seconds,
             hang_seconds=self.hang_seconds,
             lease_seconds=self.lease,
+            reconnect_seconds=self.reconnect_seconds,
+            breaker=self.breaker,
         )
 
 

@@ -41,7 +41,11 @@ async def examine(
     kinds: Iterable[BrowserType] = tuple(BrowserType), *, headless: bool = True
 ) -> AsyncIterator[Finding]:
     """Launch each browser in turn and report what it really has."""
-    config = HostConfig(headless=headless, gpu=Gpu.AUTO if has_gpu() else Gpu.SOFTWARE)
+    config = HostConfig(
+        headless=headless,
+        gpu=Gpu.AUTO if has_gpu() else Gpu.SOFTWARE,
+        lease_seconds=3600.0,  # nobody renews it here, and a first launch warms a template
+    )
     for kind in kinds:
         host = BrowserHost(f"doctor-{kind}", kind, config, lambda: None)
         try:

@@ -25,9 +25,10 @@ from actors.ray_actors import RaySupervisor
 from actors.supervisor import ModelOrder, SupervisorConfig, Table
 from pool.config import PoolConfig, backend_order
 from pool.operations import OperationRegistry
-from pool.registry import ModelEntry, ModelRegistry, read_model
+from pool.registry import ModelEntry, ModelRegistry, entry_from_plain, entry_to_plain, read_model
 from pool.results import RecoveryStep, Result
 from pool.routing import Routing
+from pool.state_folders import new_folder, state_root
 from pool.tokens import TextEncoder, encoder_for
 from recovery.answering import (
     AnsweringPolicy,
@@ -47,11 +48,21 @@ from recovery.errors import (
     PageError,
     PoolBusy,
     PoolClosed,
+    SetupError,
     UnknownModel,
 )
 from recovery.failures import Category, Failure, Scope, categorize_browser_failure
-from recovery.kinds import BrowserType, Level, ModelType, Strategy
-from recovery.pool_state import ALIVE, BrowserRecord, ModelPhase, Phase, PoolState
+from recovery.kinds import BrowserType, Level, ModelType, RecoveryLevel
+from recovery.plan import strategy_order
+from recovery.pool_state import (
+    ALIVE,
+    COMING,
+    BrowserRecord,
+    ModelPhase,
+    Phase,
+    PoolState,
+    Repair,
+)
 from recovery.records import HostRef, HostStatus
 from sharding.frames import Frame, encoded_size
 
@@ -74,6 +85,7 @@ class PoolView:
     memory_bytes: Mapping[str, int]
     dashboard_url: str
     operations: Mapping[str, int]
+    log_trouble: str = ""  # why the control log can't be written, or what of it was lost
 
 
 class BrowserPool:
@@ -101,6 +113,7 @@ class BrowserPool:
         self._operations = OperationRegistry()
         self._registry = ModelRegistry()
         self._encoders: dict[str, TextEncoder | None] = {}
+        self._loading: dict[str, int] = {}  # loads under way, by model
         self._rng = random.Random(self._client)
         self._supervisor: RaySupervisor | None = None
         self._routing: Routing | None = None
@@ -141,26 +154,20 @@ class BrowserPool:
         self._ray = await asyncio.to_thread(ray_actors.connect, config.address, config.dashboard)
         try:
             if self._owner:
-                supervisor = RaySupervisor.create(
-                    SupervisorConfig(
-                        config.name,
-                        Level(config.level),
-                        Strategy(config.strategy),
-                        config.restart_limit,
-                        config.lease,
-                        config.persistent,
-                        config.max_connections,
-                    ),
-                    config.hosts(),
-                )
+                supervisor = RaySupervisor.create(await self._supervisor_config(), config.hosts())
                 self._supervisor = supervisor
-                await supervisor.open(self._client, _browser_ids(config.kinds(), ()))
+                await supervisor.open(_browser_ids(config.kinds(), ()))
             else:
                 self._supervisor = supervisor = RaySupervisor.find(config.name)
                 self._config = config = await self._joined_config(supervisor)
             poll = min(config.lease / 3, _WATCH_SECONDS_MAX)
             self._routing = Routing(
-                supervisor, self._client, poll, ray_actors.this_node(), config.message_bytes_max
+                supervisor,
+                self._client,
+                poll,
+                ray_actors.this_node(),
+                config.message_bytes_max,
+                config.queue_max,
             )
             await self._routing.start()
             await self._started()
@@ -169,13 +176,39 @@ class BrowserPool:
             raise
         return self
 
+    async def _supervisor_config(self) -> SupervisorConfig:
+        config, run = self._config, secrets.token_hex(2)
+        folder = ""
+        if config.level_effective not in (Level.NONE, Level.LOW):
+            root = state_root(config.state_dir)
+            try:
+                folder = str(await asyncio.to_thread(new_folder, root, config.name, run))
+            except OSError as error:
+                raise SetupError(
+                    f"level {config.level} keeps a log, and {root} can't be written ({error}): "
+                    "pass state_dir= or set TABPOOL_STATE to a folder that can."
+                ) from error
+        return SupervisorConfig(
+            config.name,
+            config.level_effective,
+            strategy_order(config.strategy),
+            config.restart_limit,
+            config.lease,
+            config.persistent,
+            config.max_connections,
+            creator=self._client,
+            run=run,
+            folder=folder,
+            checkpoint_seconds=config.checkpoint_interval,
+        )
+
     async def _joined_config(self, supervisor: RaySupervisor) -> PoolConfig:
         """This client's configuration with what the running pool has fixed."""
         theirs, hosts = await supervisor.config()
         return replace(
             self._config,
             level=str(theirs.level),
-            strategy=str(theirs.strategy),
+            strategy=theirs.strategy.name,
             restart_limit=theirs.limit,
             lease=theirs.lease_seconds,
             message_bytes_max=hosts.message_bytes_max,
@@ -193,7 +226,7 @@ class BrowserPool:
         patience = (self._config.launch_seconds + limit.delay_max_seconds) * launches
         table = await self._table_when(
             lambda table: all(
-                record.phase is not Phase.STARTING for record in table.state.browsers.values()
+                record.phase not in COMING for record in table.state.browsers.values()
             ),
             patience,
         )
@@ -203,11 +236,11 @@ class BrowserPool:
             raise _why_lost(lost[0])
 
     async def close(self) -> None:
-        """Stop the pool (or, if attached, leave it). Nothing of it is left behind.
+        """Stop the pool; nothing of it is left behind. Leave it, if attached or `persistent`.
 
         Operations under way end as failed.
         """
-        await self._leave(stop=self._owner)
+        await self._leave(stop=self._owner and not self._config.persistent)
 
     async def shutdown(self) -> None:
         """Stop the pool for everybody, also from an attached client."""
@@ -278,8 +311,9 @@ class BrowserPool:
         self._registry.add(entry)
         self._encoders[name] = encoder_for(entry)
         supervisor, _ = self._require_open()
+        self._loading[name] = self._loading.get(name, 0) + 1
         try:
-            await supervisor.load(ModelOrder(entry.spec, backends, entry))
+            await supervisor.load(ModelOrder(entry.spec, backends, entry_to_plain(entry)))
             table = await self._table_when(
                 lambda table: _settled(table.state, name), self._config.load_seconds
             )
@@ -289,6 +323,10 @@ class BrowserPool:
                 if not isinstance(error, CallerError):  # what was ordered is not wanted any more
                     await supervisor.unload(name)
             raise
+        finally:
+            self._loading[name] -= 1
+            if not self._loading[name]:
+                del self._loading[name]
         records = [r for r in table.state.browsers.values() if name in r.models]
         if not any(r.models[name] is ModelPhase.LOADED for r in records):
             await self.unload(name)
@@ -305,6 +343,7 @@ class BrowserPool:
         self._registry.remove(name)
         self._encoders.pop(name, None)
         await supervisor.unload(name)
+        await self._table_when(lambda table: name not in table.models, self._config.lease)
 
     def models(self) -> tuple[str, ...]:
         """The names of the loaded models."""
@@ -312,11 +351,20 @@ class BrowserPool:
         return tuple(self._registry.names())
 
     def _adopt(self) -> None:
-        """Know the models that other clients of this pool have loaded."""
-        if self._routing is None:
+        """Know the models that clients of this pool have loaded, and forget what they unloaded."""
+        if self._routing is None or self._routing.table is None:
             return
-        for name, entry in self._routing.models().items():
-            if name not in self._registry.names() and isinstance(entry, ModelEntry):
+        orders = self._routing.models()
+        for name in self._registry.names():
+            known = self._registry.get(name).spec.digest
+            if name not in self._loading and (
+                name not in orders or orders[name].spec.digest != known
+            ):
+                self._registry.remove(name)
+                self._encoders.pop(name, None)
+        for name, order in orders.items():
+            if name not in self._registry.names():
+                entry = entry_from_plain(order.spec, order.entry)
                 self._registry.add(entry)
                 self._encoders[name] = encoder_for(entry)
 
@@ -413,19 +461,28 @@ class BrowserPool:
         launches, memory = await asyncio.gather(supervisor.reports(), supervisor.memory())
         table = await supervisor.watch(self._client, -1, 0.0)
         alive = [r for r in table.state.browsers.values() if r.phase is Phase.READY]
-        wanted = [r for r in table.state.browsers.values() if r.phase is not Phase.STOPPED]
+        wanted = [
+            record
+            for record in table.state.browsers.values()
+            if record.phase is not Phase.STOPPED
+            and not record.replaced_by
+            and not record.stands_in_for
+        ]
         effective = self._config.level_effective
         return PoolView(
             self.name,
             Level(self._config.level),
             effective,
-            degraded=len(alive) < len(wanted) or effective is not Level(self._config.level),
+            degraded=len(alive) < len(wanted)
+            or effective is not Level(self._config.level)
+            or bool(table.log_trouble),
             control=table.state,
             hosts=self.hosts(),
             launches=launches,
             memory_bytes=memory,
             dashboard_url=self._ray.dashboard_url if self._ray else "",
             operations=dict(self._counts),
+            log_trouble=table.log_trouble,
         )
 
     def hosts(self) -> tuple[HostStatus, ...]:
@@ -451,6 +508,17 @@ class BrowserPool:
             )
         await supervisor.drain(browser_id)
 
+    async def repair(
+        self, browser_id: str, failure: Failure, *, start: RecoveryLevel | None = None
+    ) -> Repair:
+        """Recover a browser from a failure that only the caller knows of; see `recover_browser`.
+
+        `start` is the rung to begin with, if not the usual one. Returns the repair as it ended.
+        Raises `BadInput` if the browser is not in service.
+        """
+        supervisor, _ = self._require_open()
+        return await supervisor.repair(browser_id, failure, start)
+
     async def scale(self, browsers: Mapping[str, int]) -> None:
         """Have this many of each type named: start what is missing, drain what is too many.
 
@@ -462,7 +530,7 @@ class BrowserPool:
         living = [
             record
             for record in table.state.browsers.values()
-            if record.phase in (Phase.STARTING, Phase.READY)
+            if record.phase in (Phase.READY, *COMING) and not record.stands_in_for
         ]
         untouched = sum(record.kind not in counts for record in living)
         total = untouched + sum(counts.values())
@@ -484,7 +552,7 @@ class BrowserPool:
         await self._table_when(
             lambda table: (
                 all(
-                    table.state.browsers[name].phase is not Phase.STARTING
+                    table.state.browsers[name].phase not in COMING
                     and ModelPhase.LOADING not in table.state.browsers[name].models.values()
                     for name in fresh
                     if name in table.state.browsers
@@ -565,7 +633,7 @@ class _Answering:
                 self._routing.candidates(),
                 left,
                 self._rng,
-                coming=self._routing.any_left(),
+                coming=self._routing.any_left(self._model),
             )
             match action:
                 case Send(status):
@@ -585,7 +653,11 @@ class _Answering:
         ref, began = status.ref, self._elapsed()
         # Two clients may give their operations the same names; a host must not mix them up.
         whole_id = f"{self._client}/{self._op_id}" if self._client else self._op_id
-        request = RunRequest(whole_id, ref, self._model, left, self._digest)
+        failed = sum(attempt.failure is not None for attempt in self._attempts)
+        last = self._config.level_effective is Level.NONE or failed + 1 >= (
+            self._config.max_recovery_attempts
+        )
+        request = RunRequest(whole_id, ref, self._model, left, self._digest, last=last)
         try:
             # The browser answers at the deadline at the latest, unless it is frozen itself.
             async with asyncio.timeout(left + _FROZEN_GRACE_SECONDS):
@@ -601,6 +673,10 @@ class _Answering:
             return None  # the table changed under us: choose again
         await self._routing.learn(reply.status)
         if reply.failure is not None:
+            if reply.failure.evidence.get("what") in ("replaced", "not_loaded"):
+                # Our table was old; nothing was tried, so nothing has failed.
+                await self._routing.distrust(ref)
+                return None
             await self._failed_attempt(ref, reply.failure, began)
             return None
         if reply.busy:
@@ -621,7 +697,7 @@ class _Answering:
             Scope.PAGE,
             Scope.BROWSER,
         )
-        if gone or failure.evidence.get("what") == "replaced":
+        if gone:
             await self._routing.distrust(ref)
 
     async def _wait(self, why: str, left: float) -> None:
@@ -697,7 +773,7 @@ def _browser_ids(
 
 def _settled(state: PoolState, model: str) -> bool:
     return model in state.models and not any(
-        record.phase is Phase.STARTING or record.models.get(model) is ModelPhase.LOADING
+        record.phase in COMING or record.models.get(model) is ModelPhase.LOADING
         for record in state.browsers.values()
     )
 

@@ -136,6 +136,18 @@ class ModelEntry:
         return self.spec.name
 
 
+def entry_to_plain(entry: ModelEntry) -> dict[str, Any]:
+    """What an entry adds to its spec, as JSON can carry it."""
+    path = entry.tokenizer_path
+    return {"tokenizer_path": None if path is None else str(path), "config": dict(entry.config)}
+
+
+def entry_from_plain(spec: ModelSpec, plain: Mapping[str, Any]) -> ModelEntry:
+    """The entry that `entry_to_plain` described."""
+    path = plain.get("tokenizer_path")
+    return ModelEntry(spec, None if path is None else Path(path), plain.get("config", {}))
+
+
 def read_model(
     name: str,
     path: str | Path,

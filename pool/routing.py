@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 from actors.dataplane import DataLink
 from actors.messages import RunReply, RunRequest
-from actors.supervisor import Host, Table
+from actors.supervisor import Host, ModelOrder, Table
 from recovery.errors import BrowserLost, PoolClosed, PoolError
 from recovery.kinds import Readiness
-from recovery.pool_state import Phase
+from recovery.pool_state import COMING, ModelPhase, Phase
 from recovery.records import HostRef, HostStatus
 
 _QUEUE_NEWS_SECONDS = 0.1  # a host that said it is full is asked again after this
@@ -36,9 +36,16 @@ class Routing:
     """The routes of one client."""
 
     def __init__(
-        self, source: TableSource, client: str, poll_seconds: float, node: str, bytes_max: int
+        self,
+        source: TableSource,
+        client: str,
+        poll_seconds: float,
+        node: str,
+        bytes_max: int,
+        queue_max: int = 1,
     ) -> None:
         self._source = source
+        self._queue_max = queue_max
         self._node = node
         self._bytes_max = bytes_max
         self._links: dict[str, DataLink] = {}
@@ -51,7 +58,7 @@ class Routing:
         self._hosts: dict[HostRef, Host] = {}
         self._outstanding: dict[HostRef, int] = {}
         self._heard: dict[HostRef, float] = {}  # when each host last spoke for itself
-        self._opening = asyncio.Lock()  # one link to a worker, however many ask for it at once
+        self._opening: dict[str, asyncio.Lock] = {}  # one link to a worker, however many ask
         self._changed = asyncio.Condition()
         self._task: asyncio.Task[None] | None = None
         self.table: Table | None = None
@@ -70,7 +77,7 @@ class Routing:
         if self.gone is None:
             self.gone = PoolClosed("this pool has been closed")
         await self._announce()  # whoever waits for a browser must not wait for its deadline
-        for link in self._links.values():
+        for link in list(self._links.values()):
             await link.close()
 
     async def _follow(self) -> None:
@@ -101,8 +108,10 @@ class Routing:
         for route in table.routes:
             known = self._statuses.get(route.status.ref)
             # The host's own word on its queue is newer than the supervisor's guess.
-            queue_max = known.queue_max if known else route.status.queue_max
-            self._statuses[route.status.ref] = replace(route.status, queue_max=queue_max)
+            queue_max = known.queue_max if known else self._queue_max
+            self._statuses[route.status.ref] = replace(
+                route.status, queue_max=queue_max, blocked=known.blocked if known else {}
+            )
             self._hosts[route.status.ref] = route.host
             if route.status.ref.node == self._node:  # loopback addresses of others mean nothing
                 self._tokens[route.status.ref.address] = route.data_token
@@ -127,12 +136,20 @@ class Routing:
                 status,
                 queue=max(self._queue_heard(status), self._outstanding.get(ref, 0)),
                 readiness=Readiness.DEAD if self._distrust_left(ref) > 0 else status.readiness,
+                blocked=self._blocked(status),
             )
             for ref, status in self._statuses.items()
         ]
 
     def _distrust_left(self, ref: HostRef) -> float:
         return self._distrusted.get(ref, -math.inf) - asyncio.get_running_loop().time()
+
+    def _blocked(self, status: HostStatus) -> Mapping[str, float]:
+        """For how many seconds more breakers refuse, by model."""
+        if not status.blocked:
+            return status.blocked
+        age = asyncio.get_running_loop().time() - self._heard.get(status.ref, -math.inf)
+        return {model: left - age for model, left in status.blocked.items() if left > age}
 
     def _queue_heard(self, status: HostStatus) -> int:
         # Other clients' operations end without a word to this one, so such news grows old.
@@ -142,10 +159,14 @@ class Routing:
         age = asyncio.get_running_loop().time() - self._heard.get(ref, -math.inf)
         return _QUEUE_NEWS_SECONDS - age
 
-    def any_left(self) -> bool:
-        """Whether any browser runs, or is being started."""
+    def any_left(self, model: str) -> bool:
+        """Whether any browser runs, or is being started, that has `model` or may yet load it."""
         records = self.table.state.browsers.values() if self.table else ()
-        return any(record.phase in (Phase.STARTING, Phase.READY) for record in records)
+        return any(
+            record.phase in (Phase.READY, *COMING)
+            and record.models.get(model) is not ModelPhase.FAILED
+            for record in records
+        )
 
     async def run(
         self, ref: HostRef, request: RunRequest, tensors: Mapping[str, Any]
@@ -179,11 +200,17 @@ class Routing:
             raise
 
     async def _link(self, address: str) -> DataLink:
-        async with self._opening:
+        link = self._links.get(address)
+        if link is not None and not link.closed:
+            return link
+        async with self._opening.setdefault(address, asyncio.Lock()):
             link = self._links.get(address)
             if link is None or link.closed:
                 link = DataLink(address, self._tokens.get(address, ""), self._bytes_max)
                 await link.open()
+                if self.gone is not None:  # closed while it was opened
+                    await link.close()
+                    raise BrowserLost(str(self.gone))
                 self._links[address] = link
             return link
 
@@ -195,6 +222,7 @@ class Routing:
                 await link.close()
         for address in self._tokens.keys() - kept:
             del self._tokens[address]
+            self._opening.pop(address, None)
 
     @contextlib.contextmanager
     def _sending(self, ref: HostRef) -> Iterator[None]:
@@ -228,6 +256,8 @@ class Routing:
         """Wait until something may have changed, at most `seconds`."""
         full = [status.ref for status in self._statuses.values() if status.full]
         news = [*map(self._news_left, full), *map(self._distrust_left, self._distrusted)]
+        for status in self._statuses.values():
+            news.extend(self._blocked(status).values())
         for left in news:
             if left > 0:
                 seconds = min(seconds, left)
@@ -248,7 +278,5 @@ class Routing:
         assert self.table is not None
         return self.table
 
-    def models(self) -> Mapping[str, object]:
-        return (
-            {name: order.entry for name, order in self.table.models.items()} if self.table else {}
-        )
+    def models(self) -> Mapping[str, ModelOrder]:
+        return self.table.models if self.table else {}

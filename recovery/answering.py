@@ -108,8 +108,14 @@ def next_action(
     if able and not policy.wait_when_full:
         return Refuse("every browser that has the model is at its queue limit")
     if not having and not coming:
-        return GiveUp("no browser is left: each was stopped, or given up after too many restarts")
-    return WaitForHost("queues are full" if able else "no browser has the model ready")
+        return GiveUp(
+            "no browser is left that could have the model: each was stopped or given up, or "
+            "could not load it"
+        )
+    if able:
+        return WaitForHost("queues are full")
+    blocked = any(host.blocked and model in host.models for host in hosts)
+    return WaitForHost("circuit breakers are open" if blocked else "no browser has the model ready")
 
 
 def _stop(policy: AnsweringPolicy, failures: Sequence[Failure]) -> GiveUp | None:

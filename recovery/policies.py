@@ -30,3 +30,10 @@ TEMPLATE_FREES: dict[str, Any] = {
     "wait": wait_fixed(0.1),
     "reraise": True,
 }
+
+# A supervisor that died is started again by Ray and has read its log within some 3 to 6 s.
+SUPERVISOR_RETURNS: dict[str, Any] = {
+    "stop": stop_after_delay(20),
+    "wait": wait_fixed(0.2),
+    "reraise": True,
+}

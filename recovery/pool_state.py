@@ -13,20 +13,32 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from recovery.adjustments import fallback_order
+from recovery.breaker import CircuitState, Snapshot
 from recovery.errors import IllegalTransition
-from recovery.failures import Category, Failure
-from recovery.kinds import BrowserType, Level, Strategy
+from recovery.failures import Category, Failure, Scope
+from recovery.kinds import BrowserType, Level, ModelType, RecoveryLevel
+from recovery.plan import STRATEGIES, Plan, StrategyOrder, Tally, plan
 from recovery.records import BrowserFacts, NumericId
 from recovery.supervision import GiveUp, RestartLimit, record_restart
 
 HISTORY_MAX = 64  # repairs remembered in the state; the log keeps all
+LOAD_ATTEMPTS_MAX = 2  # of a model on one browser; the second failure in a row settles it
+LOAD_AGAIN_SECONDS = 0.5
+TALLIES_MAX = 256  # kinds of failure whose outcomes are remembered; the oldest goes
 
 
 class Phase(StrEnum):
-    """Where a browser is in its life."""
+    """Where a browser is in its life.
+
+    RECONNECTING: its processes live, its page is out of touch. REPLACING: it is gone, and another
+    browser is being started in its place.
+    """
 
     STARTING = "starting"
     READY = "ready"
+    RECONNECTING = "reconnecting"
+    REPLACING = "replacing"
     DRAINING = "draining"
     STOPPED = "stopped"
     GIVEN_UP = "given_up"
@@ -39,8 +51,55 @@ class ModelPhase(StrEnum):
 
 
 @dataclass(frozen=True)
+class Adjusted:
+    """What the arguments of a launch are adjusted to (the AGGRESSIVE rung)."""
+
+    model_type: ModelType
+    category: Category
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """One step of a repair that is over: the rungs that were tried, and the one that worked."""
+
+    rungs: tuple[RecoveryLevel, ...]
+    began: float
+    ended: float
+    worked: RecoveryLevel | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What is being done, or was done, about one failure of one browser.
+
+    `step` is the index of the plan's step under way, which began at `step_began`. `ready` is when
+    the repair ended well, `outcome` how it ended, in words.
+    """
+
+    browser_id: str
+    from_epoch: int
+    failure: Failure
+    began: float
+    plan: Plan
+    model_type: ModelType = ModelType.UNKNOWN
+    step: int = -1
+    step_began: float = 0.0
+    trying: tuple[RecoveryLevel, ...] = ()  # rungs of this step that have not failed yet
+    steps: tuple[StepOutcome, ...] = ()
+    ready: float | None = None
+    outcome: str = ""
+
+
+@dataclass(frozen=True)
 class BrowserRecord:
-    """One slot. `restarts` holds the times of its recent restarts (seconds, event time)."""
+    """One slot. `restarts` holds the times of its recent restarts (seconds, event time).
+
+    `loads_failed` counts, by model, loads in a row that failed or in which the browser died.
+    `repair` is the one under way. `stands_in_for` names the browser that this one was started to
+    replace, `replaced_by` the one that took its place. `breakers` are its circuit breakers as
+    last heard of, by model; the empty name is the browser's own.
+    """
 
     id: str
     kind: BrowserType
@@ -51,33 +110,44 @@ class BrowserRecord:
     models: Mapping[str, ModelPhase] = field(default_factory=dict)
     numeric: Mapping[str, NumericId] = field(default_factory=dict)
     load_failures: Mapping[str, Failure] = field(default_factory=dict)
+    loads_failed: Mapping[str, int] = field(default_factory=dict)
     restarts: tuple[float, ...] = ()
     launches_failed: int = 0  # in a row, since it was last ready
     failure: Failure | None = None
+    repair: Repair | None = None
+    adjusted: Adjusted | None = None
+    served: bool = False  # whether it has ever been ready
+    stands_in_for: str = ""
+    replaced_by: str = ""
+    breakers: Mapping[str, Snapshot] = field(default_factory=dict)
 
-
-@dataclass(frozen=True)
-class Repair:
-    """One replaced browser, from the failure to the next readiness."""
-
-    browser_id: str
-    from_epoch: int
-    failure: Failure
-    began: float
-    ready: float | None = None
+    @property
+    def circuit(self) -> CircuitState:
+        """The state of the browser's own breaker, as last heard of."""
+        known = self.breakers.get("")
+        return known.breaker.state if known else CircuitState.CLOSED
 
 
 @dataclass(frozen=True)
 class PoolState:
+    """`tallies` counts what came of each rung, by kind of failure: see `tally_key`."""
+
     name: str = ""
     level: Level = Level.MEDIUM
-    strategy: Strategy = Strategy.PROGRESSIVE
+    strategy: StrategyOrder = STRATEGIES["progressive"]
     limit: RestartLimit = field(default_factory=RestartLimit)
     term: int = 0
     browsers: Mapping[str, BrowserRecord] = field(default_factory=dict)
     models: Mapping[str, str] = field(default_factory=dict)  # wanted: name -> digest
-    repairs: tuple[Repair, ...] = ()
+    model_types: Mapping[str, ModelType] = field(default_factory=dict)
+    missing: tuple[BrowserType, ...] = ()  # kinds that are not installed, as launches have shown
+    repairs: tuple[Repair, ...] = ()  # that are over
+    tallies: Mapping[str, Mapping[RecoveryLevel, Tally]] = field(default_factory=dict)
     closing: bool = False
+
+
+def tally_key(category: Category, kind: BrowserType, model_type: ModelType) -> str:
+    return f"{category}/{kind}/{model_type}"
 
 
 # -- events ---------------------------------------------------------------------------------------
@@ -87,8 +157,15 @@ class PoolState:
 class PoolOpened:
     name: str
     level: Level
-    strategy: Strategy
+    strategy: StrategyOrder
     limit: RestartLimit
+    term: int
+
+
+@dataclass(frozen=True)
+class TermBegan:
+    """A new incarnation of the supervisor goes on with this state."""
+
     term: int
 
 
@@ -106,13 +183,42 @@ class BrowserReady:
 
 
 @dataclass(frozen=True)
+class BrowserFound:
+    """A worker has been seen at this incarnation, which the log may have lost."""
+
+    browser_id: str
+    epoch: int
+
+
+@dataclass(frozen=True)
+class BrowserReconnected:
+    """The page of an incarnation that was out of touch is back, with everything it had."""
+
+    browser_id: str
+    epoch: int
+
+
+@dataclass(frozen=True)
+class BreakersMoved:
+    """Breakers of a browser have changed state; `breakers` are those of `BrowserRecord`."""
+
+    browser_id: str
+    breakers: Mapping[str, Snapshot]
+
+
+@dataclass(frozen=True)
 class BrowserFailed:
-    """An incarnation is over. `final`: trying again can't help (nothing is installed)."""
+    """An incarnation is over, or out of touch (a connection failure whose scope is the page).
+
+    `final`: trying again can't help (nothing is installed). `start`: the rung to begin with, if
+    whoever reports it has decided that.
+    """
 
     browser_id: str
     epoch: int
     failure: Failure
     final: bool = False
+    start: RecoveryLevel | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +235,7 @@ class BrowserStopped:
 class ModelWanted:
     model: str
     digest: str
+    type: ModelType = ModelType.UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -159,8 +266,12 @@ class PoolClosing:
 
 Body = (
     PoolOpened
+    | TermBegan
     | BrowserWanted
+    | BrowserFound
     | BrowserReady
+    | BrowserReconnected
+    | BreakersMoved
     | BrowserFailed
     | BrowserUnwanted
     | BrowserStopped
@@ -193,13 +304,25 @@ class Launch:
     kind: BrowserType
     epoch: int
     delay: float = 0.0
+    adjusted: Adjusted | None = None
+
+
+@dataclass(frozen=True)
+class Reconnect:
+    """Get back in touch with the page of an incarnation that lives."""
+
+    browser_id: str
+    epoch: int
 
 
 @dataclass(frozen=True)
 class Load:
+    """Load a model, after `delay` seconds."""
+
     browser_id: str
     epoch: int
     model: str
+    delay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -223,7 +346,7 @@ class Stop:
     epoch: int
 
 
-Instruction = Launch | Load | Unload | Drain | Stop
+Instruction = Launch | Reconnect | Load | Unload | Drain | Stop
 Decision = tuple[PoolState, tuple[Instruction, ...]]
 
 
@@ -243,31 +366,42 @@ def decide(state: PoolState, event: Event) -> Decision:
                 state, name=name, level=level, strategy=strategy, limit=limit, term=term
             )
             return opened, ()
+        case TermBegan(term):
+            return replace(state, term=term), ()
+        case BrowserFound(browser_id, epoch):
+            record = _record(state, browser_id)
+            return _with(state, replace(record, epoch=max(record.epoch, epoch))), ()
         case BrowserWanted(browser_id, kind):
             return _wanted(state, browser_id, kind, event.at)
         case BrowserReady() as body:
             return _ready(state, body, event.at)
+        case BrowserReconnected() as body:
+            return _reconnected(state, body, event.at)
+        case BreakersMoved(browser_id, breakers):
+            record = _record(state, browser_id)
+            return _with(state, replace(record, breakers={**record.breakers, **breakers})), ()
         case BrowserFailed() as body:
             return _failed(state, body, event.at)
         case BrowserUnwanted(browser_id):
             return _unwanted(state, browser_id, event.at)
         case BrowserStopped(browser_id):
             record = replace(_without_models(_record(state, browser_id)), phase=Phase.STOPPED)
-            return _with(state, replace(record, since=event.at)), ()
-        case ModelWanted(model, digest):
-            return _model_wanted(state, model, digest)
+            return _with(state, replace(record, since=event.at, repair=None)), ()
+        case ModelWanted() as body:
+            return _model_wanted(state, body)
         case ModelUnwanted(model):
             return _model_unwanted(state, model)
-        case ModelLoaded(browser_id, epoch, model, numeric):
-            return _model_in(state, browser_id, epoch, model, numeric), ()
-        case ModelFailed(browser_id, epoch, model, failure):
-            return _model_in(state, browser_id, epoch, model, failure), ()
+        case ModelLoaded() as body:
+            return _model_loaded(state, body), ()
+        case ModelFailed() as body:
+            return _model_failed(state, body)
         case PoolClosing():
             stops = tuple(Stop(r.id, r.epoch) for r in state.browsers.values() if r.phase in ALIVE)
             return replace(state, closing=True), stops
 
 
-ALIVE = (Phase.STARTING, Phase.READY, Phase.DRAINING)
+ALIVE = (Phase.STARTING, Phase.READY, Phase.RECONNECTING, Phase.REPLACING, Phase.DRAINING)
+COMING = (Phase.STARTING, Phase.RECONNECTING, Phase.REPLACING)  # may yet be ready by themselves
 
 
 def _wanted(state: PoolState, browser_id: str, kind: BrowserType, at: float) -> Decision:
@@ -291,41 +425,331 @@ def _ready(state: PoolState, body: BrowserReady, at: float) -> Decision:
         since=at,
         facts=body.facts,
         launches_failed=0,
-        models=dict.fromkeys(state.models, ModelPhase.LOADING),
+        served=True,
+        models={
+            model: ModelPhase.FAILED if _hopeless(record, model) else ModelPhase.LOADING
+            for model in state.models
+        },
     )
-    repairs = tuple(
-        replace(repair, ready=at)
-        if repair.browser_id == record.id and repair.ready is None
-        else repair
-        for repair in state.repairs
-    )
-    loads = tuple(Load(record.id, record.epoch, model) for model in state.models)
-    return replace(_with(state, record), repairs=repairs), loads
+    state = _with(state, record)
+    loads = _loads(record)
+    repaired = record
+    if record.stands_in_for:
+        repaired = _record(state, record.stands_in_for)
+        state = _with(state, replace(record, stands_in_for=""))
+    if repaired.repair is None:
+        return state, loads
+    worked = _rung_at_work(repaired, record)
+    state, stops = _repaired(state, repaired, worked, at, by=record)
+    return state, (*loads, *stops)
+
+
+def _reconnected(state: PoolState, body: BrowserReconnected, at: float) -> Decision:
+    record = _record(state, body.browser_id)
+    if record.epoch != body.epoch or record.phase is not Phase.RECONNECTING:
+        return state, ()  # it failed in some other way meanwhile
+    models = {**dict.fromkeys(state.models, ModelPhase.LOADING), **record.models}
+    record = replace(record, phase=Phase.READY, since=at, models=models)
+    loads = _loads(record)
+    state, stops = _repaired(_with(state, record), record, RecoveryLevel.MINIMAL, at, by=record)
+    return state, (*loads, *stops)
 
 
 def _failed(state: PoolState, body: BrowserFailed, at: float) -> Decision:
     record = _record(state, body.browser_id)
-    if record.epoch != body.epoch or record.phase in (Phase.STOPPED, Phase.GIVEN_UP):
+    if record.epoch != body.epoch or record.phase in (
+        Phase.STOPPED,
+        Phase.GIVEN_UP,
+        Phase.REPLACING,
+    ):
         return state, ()
-    ended = replace(_without_models(record), since=at, failure=body.failure)
+    touchable = _lives_on(body.failure) and record.phase is Phase.READY
+    ended = record if touchable else _without_models(_blamed(record, body.failure))
+    ended = replace(ended, since=at, failure=body.failure)
     if state.closing or record.phase is Phase.DRAINING:
-        return _with(state, replace(ended, phase=Phase.STOPPED)), (Stop(record.id, record.epoch),)
-    verdict = record_restart(record.restarts, at, state.limit)
+        stopped = replace(_without_models(ended), phase=Phase.STOPPED, repair=None)
+        return _with(state, stopped), (Stop(record.id, record.epoch),)
     launching = body.failure.category is Category.LAUNCH_FAILURE
     ended = replace(ended, launches_failed=record.launches_failed + launching)
-    hopeless = body.final or ended.launches_failed >= state.limit.launches_failed_max
-    if hopeless or isinstance(verdict, GiveUp):
-        return _with(state, replace(ended, phase=Phase.GIVEN_UP)), (Stop(record.id, record.epoch),)
-    again = replace(ended, phase=Phase.STARTING, epoch=record.epoch + 1, restarts=verdict.history)
-    repair = Repair(record.id, record.epoch, body.failure, at)
-    repairs = (*state.repairs, repair)[-HISTORY_MAX:]
+    if body.final and not record.served and record.kind not in state.missing:
+        state = replace(state, missing=(*state.missing, record.kind))
+    if record.stands_in_for:
+        return _stand_in_failed(state, ended, at)
+    if ended.repair is None:
+        model_type = _model_type(state, body.failure)
+        key = tally_key(body.failure.category, record.kind, model_type)
+        todo = plan(
+            state.level,
+            state.strategy,
+            body.failure,
+            ended.circuit,
+            state.tallies.get(key),
+            start=body.start,
+        )
+        repair = Repair(record.id, record.epoch, body.failure, at, todo, model_type)
+        ended = replace(ended, repair=repair)
+    else:
+        state, ended = _rung_failed(state, ended, _own_rung(ended), body.failure.message, at)
+        if ended.repair is not None and ended.repair.trying:  # others of its step are at work
+            waiting = replace(ended, phase=Phase.REPLACING)
+            return _with(state, waiting), ()
+    # What was installed when it served is installed: such an error passes (no memory, an upgrade).
+    final = body.final and not ended.served
+    hopeless = final or ended.launches_failed >= state.limit.launches_failed_max
+    return _climb(state, ended, at, can_restart=not hopeless, touchable=touchable)
+
+
+# -- repairs: climbing the steps of a plan --------------------------------------------------------
+
+
+def _climb(
+    state: PoolState, record: BrowserRecord, at: float, *, can_restart: bool, touchable: bool
+) -> Decision:
+    """Begin the next step of a repair that can be begun at all, or end the repair."""
+    repair = record.repair
+    assert repair is not None
+    for index in range(repair.step + 1, len(repair.plan.steps)):
+        repair = replace(repair, step=index, step_began=at, trying=())
+        record = replace(record, repair=repair)
+        state, record, orders = _begin(state, record, at, can_restart, touchable)
+        if orders:
+            return _with(state, record), orders
+        assert record.repair is not None
+        repair = _closed(record.repair, None, at, "it can't be done here")
+    record = replace(record, repair=repair)
+    # A level says what an operation survives. That the slot is filled again is housekeeping: a
+    # pool of level none keeps its size, too.
+    if state.level in (Level.NONE, Level.LOW) and can_restart:
+        state, record, orders = _restart(state, record, at, record.adjusted)
+        if orders:
+            ended = replace(repair, outcome="filled again, not recovered")
+            return _end_repair(_with(state, record), record, ended), orders
+    return _give_up(state, record, at)
+
+
+def _begin(
+    state: PoolState, record: BrowserRecord, at: float, can_restart: bool, touchable: bool
+) -> tuple[PoolState, BrowserRecord, tuple[Instruction, ...]]:
+    """Order what the rungs of the current step do. No orders: none of them can be tried."""
+    repair = record.repair
+    assert repair is not None
+    orders: tuple[Instruction, ...] = ()
+    trying: tuple[RecoveryLevel, ...] = ()
+    busy = False  # whether a rung of this step is at work on the browser itself
+    record = replace(record, phase=Phase.REPLACING)
+    for rung in repair.plan.steps[repair.step]:
+        more: tuple[Instruction, ...] = ()
+        match rung:
+            case RecoveryLevel.MINIMAL if touchable:
+                record = replace(record, phase=Phase.RECONNECTING)
+                more = (Reconnect(record.id, record.epoch),)
+            case RecoveryLevel.MODERATE if can_restart and busy:
+                state, more = _stand_in(state, record, record.kind, at)
+            case RecoveryLevel.MODERATE if can_restart:
+                state, record, more = _restart(state, record, at, record.adjusted)
+            case RecoveryLevel.AGGRESSIVE if can_restart and not busy:
+                adjusted = Adjusted(repair.model_type, repair.failure.category)
+                state, record, more = _restart(state, record, at, adjusted)
+            case RecoveryLevel.FALLBACK if record.served:
+                kinds = _substitutes(state, record)
+                if kinds:
+                    state, more = _stand_in(state, record, kinds[0], at)
+            case _:
+                pass
+        if more:
+            trying, orders = (*trying, rung), (*orders, *more)
+        busy = record.phase is not Phase.REPLACING
+    assert record.repair is not None
+    return state, replace(record, repair=replace(record.repair, trying=trying)), orders
+
+
+def _restart(
+    state: PoolState, record: BrowserRecord, at: float, adjusted: Adjusted | None
+) -> tuple[PoolState, BrowserRecord, tuple[Instruction, ...]]:
+    verdict = record_restart(record.restarts, at, state.limit)
+    if isinstance(verdict, GiveUp):
+        return state, record, ()
+    again = replace(
+        record,
+        phase=Phase.STARTING,
+        epoch=record.epoch + 1,
+        restarts=verdict.history,
+        adjusted=adjusted,
+    )
     # A browser that died in service starts again at once; one that can't start waits longer
     # each time.
-    delay = verdict.delay if launching else 0.0
-    return (
-        replace(_with(state, again), repairs=repairs),
-        (Launch(record.id, record.kind, again.epoch, delay),),
+    delay = verdict.delay if record.launches_failed else 0.0
+    return state, again, (Launch(record.id, record.kind, again.epoch, delay, adjusted),)
+
+
+def _stand_in(
+    state: PoolState, record: BrowserRecord, kind: BrowserType, at: float
+) -> tuple[PoolState, tuple[Instruction, ...]]:
+    """Start another browser to take the place of `record`'s; it counts as a restart of that."""
+    verdict = record_restart(record.restarts, at, state.limit)
+    if isinstance(verdict, GiveUp):
+        return state, ()
+    number = 0
+    while f"{kind}-{number}" in state.browsers:
+        number += 1
+    fresh = BrowserRecord(
+        f"{kind}-{number}",
+        kind,
+        0,
+        Phase.STARTING,
+        at,
+        restarts=verdict.history,
+        stands_in_for=record.id,
     )
+    return _with(state, fresh), (Launch(fresh.id, kind, 0),)
+
+
+def _substitutes(state: PoolState, record: BrowserRecord) -> tuple[BrowserType, ...]:
+    """The kinds to try instead, in the order that suits the models, those tried before left out."""
+    assert record.repair is not None
+    tried = {other.kind for other in state.browsers.values() if other.stands_in_for == record.id}
+    available = set(BrowserType) - set(state.missing) - tried
+    return fallback_order(record.repair.model_type, record.kind, available)
+
+
+def _stand_in_failed(state: PoolState, record: BrowserRecord, at: float) -> Decision:
+    """A browser that was to replace another one did not start: try the next, or climb on."""
+    stop = Stop(record.id, record.epoch)
+    principal = state.browsers.get(record.stands_in_for)
+    state = _with(state, replace(record, phase=Phase.STOPPED))
+    if principal is None or principal.repair is None or principal.phase not in COMING:
+        return state, (stop,)
+    rung = _rung_at_work(principal, record)
+    kinds = _substitutes(state, principal) if rung is RecoveryLevel.FALLBACK else ()
+    if kinds:
+        state, more = _stand_in(state, principal, kinds[0], at)
+        return state, (stop, *more)
+    why = record.failure.message if record.failure else ""
+    state, principal = _rung_failed(state, principal, rung, why, at)
+    assert principal.repair is not None
+    if principal.repair.trying:
+        return _with(state, principal), (stop,)
+    hopeless = principal.launches_failed >= state.limit.launches_failed_max
+    state, more = _climb(state, principal, at, can_restart=not hopeless, touchable=False)
+    return state, (stop, *more)
+
+
+def _rung_at_work(principal: BrowserRecord, browser: BrowserRecord) -> RecoveryLevel:
+    """Which rung of the principal's step `browser` carries out."""
+    if browser.id == principal.id:
+        return _own_rung(principal)
+    same = browser.kind is principal.kind
+    return RecoveryLevel.MODERATE if same else RecoveryLevel.FALLBACK
+
+
+def _own_rung(record: BrowserRecord) -> RecoveryLevel:
+    """The rung that is being tried on the browser itself."""
+    assert record.repair is not None
+    if record.phase is Phase.RECONNECTING:
+        return RecoveryLevel.MINIMAL
+    own = [rung for rung in record.repair.trying if rung in _RESTARTS]
+    return own[0] if own else RecoveryLevel.MODERATE
+
+
+_RESTARTS = (RecoveryLevel.MODERATE, RecoveryLevel.AGGRESSIVE)
+
+
+def _rung_failed(
+    state: PoolState, record: BrowserRecord, rung: RecoveryLevel, why: str, at: float
+) -> tuple[PoolState, BrowserRecord]:
+    """Take a rung out of the step under way; with the last one the step is over."""
+    repair = record.repair
+    assert repair is not None
+    state = _tallied(state, record, rung, worked=False)
+    repair = replace(repair, trying=tuple(r for r in repair.trying if r is not rung))
+    if not repair.trying:
+        repair = _closed(repair, None, at, why)
+    return state, replace(record, repair=repair)
+
+
+def _closed(repair: Repair, worked: RecoveryLevel | None, at: float, note: str) -> Repair:
+    rungs = repair.plan.steps[repair.step] if repair.step >= 0 else ()
+    outcome = StepOutcome(rungs, repair.step_began, at, worked, note[:200])
+    return replace(repair, steps=(*repair.steps, outcome), trying=())
+
+
+def _repaired(
+    state: PoolState, record: BrowserRecord, worked: RecoveryLevel, at: float, by: BrowserRecord
+) -> Decision:
+    """A step of `record`'s repair worked, on the browser `by`; whoever raced with it is stopped."""
+    repair = record.repair
+    if repair is None:
+        return state, ()
+    state = _tallied(state, record, worked, worked=True)
+    stops: list[Instruction] = []
+    outcome = "reconnected" if worked is RecoveryLevel.MINIMAL else "restarted"
+    if by.id != record.id:
+        outcome = f"replaced by {by.id}"
+        record = replace(_without_models(record), phase=Phase.GIVEN_UP, since=at)
+        record = replace(record, replaced_by=by.id)
+        stops.append(Stop(record.id, record.epoch))
+    ended = replace(_closed(repair, worked, at, ""), ready=at, outcome=outcome)
+    state, losers = _without_stand_ins(_with(state, record), record, at)
+    return _end_repair(state, record, ended), (*stops, *losers)
+
+
+def _without_stand_ins(state: PoolState, record: BrowserRecord, at: float) -> Decision:
+    """Stop whatever is being started in place of `record`'s browser."""
+    stops = []
+    for other in state.browsers.values():
+        if other.stands_in_for == record.id and other.phase in COMING:
+            state = _with(state, replace(other, phase=Phase.STOPPED, since=at))
+            stops.append(Stop(other.id, other.epoch))
+    return state, tuple(stops)
+
+
+def _give_up(state: PoolState, record: BrowserRecord, at: float) -> Decision:
+    given_up = replace(_without_models(record), phase=Phase.GIVEN_UP, since=at)
+    state = _with(state, given_up)
+    if record.repair is not None:
+        state = _end_repair(state, given_up, replace(record.repair, outcome="given up"))
+    return state, (Stop(record.id, record.epoch),)
+
+
+def _end_repair(state: PoolState, record: BrowserRecord, repair: Repair) -> PoolState:
+    repairs = (*state.repairs, replace(repair, trying=()))[-HISTORY_MAX:]
+    for other in state.browsers.values():
+        if other.stands_in_for == record.id and other.phase not in COMING:
+            state = _with(state, replace(other, stands_in_for=""))
+    return replace(_with(state, replace(record, repair=None)), repairs=repairs)
+
+
+def _tallied(
+    state: PoolState, record: BrowserRecord, rung: RecoveryLevel, *, worked: bool
+) -> PoolState:
+    repair = record.repair
+    assert repair is not None
+    key = tally_key(repair.failure.category, record.kind, repair.model_type)
+    known = state.tallies.get(key, {})
+    tally = known.get(rung, Tally())
+    tally = Tally(tally.attempts + 1, tally.successes + worked)
+    others = {k: v for k, v in state.tallies.items() if k != key}
+    while len(others) >= TALLIES_MAX:
+        del others[next(iter(others))]
+    return replace(state, tallies={**others, key: {**known, rung: tally}})
+
+
+def _lives_on(failure: Failure) -> bool:
+    """Whether the browser goes on: only its page's connection, or one operation, was lost."""
+    connection = failure.category is Category.CONNECTION_FAILURE
+    return failure.scope is Scope.OPERATION or (connection and failure.scope is Scope.PAGE)
+
+
+def _model_type(state: PoolState, failure: Failure) -> ModelType:
+    """The type of the model that failed, or the one type that all models of the pool have."""
+    model = str(failure.evidence.get("model", ""))
+    if model in state.model_types:
+        return state.model_types[model]
+    types = set(state.model_types.values())
+    return types.pop() if len(types) == 1 else ModelType.UNKNOWN
+
+
+# -- leaving, and models --------------------------------------------------------------------------
 
 
 def _unwanted(state: PoolState, browser_id: str, at: float) -> Decision:
@@ -333,21 +757,28 @@ def _unwanted(state: PoolState, browser_id: str, at: float) -> Decision:
     if record.phase is Phase.READY:
         draining = replace(record, phase=Phase.DRAINING, since=at)
         return _with(state, draining), (Drain(record.id, record.epoch),)
-    if record.phase is Phase.STARTING:
-        stopped = replace(record, phase=Phase.STOPPED, since=at)
-        return _with(state, stopped), (Stop(record.id, record.epoch),)
-    return state, ()
+    if record.phase not in COMING:
+        return state, ()
+    if record.stands_in_for:
+        return _stand_in_failed(state, replace(record, since=at), at)
+    stopped = replace(_without_models(record), phase=Phase.STOPPED, since=at)
+    state, losers = _without_stand_ins(_with(state, stopped), stopped, at)
+    if record.repair is not None:
+        state = _end_repair(state, stopped, replace(record.repair, outcome="stopped"))
+    return state, (Stop(record.id, record.epoch), *losers)
 
 
-def _model_wanted(state: PoolState, model: str, digest: str) -> Decision:
-    loads = []
+def _model_wanted(state: PoolState, body: ModelWanted) -> Decision:
+    model, loads = body.model, []
     for record in state.browsers.values():
+        record = _without_model(record, model)  # of that name, another file perhaps
         if record.phase is Phase.READY:
             loads.append(Load(record.id, record.epoch, model))
-            record = _without_model(record, model)  # of that name, another file perhaps
-            loading = {**record.models, model: ModelPhase.LOADING}
-            state = _with(state, replace(record, models=loading))
-    return replace(state, models={**state.models, model: digest}), tuple(loads)
+            record = replace(record, models={**record.models, model: ModelPhase.LOADING})
+        state = _with(state, record)
+    models = {**state.models, model: body.digest}
+    types = {**state.model_types, model: body.type}
+    return replace(state, models=models, model_types=types), tuple(loads)
 
 
 def _model_unwanted(state: PoolState, model: str) -> Decision:
@@ -355,23 +786,63 @@ def _model_unwanted(state: PoolState, model: str) -> Decision:
     for record in state.browsers.values():
         if model in record.models:
             unloads.append(Unload(record.id, record.epoch, model))
-            state = _with(state, _without_model(record, model))
-    return replace(state, models=_without(state.models, model)), tuple(unloads)
+        state = _with(state, _without_model(record, model))
+    models, types = _without(state.models, model), _without(state.model_types, model)
+    return replace(state, models=models, model_types=types), tuple(unloads)
 
 
-def _model_in(
-    state: PoolState, browser_id: str, epoch: int, model: str, outcome: NumericId | Failure
-) -> PoolState:
-    record = _record(state, browser_id)
-    if record.epoch != epoch or model not in record.models:
+def _model_loaded(state: PoolState, body: ModelLoaded) -> PoolState:
+    record = _record(state, body.browser_id)
+    if record.epoch != body.epoch or body.model not in record.models:
         return state
-    numeric, failures = _without(record.numeric, model), _without(record.load_failures, model)
-    if isinstance(outcome, Failure):
-        phase, failures[model] = ModelPhase.FAILED, outcome
-    else:
-        phase, numeric[model] = ModelPhase.LOADED, outcome
-    models = {**record.models, model: phase}
-    return _with(state, replace(record, models=models, numeric=numeric, load_failures=failures))
+    record = replace(
+        record,
+        models={**record.models, body.model: ModelPhase.LOADED},
+        numeric={**record.numeric, body.model: body.numeric},
+        load_failures=_without(record.load_failures, body.model),
+        loads_failed=_without(record.loads_failed, body.model),
+    )
+    return _with(state, record)
+
+
+def _model_failed(state: PoolState, body: ModelFailed) -> Decision:
+    record = _record(state, body.browser_id)
+    if record.epoch != body.epoch or body.model not in record.models:
+        return state, ()
+    record = _counted_load(record, body.model, body.failure)
+    record = replace(record, numeric=_without(record.numeric, body.model))
+    if not _hopeless(record, body.model):
+        again = Load(record.id, record.epoch, body.model, LOAD_AGAIN_SECONDS)
+        return _with(state, record), (again,)
+    models = {**record.models, body.model: ModelPhase.FAILED}
+    return _with(state, replace(record, models=models)), ()
+
+
+def _blamed(record: BrowserRecord, failure: Failure) -> BrowserRecord:
+    """A browser that died while it loaded a model: that load counts as failed.
+
+    Loads are carried out one at a time in their order, so the first that is not done is the one.
+    """
+    loading = [m for m, phase in record.models.items() if phase is ModelPhase.LOADING]
+    return _counted_load(record, loading[0], failure) if loading else record
+
+
+def _counted_load(record: BrowserRecord, model: str, failure: Failure) -> BrowserRecord:
+    counts = {**record.loads_failed, model: record.loads_failed.get(model, 0) + 1}
+    failures = {**record.load_failures, model: failure}
+    return replace(record, loads_failed=counts, load_failures=failures)
+
+
+def _hopeless(record: BrowserRecord, model: str) -> bool:
+    return record.loads_failed.get(model, 0) >= LOAD_ATTEMPTS_MAX
+
+
+def _loads(record: BrowserRecord) -> tuple[Instruction, ...]:
+    return tuple(
+        Load(record.id, record.epoch, model)
+        for model, phase in record.models.items()
+        if phase is ModelPhase.LOADING
+    )
 
 
 def _record(state: PoolState, browser_id: str) -> BrowserRecord:
@@ -386,7 +857,8 @@ def _with(state: PoolState, record: BrowserRecord) -> PoolState:
 
 
 def _without_models(record: BrowserRecord) -> BrowserRecord:
-    return replace(record, models={}, numeric={}, load_failures={})
+    """What a dead browser has; which models it could not load is remembered."""
+    return replace(record, models={}, numeric={})
 
 
 def _without_model(record: BrowserRecord, model: str) -> BrowserRecord:
@@ -395,6 +867,7 @@ def _without_model(record: BrowserRecord, model: str) -> BrowserRecord:
         models=_without(record.models, model),
         numeric=_without(record.numeric, model),
         load_failures=_without(record.load_failures, model),
+        loads_failed=_without(record.loads_failed, model),
     )
 
 

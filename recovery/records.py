@@ -44,6 +44,9 @@ class HostStatus:
 
     `queue` counts operations that its page has not finished; `queue_max` is the bound that
     admission holds; `models` maps a loaded model to its numeric id; `served` counts answers.
+    `blocked` holds, by model (the empty name stands for all), for how many seconds a circuit
+    breaker goes on refusing; infinity until somebody switches it. `memory_bytes` is what its
+    process tree had resident when last looked at, 0 if never.
     """
 
     ref: HostRef
@@ -54,9 +57,12 @@ class HostStatus:
     models: Mapping[str, NumericId] = field(default_factory=dict)
     served: int = 0
     term: int = 0
+    blocked: Mapping[str, float] = field(default_factory=dict)
+    memory_bytes: int = 0
 
     def can_take(self, model: str) -> bool:
-        return self.readiness is Readiness.READY and model in self.models
+        blocked = "" in self.blocked or model in self.blocked
+        return self.readiness is Readiness.READY and model in self.models and not blocked
 
     @property
     def full(self) -> bool:

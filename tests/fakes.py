@@ -8,19 +8,31 @@ clock jumps to the next timer, so that seconds cost nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from actors.messages import HostEvent, LaunchOrder, LaunchReport, RunReply, RunRequest
-from actors.supervisor import ModelOrder
+from actors.messages import (
+    HostEvent,
+    HostReport,
+    LaunchOrder,
+    LaunchReport,
+    RunReply,
+    RunRequest,
+)
+from actors.supervisor import MemoryLog, ModelOrder
+from recovery.breaker import CircuitState
+from recovery.breakers import BreakerKey
+from recovery.codec import as_logged
 from recovery.errors import BrowserLost, LaunchFailed, PageError, PoolError, StaleTerm
 from recovery.failures import Category, Failure, Scope, Severity, categorize_browser_failure
 from recovery.kinds import Backend, BrowserType, ModelType, Readiness
-from recovery.pool_state import Event
+from recovery.pool_state import Event, PoolState
 from recovery.records import BrowserFacts, HostRef, HostStatus, NumericId
+from recovery.segments import LogUnavailable
 from sharding.signature import ModelSpec, TensorSpec, Tolerance
 
 FACTS = BrowserFacts(product="Fake", version="1")
@@ -34,7 +46,7 @@ def spec(name: str = "m", digest: str = "d") -> ModelSpec:
 
 
 def order(name: str = "m", digest: str = "d") -> ModelOrder:
-    return ModelOrder(spec(name, digest), (Backend.WASM,), entry=f"entry of {name}")
+    return ModelOrder(spec(name, digest), (Backend.WASM,), entry={"config": {"of": name}})
 
 
 def failure(category: Category = Category.CRASH, **fields: Any) -> Failure:
@@ -106,7 +118,15 @@ class FakeHost:
         self.drained = self.stopped = self.killed = False
         self._browser_over: asyncio.Future[Failure] | None = None
         self._worker_over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._events: asyncio.Queue[HostEvent] = asyncio.Queue()
+        self._events: list[HostEvent] = []
+        self._news = asyncio.Event()
+        self._launching: asyncio.Task[LaunchReport] | None = None
+        self._report: LaunchReport | None = None
+        self._cause: Failure | None = None
+        self.digests: dict[str, str] = {}
+        self.in_touch = _open_gate()
+        self._lost: Failure | None = None
+        self.reconnects = 0
 
     # -- faults on demand -------------------------------------------------------------------------
 
@@ -114,9 +134,22 @@ class FakeHost:
         """The browser dies; the worker lives and tells."""
         assert self._browser_over is not None
         cause = categorize_browser_failure("it died", {"what": what, "ref": self.ref})
-        self.readiness = Readiness.DEAD
+        self.readiness, self._cause = Readiness.DEAD, cause
         self._browser_over.set_result(cause)
-        self._events.put_nowait(HostEvent(self.ref, cause))
+        self._tell(failure=cause)
+
+    def drop_sockets(self) -> None:
+        """The page is out of touch until `in_touch` is set again."""
+        self.in_touch.clear()
+        lost = categorize_browser_failure(
+            "out of touch", {"what": "socket_closed", "ref": self.ref}
+        )
+        self._lost = lost
+        self._tell(failure=lost)
+
+    def _tell(self, **news: Any) -> None:
+        self._events.append(HostEvent(self.ref, len(self._events) + 1, **news))
+        self._news.set()
 
     def die(self) -> None:
         """The worker dies, and whoever waits for it hears so."""
@@ -127,15 +160,26 @@ class FakeHost:
 
     async def launch(self, order: LaunchOrder) -> LaunchReport:
         self._accept(order.term)
-        number = len(self.launches)
-        self.launches.append(order)
-        self.ref, self.readiness, self.models = order.ref, Readiness.STARTING, {}
-        self._browser_over = asyncio.get_running_loop().create_future()
-        await self._unless_dead(self.launch_gate.wait())
+        if self._launching is None or order.ref != self.ref:
+            if order.ref.epoch <= self.ref.epoch:
+                raise StaleTerm(f"{order.ref} was ordered, but {self.ref} has been here")
+            self.launches.append(order)
+            self.ref, self.readiness, self.models = order.ref, Readiness.STARTING, {}
+            self.digests, self._cause, self._report = {}, None, None
+            self.in_touch.set()
+            self._browser_over = asyncio.get_running_loop().create_future()
+            self._launching = asyncio.ensure_future(self._launch(len(self.launches) - 1, order))
+        # As in a worker: who ordered it may go away, and the launch goes on.
+        return await self._unless_dead(_joined(self._launching))
+
+    async def _launch(self, number: int, order: LaunchOrder) -> LaunchReport:
+        await self.launch_gate.wait()
         if number in self.fail_launch:
+            self.readiness = Readiness.DEAD
             raise self.launch_error
         self.readiness = Readiness.READY
-        return LaunchReport(FACTS, order.port or 4000, {}, {}, "")
+        self._report = LaunchReport(FACTS, order.port or 4000, {}, {}, "")
+        return self._report
 
     async def load(
         self, ref: HostRef, term: int, spec: ModelSpec, backends: tuple[Backend, ...]
@@ -149,6 +193,7 @@ class FakeHost:
             raise self.load_error
         self._require(ref)
         self.models[spec.name] = NUMERIC
+        self.digests[spec.name] = spec.digest
         return NUMERIC
 
     async def unload(self, ref: HostRef, term: int, model: str) -> None:
@@ -156,6 +201,7 @@ class FakeHost:
         self._require(ref)
         self.unloads.append((ref, model))
         self.models.pop(model, None)
+        self.digests.pop(model, None)
 
     async def run(self, request: RunRequest, tensors: Mapping[str, Any]) -> RunReply:
         if self._worker_over.done():
@@ -166,6 +212,8 @@ class FakeHost:
             return RunReply(self.status(), failure=self._failure("not_loaded", request))
         if len(self.in_flight) >= self.queue_max:
             return RunReply(self.status(), busy=True)
+        if not self.in_touch.is_set():
+            return RunReply(self.status(), failure=self._failure("socket_closed", request))
         number, self.runs = self.runs, self.runs + 1
         self.in_flight.append(request.op_id)
         try:
@@ -200,13 +248,40 @@ class FakeHost:
         outputs = {name: array + 1 for name, array in tensors.items()}
         return RunReply(self.status(), outputs=outputs, answered=True, backend=Backend.WASM)
 
-    async def next_event(self, term: int, seconds: float) -> HostEvent | None:
+    async def next_event(
+        self, term: int, seconds: float, after: int, peers: Mapping[BreakerKey, CircuitState]
+    ) -> HostEvent | None:
         self._accept(term)
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                return await self._unless_dead(self._events.get())
+                while len(self._events) <= after:
+                    self._news.clear()
+                    await self._unless_dead(self._news.wait())
+                return self._events[after]
+        return None
+
+    async def hello(self, term: int) -> HostReport:
+        self._accept(term)
+        ready = self.readiness is Readiness.READY
+        return HostReport(
+            self.ref,
+            self.readiness,
+            len(self._events),
+            self._report if ready else None,
+            dict(self.models),
+            dict(self.digests),
+            self._cause if self.in_touch.is_set() else self._lost,
+        )
+
+    async def reconnect(self, ref: HostRef, term: int) -> None:
+        self._accept(term)
+        self._require(ref)
+        self.reconnects += 1
+        try:
+            async with asyncio.timeout(2.0):
+                await self._unless_dead(self.in_touch.wait())
         except TimeoutError:
-            return None
+            raise BrowserLost("the page is out of touch", what="socket_closed") from None
 
     async def drain(self, term: int) -> None:
         self._accept(term)
@@ -289,6 +364,13 @@ class FakeHosts:
         self.made.setdefault(browser_id, []).append(host)
         return host
 
+    async def living(self) -> dict[str, list[FakeHost]]:
+        """As the workers that Ray still knows."""
+        return {
+            name: [host for host in hosts if not host._worker_over.done()]
+            for name, hosts in self.made.items()
+        }
+
     def __getitem__(self, browser_id: str) -> FakeHost:
         """The newest host of a browser."""
         return self.made[browser_id][-1]
@@ -302,16 +384,34 @@ class FakeHosts:
         return sum((host.answered for host in self.all), Counter[str]())
 
 
-class GatedLog:
-    """An event log that a test can hold up: `append` returns when `gate` is open."""
+class GatedLog(MemoryLog):
+    """An event log that a test can hold up: `append` returns when `gate` is open. While `full`,
+    nothing can be written."""
 
     def __init__(self) -> None:
-        self.events: list[Event] = []
+        super().__init__()
         self.gate = _open_gate()
+        self.full = False
+        self.closed = False
+        self.checkpoints: list[tuple[int, PoolState]] = []
 
     async def append(self, event: Event) -> None:
         await self.gate.wait()
-        self.events.append(event)
+        if self.full:
+            raise LogUnavailable("the disk is full")
+        assert event.seq == self.last_seq + 1
+        await super().append(as_logged(event))
+        self.events_since_checkpoint += 1
+
+    async def checkpoint(self, state: PoolState, seq: int) -> None:
+        if self.full:
+            raise LogUnavailable("the disk is full")
+        assert seq == self.last_seq
+        self.checkpoints.append((seq, state))
+        self.events_since_checkpoint = 0
+
+    async def close(self) -> None:
+        self.closed = True
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
@@ -347,13 +447,13 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         super()._run_once()
 
 
-def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+def in_virtual_time(test: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
     """Run an async test on a `VirtualTimeLoop`."""
 
     @functools.wraps(test)
-    def run(*args: Any, **kwargs: Any) -> None:
+    def run(*args: Any, **kwargs: Any) -> Any:
         with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-            runner.run(test(*args, **kwargs))
+            return runner.run(test(*args, **kwargs))
 
     return run
 
@@ -362,6 +462,10 @@ def _open_gate() -> asyncio.Event:
     gate = asyncio.Event()
     gate.set()
     return gate
+
+
+async def _joined(task: asyncio.Task[LaunchReport]) -> LaunchReport:
+    return await asyncio.shield(task)
 
 
 def _worker_gone() -> BrowserLost:

@@ -1,41 +1,60 @@
 // The page's main thread: owns the control socket and starts the worker. It never computes, so
 // that it can answer a ping while the worker is busy: busy must not be taken for dead.
 
+import { keepOpen } from "/page/reconnect.js";
+
 const config = JSON.parse(document.getElementById("config").textContent);
 const socketUrl = (path) => `ws://${location.host}${path}`;
-const control = new WebSocket(socketUrl("/control"), [config.protocol, config.token]);
-const say = (message) => {
-  if (control.readyState === WebSocket.OPEN) control.send(JSON.stringify(message));
-};
 const CONSOLE_LENGTH_MAX = 2000; // characters of one reported message
 
+let control = null;
 let worker = null;
+let failed = null; // that the worker did: said again on a new socket, should it have been lost
+
+function say(message) {
+  if (control?.readyState === WebSocket.OPEN) control.send(JSON.stringify(message));
+}
 
 function report(level, text) {
   say({ kind: "console", level, text: String(text).slice(0, CONSOLE_LENGTH_MAX) });
 }
 
+function show(state) {
+  document.getElementById("state").textContent = state;
+}
+
+function workerFailed(text) {
+  failed = { kind: "worker_failed", text };
+  say(failed);
+}
+
 function startWorker() {
   worker = new Worker("/page/worker.js", { type: "module", name: "tabpool" });
-  worker.onmessage = ({ data }) => say(data);
-  worker.onerror = (event) => say({ kind: "worker_failed", text: event.message || "worker error" });
+  worker.onmessage = ({ data }) => workerFailed(data.text); // its only message: it gave up
+  worker.onerror = (event) => workerFailed(event.message || "worker error");
   worker.postMessage({ ...config, url: socketUrl("/data") });
 }
 
-control.onopen = () => {
-  say({ kind: "hello", epoch: config.epoch, isolated: self.crossOriginIsolated });
-  startWorker();
-  document.getElementById("state").textContent = "connected";
-};
-control.onmessage = ({ data }) => {
-  const message = JSON.parse(data);
-  if (message.kind === "ping") say({ kind: "pong", id: message.id });
-};
-control.onclose = () => {
-  // The actor is gone or has replaced this page: stop computing for nobody.
-  if (worker) worker.terminate();
-  document.getElementById("state").textContent = "disconnected";
-};
+keepOpen(socketUrl("/control"), [config.protocol, config.token], {
+  opened(socket) {
+    control = socket;
+    say({ kind: "hello", epoch: config.epoch, isolated: self.crossOriginIsolated });
+    if (failed) say(failed);
+    if (!worker) startWorker();
+    show("connected");
+  },
+  received({ data }) {
+    const message = JSON.parse(data);
+    if (message.kind === "ping") say({ kind: "pong", id: message.id });
+  },
+  closed: () => show("reconnecting"),
+  ended() {
+    // The actor is gone or has replaced this page: stop computing for nobody.
+    worker?.terminate();
+    show("disconnected");
+  },
+});
+
 addEventListener("error", (event) => report("error", event.message));
 addEventListener("unhandledrejection", (event) => report("error", event.reason));
 document.addEventListener("visibilitychange", () =>

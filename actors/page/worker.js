@@ -1,8 +1,11 @@
 // The worker: owns the data socket and the onnxruntime-web sessions. One message is handled at a
 // time, in order of arrival (parallel run() on one page is an error in onnxruntime-web), and each
-// gets exactly one reply with its operation id. A frame of another epoch is refused.
+// gets exactly one reply with its operation id, on the socket that it came by: should that have
+// closed meanwhile, whoever asked has heard of it and asks again. A frame of another epoch is
+// refused.
 
 import { decode, encode } from "/page/frames.js";
+import { keepOpen } from "/page/reconnect.js";
 
 // The smallest bundle that serves a back end; the second one serves WebGPU and WebNN.
 const BUNDLES = {
@@ -17,7 +20,6 @@ const WARM_LENGTHS = [16, 2, 64, 128]; // kernels differ by length
 const SOFTWARE_ADAPTERS = /swiftshader|llvmpipe|lavapipe|software|basic render/i;
 
 let config = null;
-let socket = null;
 const runtimes = new Map(); // bundle file -> Promise of the onnxruntime-web module
 const models = new Map(); // model name -> {session, backend, outputs}
 
@@ -115,6 +117,16 @@ async function run(ort, session, tensors) {
   return { outputs, inPageMs: performance.now() - begun };
 }
 
+// A lost device never comes back by itself, and every session on it is lost, too.
+const watched = new WeakSet();
+async function watchDevice(ort) {
+  const device = await ort.env.webgpu?.device;
+  if (!device || watched.has(device)) return;
+  watched.add(device);
+  const { reason, message } = await device.lost;
+  self.postMessage({ kind: "device_lost", reason, message });
+}
+
 // Create a session and run it on the warm-up inputs until its time settles or the budget is spent.
 async function create({ url, externalData }, backend, { warmRuns, warmMs }, tensors) {
   const asked = performance.now();
@@ -124,6 +136,7 @@ async function create({ url, externalData }, backend, { warmRuns, warmMs }, tens
     executionProviders: [backend], graphOptimizationLevel: "all", externalData,
   });
   const createMs = performance.now() - begun;
+  if (backend === "webgpu") watchDevice(ort);
   const fetchMs = begun - asked;
   const times = [];
   let warmError = "";
@@ -205,29 +218,36 @@ async function warm(ort, { backend, seconds = 0 }) {
   } while (performance.now() < end);
 }
 
+// After a trap or an abort the runtime's heap is in no known state: the page is of no more use.
+const ABORTED = /\bAborted\(|memory access out of bounds|unreachable executed|table index is out of bounds/;
+const isAborted = (error) => error instanceof WebAssembly.RuntimeError || ABORTED.test(String(error));
+
 const describe = (error) => (error?.message ? `${error.name}: ${error.message}` : String(error));
 
 let queue = Promise.resolve();
-function receive(buffer) {
+function receive(buffer, socket) {
   let frame;
   try {
     frame = decode(buffer);
   } catch (error) {
-    send({ kind: "error", body: { what: "bad_frame", message: describe(error) } });
+    send(socket, { kind: "error", body: { what: "bad_frame", message: describe(error) } });
     return;
   }
   queue = queue.then(async () => {
+    if (socket.readyState !== WebSocket.OPEN) return; // nobody waits for this any more
     let reply;
     try {
       reply = await handle(frame);
     } catch (error) {
-      reply = { kind: "error", body: { what: `${frame.kind}_failed`, message: describe(error) } };
+      const what = isAborted(error) ? "runtime_aborted" : `${frame.kind}_failed`;
+      reply = { kind: "error", body: { what, message: describe(error) } };
     }
-    send({ ...reply, op: frame.op, step: frame.step, position: frame.position });
+    send(socket, { ...reply, op: frame.op, step: frame.step, position: frame.position });
   });
 }
 
-function send(frame) {
+function send(socket, frame) {
+  if (socket.readyState !== WebSocket.OPEN) return;
   let bytes = null;
   try {
     bytes = encode({ ...frame, epoch: config.epoch });
@@ -246,8 +266,11 @@ function send(frame) {
 self.onmessage = ({ data }) => {
   config = data;
   ready("wasm").catch(() => {}); // begun while the socket opens; a failure shows when it is used
-  socket = new WebSocket(config.url, [config.protocol, config.token]);
-  socket.binaryType = "arraybuffer";
-  socket.onmessage = (event) => receive(event.data);
-  socket.onclose = () => self.postMessage({ kind: "data_closed" });
+  keepOpen(config.url, [config.protocol, config.token], {
+    received: (event, socket) => receive(event.data, socket),
+    ended() {
+      self.postMessage({ text: "the data socket could not be opened again" });
+      self.close();
+    },
+  });
 };

@@ -177,6 +177,7 @@ async def test_a_page_that_is_at_one_operation_for_too_long_is_reported_as_hung(
         assert reply.failure.scope == "page"
         event = await host.next_event(1, 1.0)
         assert event is not None
+        assert event.failure is not None
         assert event.failure.evidence["what"] == "page_hung"
 
 

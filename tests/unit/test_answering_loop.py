@@ -16,7 +16,8 @@ from pool.results import Result
 from pool.routing import Routing
 from recovery.errors import OperationFailed, PoolBusy, PoolClosed
 from recovery.failures import Category
-from recovery.kinds import Backend, BrowserType, Level, Strategy
+from recovery.kinds import Backend, BrowserType, Level
+from recovery.plan import STRATEGIES
 from recovery.supervision import RestartLimit
 from tests.fakes import FakeHosts, eventually, order
 
@@ -48,9 +49,11 @@ class Pool:
 async def serving(*browsers: str, hosts: FakeHosts | None = None) -> AsyncIterator[Pool]:
     """A pool of these browsers, each ready and with model m loaded."""
     hosts = hosts or FakeHosts()
-    config = SupervisorConfig("p", Level.MEDIUM, Strategy.PROGRESSIVE, LIMIT, 60.0, True)
+    config = SupervisorConfig(
+        "p", Level.MEDIUM, STRATEGIES["progressive"], LIMIT, 60.0, True, creator="client"
+    )
     supervisor = Supervisor(config, hosts, lambda: None)
-    await supervisor.open("client", dict.fromkeys(browsers, BrowserType.CHROME))
+    await supervisor.open(dict.fromkeys(browsers, BrowserType.CHROME))
     await supervisor.load(order())
     routing = Routing(supervisor, "client", 1.0, "node", 1 << 20)
     await routing.start()

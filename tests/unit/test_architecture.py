@@ -157,11 +157,14 @@ def test_main_classes_are_made_without_any_io(monkeypatch):
     from actors.supervisor import Supervisor, SupervisorConfig
     from pool import BrowserPool
     from pool.routing import Routing
-    from recovery.kinds import BrowserType, Level, Strategy
+    from recovery.kinds import BrowserType, Level
+    from recovery.plan import STRATEGIES
     from recovery.supervision import RestartLimit
 
     chrome = BrowserType.CHROME
-    config = SupervisorConfig("p", Level.MEDIUM, Strategy.PROGRESSIVE, RestartLimit(), 15.0, False)
+    config = SupervisorConfig(
+        "p", Level.MEDIUM, STRATEGIES["progressive"], RestartLimit(), 15.0, False
+    )
     settings = default_settings(chrome, root=False, small_shm=False)
 
     def refuse(*args, **kwargs):

@@ -204,6 +204,27 @@ async def test_socket_without_the_token_as_subprotocol_is_refused(protocols):
         assert caught.value.status == 403
 
 
+@pytest.mark.parametrize("protocols", [(PROTOCOL, ""), (PROTOCOL, "guessed")])
+async def test_after_the_end_of_a_page_no_token_opens_a_socket(protocols):
+    async with serving() as served:
+        cookie = await served.enter(served.begin())
+        served.bridge.end_page("it died")
+        for offered in (protocols, (PROTOCOL, cookie)):
+            with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+                await served.connect("data", cookie, protocols=offered)
+            assert caught.value.status == 403
+
+
+async def test_socket_with_the_token_gives_a_lost_cookie_back():
+    async with serving() as served:
+        cookie = await served.enter(served.begin())
+        async with served.connect("control", cookie, headers={}) as socket:
+            given = socket._response.cookies["tabpool"]
+        assert given.value == cookie
+        assert given["httponly"]
+        assert await served.status("/", given.value) == 200
+
+
 async def test_new_epoch_refuses_the_old_token_and_ends_the_old_page():
     async with serving() as served, served.page(epoch=0) as page:
         served.begin(epoch=1)
@@ -363,19 +384,104 @@ async def test_answer_that_nobody_waits_for_any_more_is_dropped():
         await a_request_works(served, page)
 
 
-@pytest.mark.parametrize("name", ["data", "control"])
-async def test_close_of_a_socket_fails_what_waits_and_is_told(name):
+async def test_close_of_a_socket_fails_what_waits_on_it_only():
     async with serving() as served, served.page() as page:
         asked = asyncio.create_task(served.bridge.request(Frame("run", "op")))
         pinged = asyncio.create_task(served.bridge.ping())
         await page.receive()
         await page.control.receive(timeout=5)
-        await getattr(page, name).close()
-        for waiting in (asked, pinged):
-            with pytest.raises(BrowserLost):
+        for name, waiting in (("data", asked), ("control", pinged)):
+            await getattr(page, name).close()
+            with pytest.raises(BrowserLost) as caught:
                 await waiting
-        seen = await event(served, "closed")
-        assert seen.facts == {"socket": name}
+            assert caught.value.fields == {"what": "socket_closed"}
+            seen = await event(served, "closed")
+            assert seen.facts == {"socket": name}
+            served.events.clear()
+            assert pinged.done() is (name == "control")
+        assert served.bridge.outstanding == 0
+
+
+@pytest.mark.parametrize("closes", ["the page", "the bridge"])
+@pytest.mark.parametrize("names", [("data",), ("control",), ("control", "data")])
+async def test_page_opens_closed_sockets_again_with_the_same_token(names, closes):
+    async with serving() as served, served.page() as page:
+        if closes == "the bridge":
+            served.bridge.drop(names)
+        for name in names:
+            await getattr(page, name).close()
+        await fakes.until(lambda: len(served.events) == len(names))
+        assert not served.bridge.connected
+        back = asyncio.create_task(served.bridge.reconnected())
+        for name in names:
+            assert not back.done()
+            setattr(page, name, await served.connect(name, page.cookie))
+        async with asyncio.timeout(5):
+            await back
+        assert served.bridge.connected
+        await a_request_works(served, page)
+        assert sorted(seen.facts["socket"] for seen in served.events) == list(names)
+        for name in ("data", "control"):
+            await getattr(page, name).close()
+
+
+async def test_request_waits_for_a_data_socket_that_is_away():
+    async with serving() as served, served.page() as page:
+        await page.data.close()
+        await event(served, "closed")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await served.bridge.request(Frame("run", "impatient"))
+        assert served.bridge.outstanding == 0, "a page that is away works on nothing"
+        asked = asyncio.create_task(served.bridge.request(Frame("run", "op")))
+        await asyncio.sleep(0.01)
+        async with served.connect("data", page.cookie) as page.data:
+            await page.answer_once(body={"n": 1})
+            assert (await asked).body == {"n": 1}
+
+
+async def test_request_that_waits_for_a_socket_ends_with_the_page():
+    async with serving() as served, served.page() as page:
+        await page.data.close()
+        await event(served, "closed")
+        asked = asyncio.create_task(served.bridge.request(Frame("run", "op")))
+        back = asyncio.create_task(served.bridge.reconnected())
+        await asyncio.sleep(0.01)
+        served.begin(epoch=1)
+        for waiting in (asked, back):
+            with pytest.raises(BrowserLost, match="not connected"):
+                await waiting
+
+
+async def test_ping_does_not_wait_for_a_socket_that_is_away():
+    async with serving() as served, served.page() as page:
+        await page.control.close()
+        await event(served, "closed")
+        with pytest.raises(BrowserLost, match="not connected") as caught:
+            await served.bridge.ping()
+        assert caught.value.fields == {"what": "socket_closed"}
+
+
+async def test_socket_of_a_replaced_page_does_not_open_again():
+    async with serving() as served, served.page(epoch=0) as page:
+        await page.data.close()
+        await event(served, "closed")
+        served.begin(epoch=1)
+        with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+            await served.connect("data", page.cookie)
+        assert caught.value.status == 403
+        message = await page.control.receive(timeout=5)
+        assert message.type is aiohttp.WSMsgType.CLOSE
+        assert message.data == aiohttp.WSCloseCode.POLICY_VIOLATION, "the page stops for that"
+
+
+async def test_page_is_served_once_so_that_a_reload_does_not_come_in():
+    async with serving() as served:
+        cookie = await served.enter(served.begin())
+        assert await served.status("/", cookie) == 200
+        assert await served.status("/", cookie) == 403
+        cookie = await served.enter(served.begin(epoch=1))
+        assert await served.status("/", cookie) == 200
 
 
 async def test_new_epoch_fails_what_waits():
@@ -385,6 +491,7 @@ async def test_new_epoch_fails_what_waits():
         served.begin(epoch=1)
         with pytest.raises(BrowserLost, match="replaced"):
             await asked
+        served.bridge.end_page("it died")
         with pytest.raises(BrowserLost, match="not connected"):
             await served.bridge.request(Frame("run", "op"))
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recovery.breaker import Breaker, CircuitBreaker, Snapshot
 from recovery.codec import (
     EVENT_BYTES_MAX,
     CorruptLog,
@@ -20,6 +21,7 @@ from recovery.codec import (
 )
 from recovery.errors import InternalError
 from recovery.failures import Failure
+from recovery.plan import STRATEGIES
 from recovery.pool_state import (
     Body,
     BrowserFailed,
@@ -80,6 +82,10 @@ STATES = st.builds(
     browsers=st.dictionaries(st.text(), _RECORDS, max_size=2),
     repairs=st.lists(_REPAIRS, max_size=2).map(tuple),
 )
+_OPENED = CircuitBreaker("b", failure_threshold=1, recovery_timeout=0.0)
+_OPENED.observe(failure())
+_OPENED.success(_OPENED.allow())
+_SNAPSHOTS = st.builds(Snapshot, breaker=st.sampled_from([Breaker(), _OPENED.breaker]), at=_NUMBER)
 _TIME = st.floats(allow_nan=False, allow_infinity=False)
 
 
@@ -89,7 +95,12 @@ def event(body: Body, seq: int = 1) -> Event:
 
 @pytest.mark.parametrize("kind", get_args(Body), ids=lambda kind: kind.__name__)
 def test_events_of_every_kind_come_back_as_they_were(kind):
-    known = {"failure": _FAILURES, "facts": _FACTS, "limit": _LIMITS}
+    known = {
+        "failure": _FAILURES,
+        "facts": _FACTS,
+        "limit": _LIMITS,
+        "breakers": st.dictionaries(st.text(), _SNAPSHOTS, max_size=2),
+    }
     named = {f.name: known[f.name] for f in fields(kind) if f.name in known}
 
     @given(st.builds(Event, _COUNT, _COUNT, _TIME, st.builds(kind, **named)))
@@ -219,6 +230,6 @@ def test_event_that_is_nonsense_is_refused_rather_than_written():
 
 def test_opening_keeps_a_limit_without_end():
     limit = RestartLimit(period_seconds=math.inf)
-    opened = event(PoolOpened("p", "medium", "progressive", limit, 1))
+    opened = event(PoolOpened("p", "medium", STRATEGIES["progressive"], limit, 1))
     assert decode(encode(opened)) == opened
     assert decode(encode(replace(opened, seq=2))).body.limit.period_seconds == math.inf

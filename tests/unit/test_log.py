@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from recovery.codec import encode
 from recovery.errors import CallerError, IllegalTransition, SetupError
-from recovery.kinds import BrowserType, Level, Strategy
+from recovery.kinds import BrowserType, Level
 from recovery.log import (
     CorruptLog,
     Disk,
@@ -27,6 +27,7 @@ from recovery.log import (
     show,
     verify,
 )
+from recovery.plan import STRATEGIES
 from recovery.pool_state import (
     Body,
     BrowserFailed,
@@ -49,7 +50,7 @@ from tests.fakes import FACTS, NUMERIC, failure
 
 SMALL = LogConfig(segment_bytes_max=400, checkpoints_kept=2)
 BODIES: tuple[Body, ...] = (
-    PoolOpened("p", Level.MEDIUM, Strategy.PROGRESSIVE, RestartLimit(), 1),
+    PoolOpened("p", Level.MEDIUM, STRATEGIES["progressive"], RestartLimit(), 1),
     BrowserWanted("b", BrowserType.CHROME),
     BrowserReady("b", 0, FACTS),
     ModelWanted("m", "digest"),

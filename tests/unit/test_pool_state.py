@@ -5,14 +5,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recovery.breaker import CircuitBreaker
 from recovery.errors import IllegalTransition
-from recovery.failures import Category
-from recovery.kinds import BrowserType, Level, Strategy
+from recovery.failures import Category, Scope
+from recovery.kinds import BrowserType, Level, ModelType, RecoveryLevel
+from recovery.plan import HOPELESS_ATTEMPTS, STRATEGIES
 from recovery.pool_state import (
+    COMING,
     HISTORY_MAX,
+    LOAD_AGAIN_SECONDS,
+    Adjusted,
     Body,
+    BreakersMoved,
     BrowserFailed,
     BrowserReady,
+    BrowserReconnected,
     BrowserStopped,
     BrowserUnwanted,
     BrowserWanted,
@@ -30,6 +37,7 @@ from recovery.pool_state import (
     PoolClosing,
     PoolOpened,
     PoolState,
+    Reconnect,
     Stop,
     Unload,
     apply,
@@ -45,11 +53,16 @@ CHROME = BrowserType.CHROME
 class Story:
     """A state that events happen to, one second apart unless said otherwise."""
 
-    def __init__(self, limit: RestartLimit = LIMIT) -> None:
+    def __init__(
+        self,
+        limit: RestartLimit = LIMIT,
+        level: Level = Level.MEDIUM,
+        strategy: str = "progressive",
+    ) -> None:
         self.events: list[Event] = []
         self.state = PoolState()
         self.at = 0.0
-        self.tell(PoolOpened("pool", Level.MEDIUM, Strategy.PROGRESSIVE, limit, term=1))
+        self.tell(PoolOpened("pool", level, STRATEGIES[strategy], limit, term=1))
 
     def tell(self, body: Body, after: float = 1.0) -> tuple[Instruction, ...]:
         event = Event(len(self.events) + 1, 1, self.at + after, body)
@@ -121,7 +134,7 @@ def test_browser_that_dies_in_service_starts_again_at_once(serving):
 
 def test_next_epoch_loads_the_models_again_and_ends_the_repair(serving):
     serving.failed(epoch=0)
-    (repair,) = serving.state.repairs
+    repair = serving.browser.repair
     assert (repair.from_epoch, repair.ready) == (0, None)
     assert serving.ready(epoch=1) == (Load("b", 1, "m"),)
     (repair,) = serving.state.repairs
@@ -130,20 +143,25 @@ def test_next_epoch_loads_the_models_again_and_ends_the_repair(serving):
 
 def test_browser_that_cannot_start_waits_longer_each_time(starting):
     assert starting.failed(0, Category.LAUNCH_FAILURE) == (Launch("b", CHROME, 1, delay=1.0),)
-    assert starting.failed(1, Category.LAUNCH_FAILURE) == (Launch("b", CHROME, 2, delay=2.0),)
+    adjusted = Adjusted(ModelType.UNKNOWN, Category.LAUNCH_FAILURE)
+    again = Launch("b", CHROME, 2, delay=2.0, adjusted=adjusted)
+    assert starting.failed(1, Category.LAUNCH_FAILURE) == (again,)
 
 
 def test_too_many_restarts_give_the_browser_up_and_stop_it(serving):
-    serving.failed(0)
-    serving.failed(1)
+    for epoch in range(LIMIT.restarts_max):
+        serving.failed(epoch)
+        serving.ready(epoch=epoch + 1)
     assert serving.failed(2) == (Stop("b", 2),)
     assert serving.browser.phase is Phase.GIVEN_UP
+    assert serving.state.repairs[-1].outcome == "given up"
     assert serving.browser.models == {}
 
 
 def test_restarts_long_ago_are_forgiven(serving):
-    serving.failed(0)
-    serving.failed(1)
+    for epoch in range(LIMIT.restarts_max):
+        serving.failed(epoch)
+        serving.ready(epoch=epoch + 1)
     serving.at += LIMIT.period_seconds
     assert serving.failed(2) == (Launch("b", CHROME, 3),)
 
@@ -225,7 +243,9 @@ def test_model_that_cannot_be_loaded_is_marked_and_the_browser_goes_on(starting)
     starting.ready()
     starting.tell(ModelWanted("m", "digest"))
     why = failure(Category.API_ERROR)
-    starting.tell(ModelFailed("b", 0, "m", why))
+    assert starting.tell(ModelFailed("b", 0, "m", why)) == (Load("b", 0, "m", LOAD_AGAIN_SECONDS),)
+    assert starting.browser.models == {"m": ModelPhase.LOADING}
+    assert starting.tell(ModelFailed("b", 0, "m", why)) == ()
     assert starting.browser.phase is Phase.READY
     assert starting.browser.models == {"m": ModelPhase.FAILED}
     assert starting.browser.load_failures == {"m": why}
@@ -253,8 +273,10 @@ def test_model_that_was_unwanted_while_it_loaded_is_not_taken_in(starting):
 def test_repairs_remembered_are_bounded():
     story = Story(RestartLimit(restarts_max=10**6))
     story.tell(BrowserWanted("b", CHROME))
+    story.ready()
     for epoch in range(HISTORY_MAX + 5):
         story.failed(epoch)
+        story.ready(epoch=epoch + 1)
     assert len(story.state.repairs) == HISTORY_MAX
     assert story.state.repairs[-1].from_epoch == HISTORY_MAX + 4
 
@@ -292,15 +314,176 @@ def test_state_and_events_cross_a_pickle(serving):
     assert pickle.loads(pickle.dumps(serving.events)) == serving.events
 
 
+# -- repairs climb the steps of a plan -------------------------------------------------------------
+
+OUT_OF_TOUCH = failure(Category.CONNECTION_FAILURE, scope=Scope.PAGE)
+FIREFOX, EDGE = BrowserType.FIREFOX, BrowserType.EDGE
+
+
+def serving_with(**options) -> Story:
+    story = Story(**options)
+    story.tell(BrowserWanted("b", CHROME))
+    story.ready()
+    story.tell(ModelWanted("m", "digest", ModelType.TEXT))
+    story.tell(ModelLoaded("b", 0, "m", NUMERIC))
+    return story
+
+
+def test_page_that_is_out_of_touch_is_asked_back_and_keeps_what_it_has(serving):
+    assert serving.tell(BrowserFailed("b", 0, OUT_OF_TOUCH)) == (Reconnect("b", 0),)
+    assert serving.browser.phase is Phase.RECONNECTING
+    assert serving.browser.models == {"m": ModelPhase.LOADED}
+    assert serving.tell(BrowserReconnected("b", 0)) == ()
+    assert serving.browser.phase is Phase.READY
+    assert serving.browser.models == {"m": ModelPhase.LOADED}
+    (repair,) = serving.state.repairs
+    assert (repair.outcome, repair.steps[0].worked) == ("reconnected", RecoveryLevel.MINIMAL)
+
+
+def test_model_wanted_meanwhile_is_loaded_when_the_page_is_back(serving):
+    serving.tell(BrowserFailed("b", 0, OUT_OF_TOUCH))
+    serving.tell(ModelWanted("n", "digest"))
+    assert serving.tell(BrowserReconnected("b", 0)) == (Load("b", 0, "n"),)
+
+
+def test_progressive_climbs_from_reconnecting_to_another_browser():
+    story = serving_with(limit=RestartLimit(restarts_max=10))
+    assert story.tell(BrowserFailed("b", 0, OUT_OF_TOUCH)) == (Reconnect("b", 0),)
+    assert story.tell(BrowserFailed("b", 0, OUT_OF_TOUCH)) == (Launch("b", CHROME, 1),)
+    adjusted = Adjusted(ModelType.TEXT, Category.CONNECTION_FAILURE)
+    (again,) = story.failed(1, Category.LAUNCH_FAILURE)
+    assert (again.epoch, again.adjusted) == (2, adjusted)
+    (other,) = story.failed(2, Category.LAUNCH_FAILURE)
+    assert (other.browser_id, other.kind) == ("edge-0", EDGE)
+    assert story.browser.phase is Phase.REPLACING
+    stopped, other = story.tell(BrowserFailed("edge-0", 0, failure(), final=True))
+    assert (stopped, other) == (Stop("edge-0", 0), Launch("firefox-0", FIREFOX, 0))
+    assert story.tell(BrowserReady("firefox-0", 0, FACTS)) == (
+        Load("firefox-0", 0, "m"),
+        Stop("b", 2),
+    )
+    assert (story.browser.phase, story.browser.replaced_by) == (Phase.GIVEN_UP, "firefox-0")
+    (repair,) = story.state.repairs
+    assert repair.outcome == "replaced by firefox-0"
+    assert [step.rungs for step in repair.steps] == [(1,), (2,), (3,), (4,)]
+    assert [step.worked for step in repair.steps] == [None, None, None, 4]
+
+
+def test_failover_never_restarts():
+    story = serving_with(strategy="failover")
+    assert story.failed(0) == (Launch("edge-0", EDGE, 0),)
+
+
+def test_restart_never_leaves_the_kind():
+    story = serving_with(strategy="restart", limit=RestartLimit(restarts_max=10))
+    assert story.failed(0) == (Launch("b", CHROME, 1),)
+    (again,) = story.failed(1)
+    assert again.adjusted is not None
+    assert story.failed(2) == (Stop("b", 2),)
+
+
+def test_parallel_races_and_the_first_that_is_ready_stays():
+    story = serving_with(strategy="parallel", limit=RestartLimit(restarts_max=10))
+    assert story.failed(0) == (Launch("b", CHROME, 1), Launch("edge-0", EDGE, 0))
+    assert story.ready(epoch=1) == (Load("b", 1, "m"), Stop("edge-0", 0))
+    assert story.state.browsers["edge-0"].phase is Phase.STOPPED
+    assert story.state.repairs[0].outcome == "restarted"
+
+
+def test_parallel_race_that_the_other_browser_wins_stops_the_restart():
+    story = serving_with(strategy="parallel", limit=RestartLimit(restarts_max=10))
+    story.failed(0)
+    assert story.tell(BrowserReady("edge-0", 0, FACTS)) == (Load("edge-0", 0, "m"), Stop("b", 1))
+    assert story.ready(epoch=1) == ()
+    assert story.browser.phase is Phase.GIVEN_UP
+
+
+def test_parallel_race_goes_on_until_all_have_failed():
+    story = serving_with(strategy="parallel", limit=RestartLimit(restarts_max=20))
+    reconnect, same, other = story.tell(BrowserFailed("b", 0, OUT_OF_TOUCH))
+    assert (reconnect, same.kind, other.kind) == (Reconnect("b", 0), CHROME, EDGE)
+    assert story.tell(BrowserFailed("b", 0, OUT_OF_TOUCH)) == ()
+    assert story.browser.phase is Phase.REPLACING
+    assert story.tell(BrowserFailed(same.browser_id, 0, failure())) == (Stop(same.browser_id, 0),)
+    assert story.tell(BrowserReady(other.browser_id, 0, FACTS))[-1] == Stop("b", 0)
+    assert story.state.repairs[0].steps[0].worked is RecoveryLevel.FALLBACK
+
+
+@pytest.mark.parametrize("level", [Level.NONE, Level.LOW])
+def test_slot_is_filled_again_at_levels_that_recover_nothing(level):
+    story = serving_with(level=level)
+    assert story.failed(0) == (Launch("b", CHROME, 1),)
+    assert story.state.repairs[0].outcome == "filled again, not recovered"
+
+
+def test_open_breaker_goes_to_another_browser(serving):
+    breaker = CircuitBreaker("b", failure_threshold=1)
+    breaker.observe(failure())
+    serving.tell(BreakersMoved("b", {"": breaker.snapshot()}))
+    (launch,) = serving.failed(0)
+    assert launch.kind is not CHROME
+
+
+def test_rung_that_rarely_works_for_such_a_failure_is_passed_by():
+    story = serving_with(limit=RestartLimit(restarts_max=1000, launches_failed_max=100))
+    epoch = 0
+    for _ in range(HOPELESS_ATTEMPTS):
+        (moderate,) = story.failed(epoch)
+        assert moderate.adjusted is None or epoch
+        story.failed(epoch + 1)
+        epoch += 2
+        story.ready(epoch=epoch)
+    (launch,) = story.failed(epoch)
+    assert launch.adjusted == Adjusted(ModelType.TEXT, Category.CRASH)
+    assert "rung 2 rarely works" in story.browser.repair.plan.reason
+
+
+def test_model_that_kills_the_browser_as_it_loads_is_left_out_the_next_time_but_one(starting):
+    starting.ready()
+    starting.tell(ModelWanted("good", "digest"))
+    starting.tell(ModelLoaded("b", 0, "good", NUMERIC))
+    starting.tell(ModelWanted("bad", "digest"))
+    starting.failed(0)
+    assert starting.ready(epoch=1) == (Load("b", 1, "good"), Load("b", 1, "bad"))
+    starting.tell(ModelLoaded("b", 1, "good", NUMERIC))
+    starting.failed(1)
+    assert starting.ready(epoch=2) == (Load("b", 2, "good"),)
+    assert starting.browser.models["bad"] is ModelPhase.FAILED
+    assert starting.browser.load_failures["bad"].category is Category.CRASH
+    (load,) = starting.tell(ModelWanted("bad", "another digest"))
+    assert load == Load("b", 2, "bad"), "a model of new content has new attempts"
+
+
+def test_error_of_the_machine_is_not_final_for_a_browser_that_has_served(serving):
+    assert serving.failed(0, Category.LAUNCH_FAILURE, final=True)[0].epoch == 1
+
+
+def test_drained_stand_in_lets_the_repair_climb_on():
+    story = serving_with(strategy="failover")
+    story.failed(0)
+    stop, launch = story.tell(BrowserUnwanted("edge-0"))
+    assert (stop, launch.kind) == (Stop("edge-0", 0), FIREFOX)
+
+
+def test_drain_in_the_middle_of_a_repair_ends_it():
+    story = serving_with(strategy="failover")
+    story.failed(0)
+    assert story.tell(BrowserUnwanted("b")) == (Stop("b", 0), Stop("edge-0", 0))
+    assert story.state.repairs[0].outcome == "stopped"
+    assert story.browser.repair is None
+
+
 # -- whatever happens, in whatever order -----------------------------------------------------------
 
-_IDS = st.sampled_from(["a", "b"])
+_IDS = st.sampled_from(["a", "b", "edge-0", "firefox-0", "chrome-0"])
 _MODELS = st.sampled_from(["m", "n"])
 _EPOCHS = st.integers(-1, 0)  # the present one, or the one before
 _STEPS = st.one_of(
     st.tuples(st.just("want"), _IDS),
     st.tuples(st.just("ready"), _IDS, _EPOCHS),
     st.tuples(st.just("fail"), _IDS, _EPOCHS, st.sampled_from(Category), st.booleans()),
+    st.tuples(st.just("drop"), _IDS, _EPOCHS),
+    st.tuples(st.just("back"), _IDS, _EPOCHS),
     st.tuples(st.just("unwant"), _IDS),
     st.tuples(st.just("stop"), _IDS),
     st.tuples(st.just("model"), _MODELS),
@@ -323,6 +506,10 @@ def _body(state: PoolState, step: tuple) -> Body:
             return BrowserReady(browser_id, epoch(browser_id, back), FACTS)
         case "fail", browser_id, back, category, final:
             return BrowserFailed(browser_id, epoch(browser_id, back), failure(category), final)
+        case "drop", browser_id, back:
+            return BrowserFailed(browser_id, epoch(browser_id, back), OUT_OF_TOUCH)
+        case "back", browser_id, back:
+            return BrowserReconnected(browser_id, epoch(browser_id, back))
         case "unwant", browser_id:
             return BrowserUnwanted(browser_id)
         case "stop", browser_id:
@@ -349,6 +536,16 @@ def _check(before: PoolState, after: PoolState, instructions: tuple[Instruction,
             assert record.models.keys() == after.models.keys()
         loaded = {m for m, phase in record.models.items() if phase is ModelPhase.LOADED}
         assert record.numeric.keys() == loaded
+        repair = record.repair
+        assert (repair is not None and bool(repair.trying)) == (
+            repair is not None and record.phase in COMING
+        ), "a repair is under way exactly while something is being tried"
+        if record.phase in (Phase.RECONNECTING, Phase.REPLACING):
+            assert repair is not None
+        if record.phase is Phase.REPLACING and not after.closing:
+            helpers = [b for b in after.browsers.values() if b.stands_in_for == record.id]
+            assert any(b.phase in COMING for b in helpers)
+    assert len(after.repairs) <= HISTORY_MAX
     for instruction in instructions:
         record = after.browsers[instruction.browser_id]
         assert instruction.epoch == record.epoch
@@ -362,9 +559,13 @@ def _check(before: PoolState, after: PoolState, instructions: tuple[Instruction,
     assert len(launched) == len(set(launched))
 
 
-@given(st.lists(st.tuples(st.floats(0, 30), _STEPS), max_size=60))
-def test_whatever_happens_the_state_stays_sound_and_replays(steps):
-    story = Story()
+@given(
+    st.lists(st.tuples(st.floats(0, 30), _STEPS), max_size=60),
+    st.sampled_from(sorted(STRATEGIES)),
+    st.sampled_from(Level),
+)
+def test_whatever_happens_the_state_stays_sound_and_replays(steps, strategy, level):
+    story = Story(strategy=strategy, level=level)
     epochs_launched: set[tuple[str, int]] = set()
     for after, step in steps:
         before = story.state

@@ -6,14 +6,16 @@ from itertools import pairwise
 
 import pytest
 
-from actors.supervisor import Supervisor, SupervisorConfig
-from recovery.errors import BrowserMissing, InternalError, PoolClosed
+from actors.supervisor import MemoryOrders, Supervisor, SupervisorConfig
+from recovery.errors import BadInput, BrowserMissing, InternalError, PoolClosed
 from recovery.failures import Category
-from recovery.kinds import BrowserType, Level, Readiness, Strategy
-from recovery.pool_state import ModelPhase, Phase, PoolState, apply
+from recovery.kinds import BrowserType, Level, Readiness
+from recovery.plan import STRATEGIES
+from recovery.pool_state import Event, ModelPhase, Phase, PoolState, apply
 from recovery.records import HostRef
+from recovery.segments import LogUnavailable
 from recovery.supervision import RestartLimit
-from tests.fakes import NUMERIC, FakeHosts, GatedLog, eventually, in_virtual_time, order
+from tests.fakes import NUMERIC, FakeHosts, GatedLog, eventually, failure, in_virtual_time, order
 
 CHROME = BrowserType.CHROME
 LIMIT = RestartLimit(restarts_max=3, period_seconds=600.0, delay_first_seconds=1.0)
@@ -23,14 +25,45 @@ class Pool:
     """A supervisor over fake hosts, and what a test looks at."""
 
     def __init__(self, hosts: FakeHosts, *, persistent: bool = True, term: int = 1) -> None:
-        loop = asyncio.get_running_loop()
         self.hosts = hosts
         self.log = GatedLog()
         self.closed = 0
-        config = SupervisorConfig("p", Level.MEDIUM, Strategy.PROGRESSIVE, LIMIT, 15.0, persistent)
-        self.supervisor = Supervisor(
-            config, hosts, self._on_closed, self.log, loop.time, loop.time, term
+        self.orders = MemoryOrders()
+        self.config = SupervisorConfig(
+            "p",
+            Level.MEDIUM,
+            STRATEGIES["progressive"],
+            LIMIT,
+            15.0,
+            persistent,
+            creator="creator",
         )
+        self.supervisor = self.made(term, PoolState())
+
+    def made(self, term: int, state: PoolState) -> Supervisor:
+        loop = asyncio.get_running_loop()
+        return Supervisor(
+            self.config,
+            self.hosts,
+            self._on_closed,
+            self.log,
+            loop.time,
+            loop.time,
+            term,
+            state,
+            self.orders,
+        )
+
+    def die(self) -> None:
+        """The supervisor's process is killed: nothing it was doing goes on."""
+        for task in list(self.supervisor._tasks):
+            task.cancel()
+
+    async def resume(self) -> None:
+        """The next incarnation begins, with what the log holds."""
+        state = reduce(apply, self.log.events, PoolState())
+        self.supervisor = self.made(self.state.term + 1, state)
+        await self.supervisor.resume(self.hosts.living)
 
     def _on_closed(self) -> None:
         self.closed += 1
@@ -48,8 +81,10 @@ class Pool:
 
     async def loaded(self, browser_id: str, epoch: int, model: str = "m") -> None:
         def holds() -> bool:
-            record = self.state.browsers[browser_id]
-            return record.epoch == epoch and record.models.get(model) is ModelPhase.LOADED
+            record = self.state.browsers.get(browser_id)
+            if record is None or record.epoch != epoch:
+                return False
+            return record.models.get(model) is ModelPhase.LOADED
 
         await self.supervisor._until(holds)
 
@@ -60,7 +95,7 @@ async def opened(
 ) -> AsyncIterator[Pool]:
     """A pool of these browsers; at the end its log must replay to its state."""
     pool = Pool(hosts or FakeHosts(), persistent=persistent)
-    await pool.supervisor.open("creator", dict.fromkeys(browsers or ("b-0",), CHROME))
+    await pool.supervisor.open(dict.fromkeys(browsers or ("b-0",), CHROME))
     yield pool
     assert reduce(apply, pool.log.events, PoolState()) == pool.state
     assert [event.seq for event in pool.log.events] == list(range(1, len(pool.log.events) + 1))
@@ -85,7 +120,7 @@ async def test_model_is_loaded_on_every_browser_before_load_returns():
         await pool.supervisor.load(order())
         table = await pool.supervisor.watch("client", -1, 0.0)
         assert [route.status.models for route in table.routes] == [{"m": NUMERIC}] * 2
-        assert table.models["m"].entry == "entry of m"
+        assert table.models["m"].entry == {"config": {"of": "m"}}
 
 
 @in_virtual_time
@@ -190,7 +225,7 @@ async def test_browser_that_crashes_again_and_again_is_given_up():
 
 @in_virtual_time
 async def test_model_that_one_browser_cannot_load_is_served_by_the_other():
-    async with opened("b-0", "b-1", hosts=FakeHosts(b_0=[{"fail_load": {0}}])) as pool:
+    async with opened("b-0", "b-1", hosts=FakeHosts(b_0=[{"fail_load": {0, 1}}])) as pool:
         await pool.supervisor.load(order())
         assert pool.state.browsers["b-0"].models == {"m": ModelPhase.FAILED}
         assert pool.state.browsers["b-0"].load_failures["m"].category is Category.API_ERROR
@@ -199,7 +234,7 @@ async def test_model_that_one_browser_cannot_load_is_served_by_the_other():
 
 @in_virtual_time
 async def test_load_that_fails_by_a_fault_of_ours_does_not_hang():
-    script = {"fail_load": {0}, "load_error": InternalError("a broken promise")}
+    script = {"fail_load": {0, 1}, "load_error": InternalError("a broken promise")}
     async with opened(hosts=FakeHosts(b_0=[script])) as pool:
         await pool.supervisor.load(order())
         assert pool.state.browsers["b-0"].models == {"m": ModelPhase.FAILED}
@@ -376,9 +411,9 @@ async def test_host_is_asked_for_news_also_while_it_launches():
         asked: list[float] = []
         inner = host.next_event
 
-        async def next_event(term, seconds):
+        async def next_event(*asking):
             asked.append(asyncio.get_running_loop().time())
-            return await inner(term, seconds)
+            return await inner(*asking)
 
         host.next_event = next_event
         host.launch_gate.clear()
@@ -406,7 +441,7 @@ async def test_superseded_supervisor_gives_no_orders():
 async def test_event_is_in_the_log_before_its_instructions_run():
     pool = Pool(FakeHosts())
     pool.log.gate.clear()
-    opening = asyncio.create_task(pool.supervisor.open("creator", {"b-0": CHROME}))
+    opening = asyncio.create_task(pool.supervisor.open({"b-0": CHROME}))
     await asyncio.sleep(5)
     assert pool.state == PoolState()
     assert pool.hosts.made == {}
@@ -455,3 +490,238 @@ async def test_crash_storm_over_many_browsers_ends_in_order():
         for number, name in enumerate(names):
             await pool.loaded(name, epoch=1 if number % 4 else 0)
         assert list(pool.supervisor.faults) == []
+
+
+# -- recovery by other rungs ----------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_page_that_lost_its_sockets_is_asked_back():
+    async with opened() as pool:
+        await pool.supervisor.load(order())
+        host = pool.hosts["b-0"]
+        host.drop_sockets()
+        await pool.until("b-0", Phase.RECONNECTING, 0)
+        table = await pool.supervisor.watch("client", -1, 0.0)
+        assert [route.status.readiness for route in table.routes] == [Readiness.STARTING]
+        host.in_touch.set()
+        await pool.until("b-0", Phase.READY, 0)
+        assert len(host.launches) == len(host.loads) == 1
+        assert pool.state.repairs[0].outcome == "reconnected"
+
+
+@in_virtual_time
+async def test_page_that_does_not_come_back_is_restarted():
+    async with opened() as pool:
+        await pool.supervisor.load(order())
+        pool.hosts["b-0"].drop_sockets()
+        await pool.loaded("b-0", epoch=1)
+        assert [step.worked for step in pool.state.repairs[0].steps] == [None, 2]
+
+
+@in_virtual_time
+async def test_aggressive_restart_changes_the_launch():
+    async with opened("chrome-0") as pool:
+        await pool.until("chrome-0", Phase.READY, 0)
+        host = pool.hosts["chrome-0"]
+        host.fail_launch = {1}
+        host.crash()
+        await pool.until("chrome-0", Phase.READY, 2)
+        plain, adjusted = host.launches[1:]
+        assert plain.arguments == ()
+        assert adjusted.arguments
+
+
+@in_virtual_time
+async def test_fallback_puts_another_kind_in_its_place():
+    async with opened("chrome-0") as pool:
+        await pool.supervisor.load(order())
+        pool.hosts["chrome-0"].fail_launch = {1, 2}
+        pool.hosts["chrome-0"].crash()
+        await pool.loaded("edge-0", epoch=0)
+        assert pool.state.browsers["chrome-0"].replaced_by == "edge-0"
+        await eventually(lambda: pool.hosts["chrome-0"].killed)
+
+
+@in_virtual_time
+async def test_repair_on_request_says_what_came_of_it():
+    async with opened() as pool:
+        await pool.supervisor.load(order())
+        seen = failure(Category.GPU_ERROR)
+        repair = await pool.supervisor.repair("b-0", seen)
+        assert (repair.outcome, repair.failure.category) == ("restarted", Category.GPU_ERROR)
+        with pytest.raises(BadInput):
+            await pool.supervisor.repair("nobody", seen)
+
+
+@in_virtual_time
+async def test_when_many_die_they_are_rebuilt_one_at_a_time():
+    names = [f"b-{n}" for n in range(4)]
+    async with opened(*names) as pool:
+        for name in names:
+            await pool.until(name, Phase.READY, 0)
+        hosts = [pool.hosts[name] for name in names]
+        for host in hosts:
+            host.launch_gate.clear()
+            host.crash()
+        await asyncio.sleep(1)
+        assert sum(len(host.launches) == 2 for host in hosts) == 1
+        for host in hosts:
+            host.launch_gate.set()
+        for name in names:
+            await pool.until(name, Phase.READY, 1)
+
+
+# -- a log that cannot be written -----------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_full_disk_refuses_orders_but_repairs_go_on_and_are_logged_later():
+    async with opened() as pool:
+        await pool.supervisor.load(order())
+        pool.log.full = True
+        with pytest.raises(LogUnavailable):
+            await pool.supervisor.load(order("n"))
+        pool.hosts["b-0"].crash()
+        await pool.loaded("b-0", epoch=1)
+        table = await pool.supervisor.watch("client", -1, 0.0)
+        assert "disk is full" in table.log_trouble
+        logged = len(pool.log.events)
+        pool.log.full = False
+        await pool.supervisor.load(order("n"))
+        assert len(pool.log.events) > logged + 2
+        assert (await pool.supervisor.watch("client", -1, 0.0)).log_trouble == ""
+
+
+# -- the death of the supervisor ------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_new_supervisor_takes_over_what_lives():
+    async with opened("b-0", "b-1") as pool:
+        await pool.supervisor.load(order())
+        pool.die()
+        await pool.resume()
+        assert pool.state.term == 2
+        table = await pool.supervisor.watch("client", -1, 0.0)
+        assert [route.status.models for route in table.routes] == [{"m": NUMERIC}] * 2
+        assert table.models["m"] == order()
+        assert [len(host.launches) for host in pool.hosts.all] == [1, 1]
+        pool.hosts["b-0"].crash()  # and it goes on watching
+        await pool.loaded("b-0", epoch=1)
+
+
+@in_virtual_time
+async def test_browser_that_died_while_nobody_watched_is_repaired():
+    async with opened() as pool:
+        await pool.supervisor.load(order())
+        pool.die()
+        pool.hosts["b-0"].crash()
+        await pool.resume()
+        await pool.loaded("b-0", epoch=1)
+        assert pool.state.repairs[0].failure.evidence["what"] == "browser_exited"
+
+
+@in_virtual_time
+async def test_worker_that_died_while_nobody_watched_is_replaced():
+    async with opened() as pool:
+        await pool.supervisor.load(order())
+        pool.die()
+        pool.hosts["b-0"].die()
+        await pool.resume()
+        await pool.loaded("b-0", epoch=1)
+
+
+@in_virtual_time
+async def test_model_whose_order_is_lost_is_unloaded():
+    async with opened() as pool:
+        await pool.supervisor.load(order())
+        pool.die()
+        await pool.orders.remove("m")
+        await pool.resume()
+        await eventually(lambda: pool.hosts["b-0"].models == {})
+        assert pool.state.models == {}
+
+
+@in_virtual_time
+async def test_pool_that_was_closing_is_closed():
+    async with opened("b-0", "b-1") as pool:
+        await pool.until("b-0", Phase.READY, 0)
+        closing = asyncio.create_task(pool.supervisor.close())
+        await eventually(lambda: pool.state.closing)
+        closing.cancel()
+        pool.die()
+        await pool.resume()
+        await asyncio.sleep(30)
+        assert pool.closed == 1
+        assert all(host.killed for host in pool.hosts.all)
+
+
+class Killed(Exception):
+    """The supervisor's process ends at this event."""
+
+
+@pytest.mark.parametrize("acknowledged", [True, False], ids=["logged", "not-logged"])
+@pytest.mark.parametrize("fault", ["crash", "die", "drop_sockets", "no restart"])
+def test_supervisor_killed_at_every_step_of_a_repair_finishes_or_repeats_it(fault, acknowledged):
+    """Exhaustively: at each event, before or after it is on disk, until no step is left."""
+
+    async def story(at_event: int) -> bool:
+        pool = Pool(FakeHosts())
+        await pool.supervisor.open({"chrome-0": CHROME, "chrome-1": CHROME})
+        await pool.supervisor.load(order())
+        base = len(pool.log.events)
+        append, dead = pool.log.append, asyncio.Event()
+
+        async def append_and_die(event: Event) -> None:
+            if event.seq == base + at_event and not dead.is_set():
+                if acknowledged:
+                    await append(event)
+                dead.set()
+                raise Killed
+            await append(event)
+
+        pool.log.append = append_and_die  # type: ignore[method-assign]
+        host = pool.hosts["chrome-0"]
+        if fault == "no restart":
+            host.fail_launch = {1, 2}
+            host.crash()
+        else:
+            getattr(host, fault)()
+
+        def repaired() -> bool:
+            records = [r for r in pool.state.browsers.values() if r.phase is not Phase.STOPPED]
+            serving = [r for r in records if r.phase is Phase.READY]
+            return (
+                len(serving) == 2
+                and all(r.models == {"m": ModelPhase.LOADED} for r in serving)
+                and all(r.repair is None for r in records)
+                and len(pool.state.repairs) >= 1
+            )
+
+        async def kill_when_due() -> None:
+            await dead.wait()
+            pool.die()
+            await pool.resume()
+
+        killer = asyncio.create_task(kill_when_due())
+        async with asyncio.timeout(300):
+            while not repaired():  # noqa: ASYNC110  # whoever is asked may die meanwhile
+                await asyncio.sleep(0.25)
+        await asyncio.sleep(60)
+        assert repaired()
+        killer.cancel()
+        serving = {r.id: r.epoch for r in pool.state.browsers.values() if r.phase is Phase.READY}
+        living = {h.ref.browser_id: h.ref.epoch for h in pool.hosts.all if not h.killed}
+        assert living.items() >= serving.items()
+        assert set(living) == set(serving) | ({"chrome-0"} & set(living)), "nothing is left over"
+        ready = [h for h in pool.hosts.all if h.readiness is Readiness.READY]
+        assert {h.ref.browser_id for h in ready} == set(serving)
+        assert reduce(apply, pool.log.events, PoolState()) == pool.state
+        pool.die()
+        return dead.is_set()
+
+    reached = 0
+    while in_virtual_time(story)(reached + 1):
+        reached += 1
+    assert reached >= 3
