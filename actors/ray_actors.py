@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tenacity import AsyncRetrying, retry_if_exception
 
 from actors.browser import BrowserHost
+from actors.history import HistoryKeeper
 from actors.messages import (
     HostConfig,
     HostEvent,
@@ -34,6 +35,7 @@ from actors.messages import (
     RunRequest,
 )
 from actors.orders import DiskOrders
+from actors.ray_metrics import PoolMetrics
 from actors.supervisor import Host, ModelOrder, Supervisor, SupervisorConfig, Table
 from recovery.breaker import CircuitState
 from recovery.breakers import BreakerKey
@@ -49,14 +51,17 @@ from recovery.failures import Failure
 from recovery.kinds import Backend, BrowserType, RecoveryLevel
 from recovery.log import Log, LogUnavailable
 from recovery.policies import SUPERVISOR_RETURNS
-from recovery.pool_state import PoolState, Repair
+from recovery.pool_state import BrowserRecord, PoolState, Repair
 from recovery.records import HostRef, HostStatus, NumericId
+from recovery.samples import Sample, recovery_samples
 from sharding.signature import ModelSpec
 
 NAMESPACE = "tabpool"
 # Ray keeps arguments and results up to this size in the call itself instead of its object
 # store. Measured here for 602 KB each way: 5 ms instead of 13 ms.
 _INLINE_BYTES = 4 << 20
+_REPORT_SECONDS = 5.0  # between two updates of the gauges
+_HISTORY_CLOSE_SECONDS = 10.0
 _CLOSE_SECONDS = 60.0  # a supervisor that takes longer is killed; leases end the rest
 
 
@@ -210,6 +215,39 @@ class Browser:
         await self._host.stop()
 
 
+class History:
+    """A `HistoryKeeper` in a worker process of its own, which ends when nobody is heard of."""
+
+    def __init__(self, config: SupervisorConfig) -> None:
+        self._name = config.name
+        self._keeper = HistoryKeeper(Path(config.history), Path(config.history_spare))
+        self._lease_seconds = 2 * config.lease_seconds
+        self._lease = _end_unless_claimed(config.lease_seconds)
+
+    def __repr__(self) -> str:
+        return f"history of {self._name}"
+
+    async def open(self) -> str:
+        await self.renew()
+        return await self._keeper.open()
+
+    async def renew(self) -> None:
+        self._lease.cancel()
+        self._lease = _end_unless_claimed(self._lease_seconds)
+
+    async def add(self, samples: Sequence[Sample]) -> None:
+        self._keeper.add(samples)
+
+    async def ask(self, question: str, options: Mapping[str, Any]) -> Any:
+        return await self._keeper.ask(question, **options)
+
+    async def query(self, sql: str, params: Sequence[Any]) -> list[dict[str, Any]]:
+        return await self._keeper.query(sql, params)
+
+    async def close(self) -> None:
+        await self._keeper.close()
+
+
 class PoolSupervisor:
     """A `Supervisor` in a worker process of its own.
 
@@ -222,6 +260,10 @@ class PoolSupervisor:
         self._hosts = hosts
         self._supervisor: Supervisor | None = None
         self._resuming = asyncio.Lock()
+        self._metrics: PoolMetrics | None = None
+        self._history: RayHistory | None = None
+        self._reporting: asyncio.Task[None] | None = None
+        self._memory: Mapping[str, int] = {}  # of each browser, when last looked at
         self._unclaimed = _end_unless_claimed(config.lease_seconds)
         self._again = _was_restarted()
         if self._again:
@@ -240,7 +282,7 @@ class PoolSupervisor:
     async def _begin(self, browsers: Mapping[str, BrowserType]) -> None:
         log, trouble = None, ""
         if self._config.folder:
-            log = Log(Path(self._config.folder))
+            log = Log(Path(self._config.folder) / "log")
             try:
                 await log.open()
             except LogUnavailable as error:  # the pool answers all the same, and says so
@@ -248,6 +290,7 @@ class PoolSupervisor:
         self._supervisor = supervisor = self._made(log, 1, None)
         supervisor.trouble(trouble)
         await supervisor.open(browsers)
+        await self._begin_reporting(supervisor)
 
     async def resume(self) -> None:
         """Go on where the incarnation before was, if its log tells."""
@@ -255,12 +298,38 @@ class PoolSupervisor:
             if self._supervisor is not None:
                 return
             self._unclaimed.cancel()
-            log = Log(Path(self._config.folder))
+            log = Log(Path(self._config.folder) / "log")
             recovery = await log.open()
             lost = ", ".join(str(each) for each in recovery.lost)
             supervisor = self._made(log, recovery.term + 1, recovery.state)
             await supervisor.resume(self._find_hosts, f"events {lost} are lost" if lost else "")
             self._supervisor = supervisor
+            await self._begin_reporting(supervisor)
+
+    async def _begin_reporting(self, supervisor: Supervisor) -> None:
+        """Samples and metrics: neither is on the way of anything that matters."""
+        self._metrics = metrics = PoolMetrics(self._config.name)
+        if self._config.history:
+            try:
+                self._history = await RayHistory.create(self._config)
+            except PoolError as error:
+                supervisor.faults.append(f"history: {error}")
+        self._reporting = asyncio.create_task(self._report_loop(supervisor, metrics), name="report")
+
+    async def _report_loop(self, supervisor: Supervisor, metrics: PoolMetrics) -> None:
+        while not supervisor.state.closing:
+            self._memory = await supervisor.memory()
+            metrics.update(supervisor.state, self._memory)
+            if self._history is not None:
+                self._history.renew()
+            await asyncio.sleep(min(_REPORT_SECONDS, self._config.lease_seconds / 3))
+
+    def _on_repair(self, record: BrowserRecord, repair: Repair) -> None:
+        strategy, held = self._config.strategy.name, self._memory.get(record.id, 0)
+        if self._metrics is not None:
+            self._metrics.repaired(record, repair)
+        if self._history is not None:
+            self._history.tell(recovery_samples(self._config.name, strategy, record, repair, held))
 
     def _made(self, log: Log | None, term: int, state: PoolState | None) -> Supervisor:
         folder = self._config.folder
@@ -272,6 +341,7 @@ class PoolSupervisor:
             term=term,
             state=state,
             orders=DiskOrders(Path(folder) / "models") if folder else None,
+            on_repair=self._on_repair,
         )
 
     async def _new_host(self, browser_id: str, kind: BrowserType, epoch: int) -> Host:
@@ -343,6 +413,8 @@ class PoolSupervisor:
 
     async def close(self) -> None:
         await (await self._open()).close()
+        if self._history is not None:
+            await self._history.close()
 
 
 # -- handles --------------------------------------------------------------------------------------
@@ -414,6 +486,69 @@ class RayHost:
         await _result(self.actor.stop.remote(), "a browser")
 
     def kill(self) -> None:
+        with contextlib.suppress(RayError):
+            ray.kill(self.actor)
+
+
+@dataclass(frozen=True)
+class RayHistory:
+    """A handle to a pool's `History`."""
+
+    actor: Any
+
+    @classmethod
+    async def create(cls, config: SupervisorConfig) -> RayHistory:
+        """Start it, or find the one that an earlier supervisor has started. Raises `PoolError`."""
+        with contextlib.suppress(PoolClosed):
+            return cls.find(config)
+        try:
+            actor: Any = (
+                ray.remote(History)
+                .options(
+                    name=_history_name(config),
+                    namespace=NAMESPACE,
+                    lifetime="detached",
+                    max_restarts=0,
+                    num_cpus=0,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(this_node(), soft=False),
+                )
+                .remote(config)
+            )
+        except (RayError, ValueError) as error:
+            raise SetupError(f"Ray could not start a worker for the history: {error}") from error
+        await _result(actor.open.remote(), "the history")
+        return cls(actor)
+
+    @classmethod
+    def find(cls, config: SupervisorConfig) -> RayHistory:
+        try:
+            return cls(ray.get_actor(_history_name(config), namespace=NAMESPACE))
+        except ValueError as error:
+            raise PoolClosed(f"pool {config.name} keeps no history") from error
+
+    async def add(self, samples: Sequence[Sample]) -> None:
+        await _result(self.actor.add.remote(samples), "the history")
+
+    def tell(self, samples: Sequence[Sample]) -> None:
+        """As `add`, without an answer."""
+        self.actor.add.remote(samples)
+
+    def renew(self) -> None:
+        self.actor.renew.remote()
+
+    async def ask(self, question: str, **options: Any) -> Any:
+        return await _result(self.actor.ask.remote(question, options), "the history")
+
+    async def query(self, sql: str, params: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = await _result(
+            self.actor.query.remote(sql, params), "the history"
+        )
+        return rows
+
+    async def close(self) -> None:
+        with contextlib.suppress(PoolError, TimeoutError):
+            async with asyncio.timeout(_HISTORY_CLOSE_SECONDS):
+                await _result(self.actor.close.remote(), "the history")
         with contextlib.suppress(RayError):
             ray.kill(self.actor)
 
@@ -494,6 +629,11 @@ class RaySupervisor:
         repair: Repair = await self._call(lambda: call.remote(browser_id, failure, start))
         return repair
 
+    async def table(self, client: str) -> Table:
+        """The table as it is now."""
+        table: Table = await self._call(lambda: self.actor.watch.remote(client, -1, 0.0))
+        return table
+
     async def watch(self, client: str, version: int, seconds: float) -> Table:
         # Not repeated here: who watches has a patience of its own.
         call = self.actor.watch.remote(client, version, seconds)
@@ -532,6 +672,10 @@ def _closed_or_away(error: BrowserLost) -> PoolError:
 
 def _supervisor_name(pool: str) -> str:
     return f"{pool}: supervisor"
+
+
+def _history_name(config: SupervisorConfig) -> str:
+    return f"{config.name}: history ({config.run})"
 
 
 def _browser_name(config: SupervisorConfig, browser_id: str, epoch: int) -> str:

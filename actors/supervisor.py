@@ -165,6 +165,8 @@ class SupervisorConfig:
     run: str = ""  # tells pools of one name apart, one after the other
     folder: str = ""  # of the log and the model orders; empty: in memory only
     checkpoint_seconds: float = 60.0
+    history: str = ""  # file of the samples; empty: none are kept
+    history_spare: str = ""  # to be used while another pool writes to that
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,7 @@ class Supervisor:
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._stops: set[asyncio.Task[None]] = set()
         self._turns: dict[str, asyncio.Lock] = {}  # by node: one rebuild at a time
-        self._version = 0
+        self._version = term << 32  # a later term has newer tables, however many there were before
         self._changed = asyncio.Condition()
         self._creator_until = 0.0
         self.faults: deque[str] = deque(maxlen=_FAILURES_KEPT_MAX)
@@ -436,6 +438,11 @@ class Supervisor:
                 await self._until(lambda: self._version > version)
         self._renew(client)
         return self._table()
+
+    @property
+    def state(self) -> PoolState:
+        """The state as the last event left it."""
+        return self._state
 
     def reports(self) -> Mapping[str, LaunchReport]:
         """How each browser's present incarnation was launched."""

@@ -94,3 +94,9 @@ class BlockingPool:
 
     def scale(self, browsers: Mapping[str, int]) -> None:
         self._start(self._pool.scale(browsers)).result()
+
+    def get_recovery_statistics(self, since: float | None = None) -> dict[str, Any]:
+        return self._start(self._pool.get_recovery_statistics(since)).result()
+
+    def export_telemetry(self) -> dict[str, Any]:
+        return self._start(self._pool.export_telemetry()).result()

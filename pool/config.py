@@ -70,6 +70,7 @@ class PoolConfig:
     reconnect_seconds: float = 2.0  # that a page which is out of touch has to come back
     breaker: BreakerConfig = field(default_factory=BreakerConfig)  # of each browser and model
     checkpoint_interval: float = 60.0  # between checkpoints of the control log
+    history: bool = True  # keep a sample of each operation and recovery step
     state_dir: str = ""  # of log and history; "": $TABPOOL_STATE, or the user's state directory
     lease: float = 15.0  # whoever is out of touch for longer is given up
     persistent: bool = False  # outlive the process that made the pool

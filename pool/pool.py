@@ -8,6 +8,7 @@ repairs one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import secrets
 import time
@@ -21,14 +22,17 @@ import numpy as np
 
 from actors import ray_actors
 from actors.messages import LaunchReport, RunReply, RunRequest
-from actors.ray_actors import RaySupervisor
+from actors.ray_actors import RayHistory, RaySupervisor
+from actors.ray_metrics import ClientMetrics
 from actors.supervisor import ModelOrder, SupervisorConfig, Table
 from pool.config import PoolConfig, backend_order
 from pool.operations import OperationRegistry
+from pool.recorder import Recorder
 from pool.registry import ModelEntry, ModelRegistry, entry_from_plain, entry_to_plain, read_model
 from pool.results import RecoveryStep, Result
 from pool.routing import Routing
 from pool.state_folders import new_folder, state_root
+from pool.telemetry import telemetry
 from pool.tokens import TextEncoder, encoder_for
 from recovery.answering import (
     AnsweringPolicy,
@@ -48,6 +52,7 @@ from recovery.errors import (
     PageError,
     PoolBusy,
     PoolClosed,
+    PoolError,
     SetupError,
     UnknownModel,
 )
@@ -120,6 +125,8 @@ class BrowserPool:
         self._ray: ray_actors.RaySession | None = None
         self._owner = True
         self._in_flight = 0
+        self._recorder: Recorder | None = None
+        self._history: RayHistory | None = None
         self._counts = {"asked": 0, "answered": 0, "recovered": 0, "failed": 0, "refused": 0}
 
     @property
@@ -171,6 +178,7 @@ class BrowserPool:
             )
             await self._routing.start()
             await self._started()
+            await self._begin_recording(supervisor)
         except BaseException:
             await self.close()
             raise
@@ -178,9 +186,8 @@ class BrowserPool:
 
     async def _supervisor_config(self) -> SupervisorConfig:
         config, run = self._config, secrets.token_hex(2)
-        folder = ""
+        root, folder = state_root(config.state_dir), ""
         if config.level_effective not in (Level.NONE, Level.LOW):
-            root = state_root(config.state_dir)
             try:
                 folder = str(await asyncio.to_thread(new_folder, root, config.name, run))
             except OSError as error:
@@ -200,7 +207,24 @@ class BrowserPool:
             run=run,
             folder=folder,
             checkpoint_seconds=config.checkpoint_interval,
+            history=str(root / "history.duckdb") if config.history else "",
+            history_spare=str(root / f"history-{run}.duckdb") if config.history else "",
         )
+
+    async def _begin_recording(self, supervisor: RaySupervisor) -> None:
+        theirs, _ = await supervisor.config()
+        if theirs.history:
+            with contextlib.suppress(PoolClosed):  # it could not be kept: the state says why
+                self._history = RayHistory.find(theirs)
+        self._recorder = Recorder(
+            self.name,
+            self._client,
+            theirs.strategy.name,
+            self._history,
+            ClientMetrics(self.name),
+            lambda: (self._in_flight, self._routing.candidates() if self._routing else ()),
+        )
+        await self._recorder.start()
 
     async def _joined_config(self, supervisor: RaySupervisor) -> PoolConfig:
         """This client's configuration with what the running pool has fixed."""
@@ -247,6 +271,10 @@ class BrowserPool:
         await self._leave(stop=True)
 
     async def _leave(self, *, stop: bool) -> None:
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            await recorder.stop()
+        self._history = None
         routing, self._routing = self._routing, None
         if routing is not None:
             await routing.stop()
@@ -436,6 +464,8 @@ class BrowserPool:
             result = replace(result, values=values)
         result = replace(result, metrics={**result.metrics, "bytes_in": float(size)})
         self._count(result)
+        if self._recorder is not None:
+            self._recorder.note(result, entry)
         return result
 
     def _check_size(self, model: str, tensors: Mapping[str, np.ndarray[Any, Any]]) -> int:
@@ -459,7 +489,7 @@ class BrowserPool:
         """Browsers, models, repairs, queues and memory, as they are now."""
         supervisor, _ = self._require_open()
         launches, memory = await asyncio.gather(supervisor.reports(), supervisor.memory())
-        table = await supervisor.watch(self._client, -1, 0.0)
+        table = await supervisor.table(self._client)
         alive = [r for r in table.state.browsers.values() if r.phase is Phase.READY]
         wanted = [
             record
@@ -485,6 +515,35 @@ class BrowserPool:
             log_trouble=table.log_trouble,
         )
 
+    async def get_recovery_statistics(self, since: float | None = None) -> dict[str, Any]:
+        """What the history holds: operations and recovery steps, by strategy, rung, category.
+
+        `since` is wall time in seconds. Simulation is counted apart. Raises `PoolClosed` if this
+        pool keeps no history.
+        """
+        statistics: dict[str, Any] = await self.history("statistics", since=since)
+        return statistics
+
+    async def history(self, question: str, **options: Any) -> Any:
+        """Ask `recovery.history.PerformanceHistoryTracker`, by the name of its method."""
+        self._require_open()
+        if self._history is None:
+            raise PoolClosed("this pool keeps no history (history=False, or it could not start)")
+        return await self._history.ask(question, **options)
+
+    async def export_telemetry(self) -> dict[str, Any]:
+        """Everything known of the pool now, as plain JSON: for a monitor, or a bug report.
+
+        Browsers with their circuits and memory, models, repairs, this client's counts, the
+        machine, and (where there is one) the history's statistics.
+        """
+        view = await self.state()
+        found = telemetry(view, self.models())
+        if self._history is not None:
+            with contextlib.suppress(PoolError):
+                found["statistics"] = await self.get_recovery_statistics()
+        return found
+
     def hosts(self) -> tuple[HostStatus, ...]:
         """What this client knows of each browser, without asking anybody."""
         _, routing = self._require_open()
@@ -508,6 +567,11 @@ class BrowserPool:
             )
         await supervisor.drain(browser_id)
 
+    async def control(self) -> PoolState:
+        """The supervisor's state as it is now: browsers, repairs under way and done, tallies."""
+        supervisor, _ = self._require_open()
+        return (await supervisor.table(self._client)).state
+
     async def repair(
         self, browser_id: str, failure: Failure, *, start: RecoveryLevel | None = None
     ) -> Repair:
@@ -526,7 +590,7 @@ class BrowserPool:
         """
         supervisor, _ = self._require_open()
         counts = replace(self._config, browsers=dict(browsers)).kinds()
-        table = await supervisor.watch(self._client, -1, 0.0)
+        table = await supervisor.table(self._client)
         living = [
             record
             for record in table.state.browsers.values()
@@ -562,7 +626,7 @@ class BrowserPool:
             self._config.launch_seconds + self._config.load_seconds,
         )
         for browser_id in fresh:
-            table = await supervisor.watch(self._client, -1, 0.0)
+            table = await supervisor.table(self._client)
             if table.state.browsers[browser_id].phase is Phase.GIVEN_UP and self._config.strict:
                 raise _why_lost(table.state.browsers[browser_id])
 

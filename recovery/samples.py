@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from recovery.failures import Category, Scope, Severity
 from recovery.kinds import Backend, BrowserType, Level, ModelType, RecoveryLevel
+from recovery.pool_state import BrowserRecord, Repair
 
 
 @dataclass(frozen=True, kw_only=True)  # by name only: so many fields would be mixed up
@@ -75,3 +76,32 @@ class RecoverySample:
 
 
 Sample = OperationSample | RecoverySample
+
+
+def recovery_samples(
+    pool: str, strategy: str, record: BrowserRecord, repair: Repair, memory_bytes: int = 0
+) -> list[RecoverySample]:
+    """What the history keeps of a repair that is over: a sample for each rung of each step."""
+    failure = repair.failure
+    return [
+        RecoverySample(
+            at=step.ended,
+            pool=pool,
+            browser_id=record.id,
+            browser_type=record.kind,
+            epoch=repair.from_epoch,
+            model_type=repair.model_type,
+            strategy=strategy,
+            rung=rung,
+            category=failure.category,
+            severity=failure.severity,
+            scope=failure.scope,
+            fingerprint=str(failure.fingerprint),
+            duration_ms=(step.ended - step.began) * 1e3,
+            success=rung is step.worked,
+            memory_bytes=memory_bytes,
+            note=step.note or repair.outcome,
+        )
+        for step in repair.steps
+        for rung in step.rungs
+    ]

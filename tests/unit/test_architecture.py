@@ -19,7 +19,7 @@ PACKAGES = ROOMS[1:]
 # The only modules that may import each; scripts and benchmarks may import what they need.
 DOORS = {
     "selenium": {"actors/session.py"},
-    "ray": {"actors/ray_actors.py"},
+    "ray": {"actors/ray_actors.py", "actors/ray_metrics.py"},
     "onnx": {"sharding/signature.py"},
     "onnxruntime": {"sharding/native.py"},
     "duckdb": {"recovery/history.py"},

@@ -600,10 +600,12 @@ async def test_full_disk_refuses_orders_but_repairs_go_on_and_are_logged_later()
 async def test_new_supervisor_takes_over_what_lives():
     async with opened("b-0", "b-1") as pool:
         await pool.supervisor.load(order())
+        known = await pool.supervisor.watch("client", -1, 0.0)
         pool.die()
         await pool.resume()
         assert pool.state.term == 2
-        table = await pool.supervisor.watch("client", -1, 0.0)
+        table = await pool.supervisor.watch("client", known.version, 30.0)
+        assert table.version > known.version, "a client must not take it for an older one"
         assert [route.status.models for route in table.routes] == [{"m": NUMERIC}] * 2
         assert table.models["m"] == order()
         assert [len(host.launches) for host in pool.hosts.all] == [1, 1]
