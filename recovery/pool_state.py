@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from recovery.adjustments import fallback_order
+from recovery.adjustments import adjust, fallback_order
 from recovery.breaker import CircuitState, Snapshot
 from recovery.errors import IllegalTransition
 from recovery.failures import Category, Failure, Scope
@@ -476,6 +476,8 @@ def _failed(state: PoolState, body: BrowserFailed, at: float) -> Decision:
     if record.stands_in_for:
         return _stand_in_failed(state, ended, at)
     if ended.repair is None:
+        if at - record.since >= state.limit.period_seconds:  # it served well: back to full speed
+            ended = replace(ended, adjusted=None)
         model_type = _model_type(state, body.failure)
         key = tally_key(body.failure.category, record.kind, model_type)
         todo = plan(
@@ -547,7 +549,7 @@ def _begin(
                 state, more = _stand_in(state, record, record.kind, at)
             case RecoveryLevel.MODERATE if can_restart:
                 state, record, more = _restart(state, record, at, record.adjusted)
-            case RecoveryLevel.AGGRESSIVE if can_restart and not busy:
+            case RecoveryLevel.AGGRESSIVE if can_restart and not busy and _adjustable(record):
                 adjusted = Adjusted(repair.model_type, repair.failure.category)
                 state, record, more = _restart(state, record, at, adjusted)
             case RecoveryLevel.FALLBACK if record.served:
@@ -561,6 +563,13 @@ def _begin(
         busy = record.phase is not Phase.REPLACING
     assert record.repair is not None
     return state, replace(record, repair=replace(record.repair, trying=trying)), orders
+
+
+def _adjustable(record: BrowserRecord) -> bool:
+    """Whether there is anything to adjust; else the rung would only be the one before again."""
+    repair = record.repair
+    assert repair is not None
+    return bool(adjust(record.kind, repair.model_type, repair.failure.category))
 
 
 def _restart(

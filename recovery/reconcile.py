@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from recovery.breaker import Snapshot
+from recovery.breaker import CircuitState, Snapshot
 from recovery.failures import Failure, categorize_browser_failure
 from recovery.kinds import Readiness
 from recovery.pool_state import (
@@ -140,10 +140,14 @@ def _moved(record: BrowserRecord, seen: Seen) -> Reconciliation:
     changed = {
         model: snapshot
         for model, snapshot in seen.breakers.items()
-        if model not in record.breakers
-        or record.breakers[model].breaker.state is not snapshot.breaker.state
+        if snapshot.breaker.state is not _known_state(record, model)
     }
     return Reconciliation(events=(BreakersMoved(record.id, changed),) if changed else ())
+
+
+def _known_state(record: BrowserRecord, model: str) -> CircuitState:
+    known = record.breakers.get(model)
+    return known.breaker.state if known else CircuitState.CLOSED
 
 
 def _failure(message: str, what: str, record: BrowserRecord, at: float) -> Failure:

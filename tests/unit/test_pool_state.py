@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recovery.adjustments import adjust
 from recovery.breaker import CircuitBreaker
 from recovery.errors import IllegalTransition
 from recovery.failures import Category, Scope
@@ -456,6 +457,26 @@ def test_model_that_kills_the_browser_as_it_loads_is_left_out_the_next_time_but_
 
 def test_error_of_the_machine_is_not_final_for_a_browser_that_has_served(serving):
     assert serving.failed(0, Category.LAUNCH_FAILURE, final=True)[0].epoch == 1
+
+
+def test_adjustments_stay_for_restarts_that_follow_soon_and_not_for_later_ones():
+    story = serving_with(limit=RestartLimit(restarts_max=100))
+    story.failed(0)
+    (adjusted,) = story.failed(1)
+    story.ready(epoch=2)
+    assert story.failed(2)[0].adjusted == adjusted.adjusted
+    story.ready(epoch=3)
+    story.at += 600
+    assert story.failed(3)[0].adjusted is None
+
+
+def test_rung_that_has_nothing_to_adjust_is_no_second_plain_restart():
+    story = Story(limit=RestartLimit(restarts_max=100))
+    story.tell(BrowserWanted("b", BrowserType.SAFARI))
+    story.ready()
+    assert not adjust(BrowserType.SAFARI, ModelType.UNKNOWN, Category.API_ERROR)
+    (launch,) = story.failed(0, Category.API_ERROR)
+    assert launch.kind is not BrowserType.SAFARI, "it went on to the next rung"
 
 
 def test_drained_stand_in_lets_the_repair_climb_on():
