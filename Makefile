@@ -36,7 +36,7 @@ wheel: setup  ## build dist/*.whl, onnxruntime-web included
 
 lock:  ## resolve requirements/*.txt and package-lock.json again (UPGRADE=1: to the newest)
 	$(UV_COMPILE) $(if $(UPGRADE),--upgrade) --output-file requirements/runtime.txt
-	$(UV_COMPILE) $(if $(UPGRADE),--upgrade) --extra demo --extra dev \
+	$(UV_COMPILE) $(if $(UPGRADE),--upgrade) --extra demo --extra dev --extra bench \
 		--constraints requirements/runtime.txt --output-file requirements/dev.txt
 	npm install --package-lock-only
 	@bash scripts/check-locks

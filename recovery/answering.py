@@ -100,6 +100,8 @@ def next_action(
         last = failures[-1]
         if not (_left_whole(last) or _reported(last)):
             return GiveUp("level low survives no death of a browser")
+        if all(host.ref != last.ref for host in hosts):
+            return GiveUp("level low survives no death of a browser, and this one was replaced")
         able = [host for host in having if host.ref == last.ref]
     free = [host for host in able if not host.full]
     if free:

@@ -8,8 +8,9 @@ state does not allow raises and leaves the state alone. This module must not do 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -17,6 +18,7 @@ from recovery.adjustments import adjust, fallback_order
 from recovery.breaker import CircuitState, Snapshot
 from recovery.errors import IllegalTransition
 from recovery.failures import Category, Failure, Scope
+from recovery.frozen import replace
 from recovery.kinds import BrowserType, Level, ModelType, RecoveryLevel
 from recovery.plan import STRATEGIES, Plan, StrategyOrder, Tally, plan
 from recovery.records import BrowserFacts, NumericId
@@ -25,6 +27,7 @@ from recovery.supervision import GiveUp, RestartLimit, record_restart
 HISTORY_MAX = 64  # repairs remembered in the state; the log keeps all
 LOAD_ATTEMPTS_MAX = 2  # of a model on one browser; the second failure in a row settles it
 LOAD_AGAIN_SECONDS = 0.5
+DEAD_MAX = 32  # browsers that were replaced and are long gone, kept for people to look at
 TALLIES_MAX = 256  # kinds of failure whose outcomes are remembered; the oldest goes
 
 
@@ -130,7 +133,11 @@ class BrowserRecord:
 
 @dataclass(frozen=True)
 class PoolState:
-    """`tallies` counts what came of each rung, by kind of failure: see `tally_key`."""
+    """`tallies` counts what came of each rung, by kind of failure: see `tally_key`.
+
+    `stand_ins` counts the browsers that were started to replace others: each has a name of its
+    own, so that no two incarnations ever share a name and an epoch.
+    """
 
     name: str = ""
     level: Level = Level.MEDIUM
@@ -143,6 +150,7 @@ class PoolState:
     missing: tuple[BrowserType, ...] = ()  # kinds that are not installed, as launches have shown
     repairs: tuple[Repair, ...] = ()  # that are over
     tallies: Mapping[str, Mapping[RecoveryLevel, Tally]] = field(default_factory=dict)
+    stand_ins: int = 0
     closing: bool = False
 
 
@@ -561,6 +569,8 @@ def _begin(
         if more:
             trying, orders = (*trying, rung), (*orders, *more)
         busy = record.phase is not Phase.REPLACING
+    if record.phase is not Phase.RECONNECTING:
+        record = _without_models(record)  # its page may live on, but nobody asks it any more
     assert record.repair is not None
     return state, replace(record, repair=replace(record.repair, trying=trying)), orders
 
@@ -579,7 +589,7 @@ def _restart(
     if isinstance(verdict, GiveUp):
         return state, record, ()
     again = replace(
-        record,
+        _without_models(record),  # its page may have lived on until now
         phase=Phase.STARTING,
         epoch=record.epoch + 1,
         restarts=verdict.history,
@@ -598,11 +608,9 @@ def _stand_in(
     verdict = record_restart(record.restarts, at, state.limit)
     if isinstance(verdict, GiveUp):
         return state, ()
-    number = 0
-    while f"{kind}-{number}" in state.browsers:
-        number += 1
+    state = replace(_without_long_dead(state, at), stand_ins=state.stand_ins + 1)
     fresh = BrowserRecord(
-        f"{kind}-{number}",
+        f"{kind}-r{state.stand_ins}",
         kind,
         0,
         Phase.STARTING,
@@ -611,6 +619,25 @@ def _stand_in(
         stands_in_for=record.id,
     )
     return _with(state, fresh), (Launch(fresh.id, kind, 0),)
+
+
+def _without_long_dead(state: PoolState, at: float) -> PoolState:
+    """Forget the oldest of the browsers that were replaced, or replaced others, and are gone."""
+    dead = [
+        record
+        for record in state.browsers.values()
+        if record.phase in (Phase.STOPPED, Phase.GIVEN_UP)
+        and (record.replaced_by or _STAND_IN.search(record.id))
+        and not record.stands_in_for
+        and at - record.since >= state.limit.period_seconds  # nobody is about to speak of it
+    ]
+    oldest = sorted(dead, key=lambda record: record.since)[: max(len(dead) - DEAD_MAX, 0)]
+    gone = {record.id for record in oldest}
+    kept = {name: record for name, record in state.browsers.items() if name not in gone}
+    return replace(state, browsers=kept)
+
+
+_STAND_IN = re.compile(r"-r\d+\Z")
 
 
 def _substitutes(state: PoolState, record: BrowserRecord) -> tuple[BrowserType, ...]:

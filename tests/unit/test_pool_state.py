@@ -347,6 +347,17 @@ def test_model_wanted_meanwhile_is_loaded_when_the_page_is_back(serving):
     assert serving.tell(BrowserReconnected("b", 0)) == (Load("b", 0, "n"),)
 
 
+@pytest.mark.parametrize(
+    "options", [{"strategy": "restart"}, {"strategy": "failover"}, {"level": Level.NONE}], ids=str
+)
+def test_page_that_is_replaced_while_it_lives_takes_its_models_with_it(options):
+    """Else the next incarnation, once ready, would be said to have what it has yet to load."""
+    story = serving_with(**options)
+    story.tell(BrowserFailed("b", 0, OUT_OF_TOUCH))
+    assert story.browser.phase in (Phase.STARTING, Phase.REPLACING)
+    assert story.browser.models == story.browser.numeric == {}
+
+
 def test_progressive_climbs_from_reconnecting_to_another_browser():
     story = serving_with(limit=RestartLimit(restarts_max=10))
     assert story.tell(BrowserFailed("b", 0, OUT_OF_TOUCH)) == (Reconnect("b", 0),)
@@ -355,24 +366,24 @@ def test_progressive_climbs_from_reconnecting_to_another_browser():
     (again,) = story.failed(1, Category.LAUNCH_FAILURE)
     assert (again.epoch, again.adjusted) == (2, adjusted)
     (other,) = story.failed(2, Category.LAUNCH_FAILURE)
-    assert (other.browser_id, other.kind) == ("edge-0", EDGE)
+    assert (other.browser_id, other.kind) == ("edge-r1", EDGE)
     assert story.browser.phase is Phase.REPLACING
-    stopped, other = story.tell(BrowserFailed("edge-0", 0, failure(), final=True))
-    assert (stopped, other) == (Stop("edge-0", 0), Launch("firefox-0", FIREFOX, 0))
-    assert story.tell(BrowserReady("firefox-0", 0, FACTS)) == (
-        Load("firefox-0", 0, "m"),
+    stopped, other = story.tell(BrowserFailed("edge-r1", 0, failure(), final=True))
+    assert (stopped, other) == (Stop("edge-r1", 0), Launch("firefox-r2", FIREFOX, 0))
+    assert story.tell(BrowserReady("firefox-r2", 0, FACTS)) == (
+        Load("firefox-r2", 0, "m"),
         Stop("b", 2),
     )
-    assert (story.browser.phase, story.browser.replaced_by) == (Phase.GIVEN_UP, "firefox-0")
+    assert (story.browser.phase, story.browser.replaced_by) == (Phase.GIVEN_UP, "firefox-r2")
     (repair,) = story.state.repairs
-    assert repair.outcome == "replaced by firefox-0"
+    assert repair.outcome == "replaced by firefox-r2"
     assert [step.rungs for step in repair.steps] == [(1,), (2,), (3,), (4,)]
     assert [step.worked for step in repair.steps] == [None, None, None, 4]
 
 
 def test_failover_never_restarts():
     story = serving_with(strategy="failover")
-    assert story.failed(0) == (Launch("edge-0", EDGE, 0),)
+    assert story.failed(0) == (Launch("edge-r1", EDGE, 0),)
 
 
 def test_restart_never_leaves_the_kind():
@@ -385,16 +396,16 @@ def test_restart_never_leaves_the_kind():
 
 def test_parallel_races_and_the_first_that_is_ready_stays():
     story = serving_with(strategy="parallel", limit=RestartLimit(restarts_max=10))
-    assert story.failed(0) == (Launch("b", CHROME, 1), Launch("edge-0", EDGE, 0))
-    assert story.ready(epoch=1) == (Load("b", 1, "m"), Stop("edge-0", 0))
-    assert story.state.browsers["edge-0"].phase is Phase.STOPPED
+    assert story.failed(0) == (Launch("b", CHROME, 1), Launch("edge-r1", EDGE, 0))
+    assert story.ready(epoch=1) == (Load("b", 1, "m"), Stop("edge-r1", 0))
+    assert story.state.browsers["edge-r1"].phase is Phase.STOPPED
     assert story.state.repairs[0].outcome == "restarted"
 
 
 def test_parallel_race_that_the_other_browser_wins_stops_the_restart():
     story = serving_with(strategy="parallel", limit=RestartLimit(restarts_max=10))
     story.failed(0)
-    assert story.tell(BrowserReady("edge-0", 0, FACTS)) == (Load("edge-0", 0, "m"), Stop("b", 1))
+    assert story.tell(BrowserReady("edge-r1", 0, FACTS)) == (Load("edge-r1", 0, "m"), Stop("b", 1))
     assert story.ready(epoch=1) == ()
     assert story.browser.phase is Phase.GIVEN_UP
 
@@ -482,21 +493,21 @@ def test_rung_that_has_nothing_to_adjust_is_no_second_plain_restart():
 def test_drained_stand_in_lets_the_repair_climb_on():
     story = serving_with(strategy="failover")
     story.failed(0)
-    stop, launch = story.tell(BrowserUnwanted("edge-0"))
-    assert (stop, launch.kind) == (Stop("edge-0", 0), FIREFOX)
+    stop, launch = story.tell(BrowserUnwanted("edge-r1"))
+    assert (stop, launch.kind) == (Stop("edge-r1", 0), FIREFOX)
 
 
 def test_drain_in_the_middle_of_a_repair_ends_it():
     story = serving_with(strategy="failover")
     story.failed(0)
-    assert story.tell(BrowserUnwanted("b")) == (Stop("b", 0), Stop("edge-0", 0))
+    assert story.tell(BrowserUnwanted("b")) == (Stop("b", 0), Stop("edge-r1", 0))
     assert story.state.repairs[0].outcome == "stopped"
     assert story.browser.repair is None
 
 
 # -- whatever happens, in whatever order -----------------------------------------------------------
 
-_IDS = st.sampled_from(["a", "b", "edge-0", "firefox-0", "chrome-0"])
+_IDS = st.sampled_from(["a", "b", "edge-r1", "firefox-r2", "chrome-r1"])
 _MODELS = st.sampled_from(["m", "n"])
 _EPOCHS = st.integers(-1, 0)  # the present one, or the one before
 _STEPS = st.one_of(

@@ -538,8 +538,8 @@ async def test_fallback_puts_another_kind_in_its_place():
         await pool.supervisor.load(order())
         pool.hosts["chrome-0"].fail_launch = {1, 2}
         pool.hosts["chrome-0"].crash()
-        await pool.loaded("edge-0", epoch=0)
-        assert pool.state.browsers["chrome-0"].replaced_by == "edge-0"
+        await pool.loaded("edge-r1", epoch=0)
+        assert pool.state.browsers["chrome-0"].replaced_by == "edge-r1"
         await eventually(lambda: pool.hosts["chrome-0"].killed)
 
 
