@@ -49,7 +49,9 @@ def driver_command(binaries: Binaries, port: int) -> list[str]:
         case BrowserType.CHROME | BrowserType.EDGE:
             return [binaries.driver, f"--port={port}"]
         case BrowserType.FIREFOX:
-            return [binaries.driver, "--host", "127.0.0.1", "--port", str(port)]
+            # Without a port of its own every Firefox would ask for 9222, and the second one quits.
+            own = ("--websocket-port", str(free_port()))
+            return [binaries.driver, "--host", "127.0.0.1", "--port", str(port), *own]
         case BrowserType.SAFARI if binaries.driver.endswith("safaridriver"):
             return [binaries.driver, "--port", str(port)]
         case BrowserType.SAFARI:

@@ -1,15 +1,19 @@
 """The baseline: what a careful person writes with Selenium alone.
 
 A page served from loopback, a model loaded once, inference through `execute_async_script`; on
-any error the browser is launched again, the page and model loaded again and the call repeated.
-It pools the model's output in the page, so that only a small answer is sent as JSON: that
-favours it. Nothing of tabpool's is used but the binaries' paths and launch arguments.
+any error what is left of driver and browser is ended, the browser launched again, the page and
+model loaded again and the call repeated. It pools the model's output in the page, so that only a
+small answer is sent as JSON: that favours it. Nothing of tabpool's is used but the binaries' paths
+and launch arguments.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import sys
+import tempfile
 import threading
 from collections.abc import Mapping
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import psutil
 from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.chrome.service import Service as ChromeService
@@ -28,6 +33,7 @@ from actors.arguments import LaunchSettings
 from actors.binaries import Binaries
 from recovery.kinds import BrowserType
 
+_SCRIPT_SECONDS = 30  # the same as a pool's `hang_seconds`
 _ORT = Path(__file__).parents[1] / "actors" / "page" / "ort"
 _PAGE = """<!doctype html><title>plain</title><script type="module">
 import * as ort from '/ort/ort.wasm.min.mjs';
@@ -104,6 +110,13 @@ _Handler.extensions_map = {
 }
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a browser that went away in the middle of a file."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class PlainSelenium:
     """One browser under a plain Selenium script that starts over when it fails."""
 
@@ -113,11 +126,13 @@ class PlainSelenium:
         self._model = model
         self._server: ThreadingHTTPServer | None = None
         self._driver: Any = None
+        self._browser: psutil.Process | None = None
+        self._temporary = tempfile.TemporaryDirectory(prefix="plain-", ignore_cleanup_errors=True)
         self.relaunches = 0
 
     def __enter__(self) -> Self:
         handler = functools.partial(_Handler, model=self._model)
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = _Server(("127.0.0.1", 0), handler)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self._launch()
         return self
@@ -132,19 +147,19 @@ class PlainSelenium:
         assert self._server is not None
         self._server.shutdown()
         self._server.server_close()
+        self._temporary.cleanup()
 
     @property
-    def browser_pid(self) -> int:
-        capabilities = self._driver.capabilities
-        return int(capabilities.get("goog:processID") or capabilities.get("moz:processID"))
-
-    @property
-    def driver_pid(self) -> int:
-        return int(self._driver.service.process.pid)
+    def pids(self) -> dict[str, int]:
+        """The "driver" and the "browser" below it."""
+        assert self._browser is not None
+        return {"driver": int(self._driver.service.process.pid), "browser": self._browser.pid}
 
     def _launch(self) -> None:
         assert self._server is not None
-        settings = self._settings
+        settings, driver = self._settings, self._binaries.driver
+        # A driver that is killed leaves its profiles behind.
+        environment = {**os.environ, "TMPDIR": self._temporary.name}
         if settings.kind is BrowserType.FIREFOX:
             firefox = webdriver.FirefoxOptions()
             firefox.binary_location = self._binaries.browser
@@ -152,19 +167,25 @@ class PlainSelenium:
                 firefox.add_argument(argument)
             for name, value in settings.preferences.items():
                 firefox.set_preference(name, value)
-            self._driver = webdriver.Firefox(firefox, FirefoxService(self._binaries.driver))
+            self._driver = webdriver.Firefox(firefox, FirefoxService(driver, env=environment))
         else:
             chrome = webdriver.ChromeOptions()
             chrome.binary_location = self._binaries.browser
             for argument in settings.arguments:
                 chrome.add_argument(argument)
-            self._driver = webdriver.Chrome(chrome, ChromeService(self._binaries.driver))
-        self._driver.set_script_timeout(120)
+            self._driver = webdriver.Chrome(chrome, ChromeService(driver, env=environment))
+        known = self._driver.capabilities
+        pid = int(known.get("goog:processID") or known.get("moz:processID"))
+        self._browser = psutil.Process(pid)
+        self._driver.set_script_timeout(_SCRIPT_SECONDS)
         self._driver.get(f"http://127.0.0.1:{self._server.server_address[1]}/")
 
     def _quit(self) -> None:
         with contextlib.suppress(WebDriverException, HTTPError, OSError):
             self._driver.quit()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if self._browser is not None:
+                self._browser.kill()  # it outlives a driver that was killed
 
     def embed(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
         """Mean-pooled, normalised embeddings, (batch, hidden) float32."""
@@ -173,13 +194,12 @@ class PlainSelenium:
             for name, array in inputs.items()
         }
         while True:
-            try:
+            with contextlib.suppress(WebDriverException, HTTPError, OSError):
                 rows = self._driver.execute_async_script(_INFER, plain)
-            except (WebDriverException, HTTPError, OSError):
-                self.relaunches += 1
-                self._quit()
-                self._launch()
-                continue
-            if not isinstance(rows, list):
-                raise AssertionError(f"the page answered {rows!r}")
-            return np.asarray(rows, np.float32)
+                if rows is not None:  # as Firefox's driver answers when the tab has crashed
+                    if not isinstance(rows, list):
+                        raise AssertionError(f"the page answered {rows!r}")
+                    return np.asarray(rows, np.float32)
+            self.relaunches += 1
+            self._quit()
+            self._launch()

@@ -1,30 +1,44 @@
-"""From the SIGKILL of the only browser, in the middle of an operation, to the right answer.
+"""From a fault that is made on purpose, in the middle of an operation, to the right answer.
 
-Beside a plain Selenium script that notices, relaunches, reloads and reruns. Both run the same
-model and inputs on the same browser with the same launch arguments; rounds alternate. The time
-counts from the kill to an answer that equals native onnxruntime's.
+Tab crash, browser kill and driver kill (SIGKILL each) are measured beside a plain Selenium script
+that notices, relaunches, reloads and reruns. Both run the same model and inputs on the same
+browser with the same launch arguments, and in each round the same fault hits a pool at `low`, the
+script and a pool at `medium`, in turn. The time counts from the fault to an answer that equals
+native onnxruntime's.
+
+What a figure `LEVEL_BROWSER_FAULT_to_answer` counts besides: at `low` an operation survives no
+death, and fails at once; the pool fills the slot again all the same, so the caller asks again and
+gets the answer as soon as there is a browser (`asked_again`). A hang (SIGSTOP of the page's
+processes) counts from its detection, `hang_seconds` after the fault. `network_kill` ends
+Chromium's network process, which drops every socket of a page that lives on. `noticed` is from a
+fault to the moment at which the worker (of a dead worker: the client) saw it, at both levels.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import statistics
 import sys
-import threading
+import tempfile
 import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 from rich.console import Console
 from rich.progress import Progress
 
 from actors.binaries import find_binaries
 from actors.browser import host_settings
-from actors.faults import kill_process
 from actors.messages import HostConfig
+from actors.processes import page_processes
 from benchmarks.plain_selenium import PlainSelenium
 from benchmarks.report import Report, quantile, run
 from pool import BrowserPool
@@ -35,107 +49,309 @@ from recovery.kinds import BrowserType
 from recovery.supervision import RestartLimit
 from sharding.native import NativeSession
 
+_T = TypeVar("_T")
+_Array = np.ndarray[Any, Any]
 _TOKENS = 128
-_BATCH = 4  # long enough (some 0.3 s) for the kill to fall well inside
-_KILL_AFTER_SECONDS = 0.1
+_BATCH = 4  # long enough (some 0.3 s) for the fault to fall well inside
+_FAULT_AFTER_SECONDS = 0.1
+_HANG_SECONDS = 5.0  # of the pools here: far over what an operation takes on a busy machine
 _DIFFERENCE_MAX = 1e-4
+_LEVELS = ("low", "medium")
+_ENGINES = (BrowserType.CHROME, BrowserType.FIREFOX)
+_ECHO = Path(__file__).with_name("models") / "echo.onnx"
+_WARM_UP = 50
 
 
-async def _measure(report: Report, quick: bool, console: Console) -> None:
-    rounds = 3 if quick else 11
-    kind = BrowserType.CHROME
+@dataclass(frozen=True)
+class Victim:
+    """A browser as a fault sees it: its known processes, and `root`, which they are all below."""
+
+    kind: BrowserType
+    pids: Mapping[str, int]
+    root: int
+
+    def tree(self) -> list[psutil.Process]:
+        return psutil.Process(self.root).children(recursive=True)
+
+    def page(self) -> list[int]:
+        return [p for p in page_processes(self.tree, self.kind) if p != self.pids["browser"]]
+
+    def network(self) -> list[int]:
+        mark = "network.mojom.NetworkService"
+        return [p.pid for p in self.tree() if any(mark in word for word in p.cmdline())]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A signal to some of a browser's processes."""
+
+    name: str
+    find: Callable[[Victim], Sequence[int]]
+    signal: signal.Signals = signal.SIGKILL
+    engines: Sequence[BrowserType] = (BrowserType.CHROME,)
+    plain: bool = False  # hits the plain script, too
+    from_notice: bool = False  # the time counts from its detection
+    notice_goal: bool = False
+
+
+FAULTS = (
+    Fault("tab_crash", Victim.page, engines=_ENGINES, plain=True, notice_goal=True),
+    Fault(
+        "browser_kill",
+        lambda victim: [victim.pids["browser"]],
+        engines=_ENGINES,
+        plain=True,
+        notice_goal=True,
+    ),
+    Fault(
+        "driver_kill",
+        lambda victim: [victim.pids["driver"]],
+        engines=_ENGINES,
+        plain=True,
+        notice_goal=True,
+    ),
+    Fault("hang", Victim.page, signal.SIGSTOP, from_notice=True),
+    Fault("worker_kill", lambda victim: [victim.pids["worker"]]),
+    Fault("network_kill", Victim.network),
+)
+_COLD = (BrowserType.CHROME, "browser_kill", "medium")  # what the goal of a cold restart is about
+
+
+@dataclass
+class Cell:
+    """What was measured of one fault on one browser and side, in milliseconds."""
+
+    took: list[float] = field(default_factory=list)
+    noticed: list[float] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Question:
+    folder: Path
+    model: Path
+    inputs: Mapping[str, _Array]
+    expected: _Array
+
+    def check(self, answer: _Array) -> None:
+        difference = float(np.abs(answer - self.expected).max())
+        if not difference < _DIFFERENCE_MAX:
+            raise AssertionError(f"a wrong answer: {difference:g} from native onnxruntime's")
+
+
+def _question() -> Question:
     folder = minilm_folder()
     entry = read_model("minilm", folder)
-    rng = np.random.default_rng(0)
     shape = (_BATCH, _TOKENS)
     inputs = {
-        "input_ids": rng.integers(1000, 20000, shape, dtype=np.int64),
+        "input_ids": np.random.default_rng(0).integers(1000, 20000, shape, dtype=np.int64),
         "attention_mask": np.ones(shape, np.int64),
         "token_type_ids": np.zeros(shape, np.int64),
     }
-    native = NativeSession(entry.spec.files[0].path)
+    model = Path(entry.spec.files[0].path)
+    native = NativeSession(str(model))
     native.open()
     expected = EMBED.finish(entry, inputs, native.run(inputs))["embedding"]
-    settings = host_settings(kind, HostConfig())
-    binaries = find_binaries(kind)
-    ours: list[float] = []
-    theirs: list[float] = []
-    parts: list[dict[str, float]] = []
-    # So many restarts of one browser in so short a time are this benchmark's purpose.
-    limit = RestartLimit(restarts_max=10 * rounds)
-    async with BrowserPool({"chrome": 1}, backend="wasm", restart_limit=limit) as pool:
-        await pool.load("minilm", folder)
-        with (
-            PlainSelenium(settings, binaries, Path(entry.spec.files[0].path)) as plain,
-            Progress(console=console) as progress,
-        ):
-            task = progress.add_task("rounds", total=rounds)
-            for _ in range(rounds):
-                took, part = await _ours(pool, inputs, expected)
-                ours.append(took)
-                parts.append(part)
-                theirs.append(await asyncio.to_thread(_theirs, plain, inputs, expected))
-                progress.advance(task)
-    mine, other = statistics.median(ours), statistics.median(theirs)
-    report.add(
-        "browser_kill_to_answer_p50",
-        mine,
-        "ms",
-        baseline=other,
-        ratio=mine / other,
-        goal="at most 0.8 of the plain script",
-        met=mine / other <= 0.8,
-    )
-    report.add(
-        "browser_kill_to_answer_p95", quantile(ours, 0.95), "ms", baseline=quantile(theirs, 0.95)
-    )
-    for name in parts[0]:
-        report.add(f"of_it_{name}_p50", statistics.median(part[name] for part in parts), "ms")
+    return Question(folder, model, inputs, expected)
+
+
+async def _struck(asked: Awaitable[_T], fault: Fault, victim: Victim) -> tuple[_T, float, float]:
+    """Let the fault happen while an operation runs; what came of that, and when it happened.
+
+    When: by the wall clock and by the performance counter.
+    """
+    pids = fault.find(victim)  # looked up first: that takes longer than noticing may
+    if not pids or not all(pids):
+        raise AssertionError(f"{fault.name}: no such process of {victim}")
+    running = asyncio.ensure_future(asked)
+    await asyncio.sleep(_FAULT_AFTER_SECONDS)
+    wall, struck = time.time(), time.perf_counter()
+    for pid in pids:
+        os.kill(pid, fault.signal)
+    return await running, wall, struck
 
 
 async def _ours(
-    pool: BrowserPool, inputs: dict[str, Any], expected: np.ndarray[Any, Any]
-) -> tuple[float, dict[str, float]]:
-    await pool.run_with_recovery("minilm", "embed", inputs)  # settled, as the other side is
-    launch = (await pool.state()).launches["chrome-0"]
-    asked = asyncio.create_task(pool.run_with_recovery("minilm", "embed", inputs))
-    await asyncio.sleep(_KILL_AFTER_SECONDS)
-    wall, killed = time.time(), time.perf_counter()
-    kill_process(launch, "browser")
-    result = await asked
-    took = (time.perf_counter() - killed) * 1e3
-    _check(result.outputs["embedding"], expected)
-    if not result.recovered or result.original_error is None:
-        raise AssertionError("the kill came too late to matter")
-    relaunch = (await pool.state()).launches["chrome-0"].seconds
-    part = {"notice": (result.original_error.at - wall) * 1e3}
-    part |= {f"launch_{name}": seconds * 1e3 for name, seconds in relaunch.items()}
-    part["rerun_in_page"] = result.metrics["in_page_ms"]
-    return took, part
+    pool: BrowserPool, level: str, kind: BrowserType, fault: Fault, question: Question, cell: Cell
+) -> None:
+    def ask() -> Any:
+        return pool.run_with_recovery("minilm", "embed", question.inputs)
+
+    (await ask()).outputs  # noqa: B018 - raises if it failed: settled, as the other side is
+    launch = (await pool.state()).launches[f"{kind}-0"]
+    victim = Victim(kind, launch.pids, launch.pids["warden"])
+    result, wall, struck = await _struck(ask(), fault, victim)
+    failure = result.original_error
+    if failure is None:
+        raise AssertionError(f"{fault.name} came too late to matter")
+    if not result.success:
+        if level != "low" or "level low" not in result.error:
+            raise AssertionError(f"{fault.name} at {level}: {result.error}")
+        result = await ask()
+    took = (time.perf_counter() - struck) * 1e3
+    question.check(result.outputs["embedding"])
+    noticed = (failure.at - wall) * 1e3
+    cell.took.append(took - noticed if fault.from_notice else took)
+    cell.noticed.append(noticed)
+    relaunch = (await pool.state()).launches[f"{kind}-0"]
+    cell.parts.append(
+        {
+            "notice": noticed,
+            **{f"launch_{name}": seconds * 1e3 for name, seconds in relaunch.seconds.items()},
+            "rerun_in_page": result.metrics["in_page_ms"],
+        }
+    )
 
 
-def _theirs(plain: PlainSelenium, inputs: dict[str, Any], expected: np.ndarray[Any, Any]) -> float:
-    plain.embed(inputs)
+async def _theirs(
+    plain: PlainSelenium, kind: BrowserType, fault: Fault, question: Question, cell: Cell
+) -> None:
+    def ask() -> Awaitable[_Array]:
+        return asyncio.to_thread(plain.embed, question.inputs)
+
+    await ask()
     before = plain.relaunches
-    answer: list[np.ndarray[Any, Any]] = []
-    worker = threading.Thread(target=lambda: answer.append(plain.embed(inputs)))
-    pid = plain.browser_pid
-    worker.start()
-    time.sleep(_KILL_AFTER_SECONDS)
-    killed = time.perf_counter()
-    os.kill(pid, signal.SIGKILL)
-    worker.join()
-    took = (time.perf_counter() - killed) * 1e3
-    _check(answer[0], expected)
+    victim = Victim(kind, plain.pids, plain.pids["driver"])
+    answer, _, struck = await _struck(ask(), fault, victim)
+    cell.took.append((time.perf_counter() - struck) * 1e3)
+    question.check(answer)
     if plain.relaunches != before + 1:
-        raise AssertionError("the kill came too late to matter")
-    return took
+        raise AssertionError(f"{fault.name}: the script relaunched {plain.relaunches - before}x")
 
 
-def _check(answer: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> None:
-    difference = float(np.abs(answer - expected).max())
-    if not difference < _DIFFERENCE_MAX:
-        raise AssertionError(f"a wrong answer: {difference:g} from native onnxruntime's")
+def _rounds(kind: BrowserType, fault: Fault, quick: bool) -> int:
+    return 2 if quick else 7 if (kind, fault.name) == _COLD[:2] else 3
+
+
+async def _faults(
+    report: Report, quick: bool, kind: BrowserType, options: dict[str, Any], progress: Progress
+) -> None:
+    question = _question()
+    faults = [fault for fault in FAULTS if kind in fault.engines]
+    total = sum(_rounds(kind, fault, quick) for fault in faults)
+    task = progress.add_task(str(kind), total=total)
+    # So many restarts of one browser in so short a time are this benchmark's purpose.
+    options = {**options, "restart_limit": RestartLimit(restarts_max=1000)}
+    async with AsyncExitStack() as stack:
+        pools = {}
+        for level in _LEVELS:
+            pool = BrowserPool({str(kind): 1}, level=level, hang_seconds=_HANG_SECONDS, **options)
+            pools[level] = await stack.enter_async_context(pool)
+            await pool.load("minilm", question.folder)
+        settings = host_settings(kind, HostConfig())
+        plain = PlainSelenium(settings, find_binaries(kind), question.model)
+        await asyncio.to_thread(stack.enter_context, plain)
+        for fault in faults:
+            cells = {side: Cell() for side in ("low", "plain", "medium")}
+            for _ in range(_rounds(kind, fault, quick)):
+                for side, cell in cells.items():
+                    if side != "plain":
+                        await _ours(pools[side], side, kind, fault, question, cell)
+                    elif fault.plain:
+                        await _theirs(plain, kind, fault, question, cell)
+                progress.advance(task)
+            _report_fault(report, kind, fault, cells)
+
+
+def _report_fault(
+    report: Report, kind: BrowserType, fault: Fault, cells: Mapping[str, Cell]
+) -> None:
+    theirs = cells["plain"].took
+    for level in _LEVELS:
+        ours = cells[level].took
+        again = "_asked_again" if level == "low" and fault.name != "network_kill" else ""
+        since = "_detected" if fault.from_notice else ""
+        key = f"{level}_{kind}_{fault.name}{since}{again}_to_answer"
+        middle = statistics.median(ours)
+        cold = (kind, fault.name, level) == _COLD
+        ratio = middle / statistics.median(theirs) if theirs else None
+        report.add(
+            f"{key}_p50",
+            middle,
+            "ms",
+            baseline=statistics.median(theirs) if theirs else None,
+            ratio=ratio,
+            goal="at most 0.8 of the plain script" if cold else "",
+            met=ratio is not None and ratio <= 0.8 if cold else None,
+        )
+        worst = quantile(theirs, 0.95) if theirs else None
+        report.add(f"{key}_p95", quantile(ours, 0.95), "ms", baseline=worst)
+        if cold:
+            parts = cells[level].parts
+            for name in parts[0]:
+                report.add(f"of_it_{name}_p50", statistics.median(p[name] for p in parts), "ms")
+    noticed = statistics.median([*cells["low"].noticed, *cells["medium"].noticed])
+    report.add(
+        f"{kind}_{fault.name}_noticed_p50",
+        noticed,
+        "ms",
+        goal="at most 20 ms" if fault.notice_goal else "",
+        met=noticed <= 20 if fault.notice_goal else None,
+    )
+
+
+async def _normal_path(
+    report: Report, quick: bool, options: dict[str, Any], progress: Progress
+) -> None:
+    """What a level, and the recording of samples, add to a small operation that nothing hits."""
+    sides: dict[str, dict[str, Any]] = {
+        "low": {"level": "low"},
+        "medium": {"level": "medium"},
+        "unrecorded": {"level": "medium", "history": False},
+        "twin": {"level": "medium"},  # as "medium": what two equal pools differ by is noise
+    }
+    rounds = 200 if quick else 1000
+    x = np.random.default_rng(0).standard_normal(128, dtype=np.float32)
+    took: dict[str, list[float]] = {side: [] for side in sides}
+    order, rng = list(sides), random.Random(0)
+    task = progress.add_task("nothing happens", total=rounds)
+    async with AsyncExitStack() as stack:
+        pools = {}
+        for side, own in sides.items():
+            pool = BrowserPool({"chrome": 1}, **options, **own)
+            pools[side] = await stack.enter_async_context(pool)
+            await pool.load("echo", _ECHO)
+            for _ in range(_WARM_UP):
+                await pool.run_with_recovery("echo", "inference", {"x": x})
+        for _ in range(rounds):
+            rng.shuffle(order)
+            for side in order:
+                began = time.perf_counter()
+                result = await pools[side].run_with_recovery("echo", "inference", {"x": x})
+                took[side].append((time.perf_counter() - began) * 1e3)
+                if not np.array_equal(result.outputs["y"], x):
+                    raise AssertionError("the page sent back other numbers")
+            progress.advance(task)
+    low, medium, unrecorded, twin = (statistics.median(took[side]) for side in sides)
+    report.add(
+        "medium_adds_to_an_operation_p50",
+        medium - low,
+        "ms",
+        baseline=low,
+        goal="at most 1 ms over low",
+        met=medium - low <= 1,
+    )
+    cost = ((medium + twin) / 2 / unrecorded - 1) * 100
+    report.add(
+        "recording_adds_to_an_operation_p50",
+        cost,
+        "%",
+        baseline=unrecorded,
+        goal="less than 1 %",
+        met=cost < 1,
+    )
+    report.add("noise_of_that", abs(medium / twin - 1) * 100, "%")
+
+
+async def _measure(report: Report, quick: bool, console: Console) -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="tabpool-bench-") as folder,
+        Progress(console=console) as progress,
+    ):
+        options = {"backend": "wasm", "state_dir": folder}
+        for kind in _ENGINES:
+            await _faults(report, quick, kind, options, progress)
+        await _normal_path(report, quick, options, progress)
 
 
 def measure(report: Report, quick: bool, console: Console) -> None:

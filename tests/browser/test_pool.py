@@ -65,8 +65,9 @@ async def pool_of(browsers: dict[str, int], **options: Any) -> AsyncIterator[Bro
 
 async def busy(pool: BrowserPool, browser_id: str) -> None:
     """Return when the browser has an operation under way in its page."""
-    while not any(h.ref.browser_id == browser_id and h.queue for h in pool.hosts()):  # noqa: ASYNC110
-        await asyncio.sleep(0.005)
+    async with asyncio.timeout(30):
+        while not any(h.ref.browser_id == browser_id and h.queue for h in pool.hosts()):  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
     await asyncio.sleep(0.05)
 
 
@@ -167,9 +168,10 @@ async def test_many_operations_survive_kills_none_lost_none_answered_twice() -> 
 async def test_a_level_that_promises_no_restart_says_so(level: str) -> None:
     async with pool_of({"chrome": 1}, level=level) as pool:
         await pool.load("minilm", minilm_folder())
+        report = await launch_of(pool, "chrome-0")
         asked = asyncio.create_task(pool.run_with_recovery("minilm", "embed", long_inputs()))
         await busy(pool, "chrome-0")
-        kill_process(await launch_of(pool, "chrome-0"), "browser")
+        kill_process(report, "browser")
         result = await asked
         assert not result.success
         assert result.original_error is not None

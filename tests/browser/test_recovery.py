@@ -23,7 +23,7 @@ from pool import BrowserPool, ProgressiveRecoveryManager, recover_browser
 from pool.demo_models import silero_vad_path
 from recovery import log
 from recovery.failures import Category, Failure, Scope, Severity
-from recovery.kinds import BrowserType, RecoveryLevel
+from recovery.kinds import BrowserType, Readiness, RecoveryLevel
 from recovery.plan import register_strategy
 from recovery.pool_state import ModelPhase, Phase
 from recovery.supervision import RestartLimit
@@ -59,13 +59,13 @@ async def ask(pool: BrowserPool) -> np.ndarray[Any, Any]:
     return answer
 
 
-async def repaired(pool: BrowserPool) -> None:
-    """A first repair is over: a small operation may be answered before a kill takes effect."""
+async def repaired(pool: BrowserPool, count: int = 1) -> None:
+    """So many repairs are over: a small operation may be answered before a kill takes effect."""
 
     async def holds() -> bool:
-        return bool((await pool.control()).repairs)
+        return len((await pool.control()).repairs) >= count
 
-    await eventually(holds)
+    await eventually(holds, 60.0)
 
 
 async def settled(pool: BrowserPool) -> None:
@@ -169,19 +169,24 @@ async def test_what_an_aggressive_restart_changes_is_found_on_the_running_browse
         ("straight-to-adjusted", "restarted"),
     ],
 )
-async def test_every_strategy_recovers_as_it_says_from_a_browser_that_is_killed(
+async def test_every_strategy_recovers_each_engine_as_it_says_when_its_browser_is_killed(
     strategy: str, outcome: str, tmp_path: Path
 ) -> None:
     register_strategy("straight-to-adjusted", [RecoveryLevel.AGGRESSIVE])
-    async with pool_of({"chrome": 1, "safari": 1}, tmp_path, strategy=strategy) as pool:
+    each = {str(kind): 1 for kind in ENGINES}
+    async with pool_of(each, tmp_path, strategy=strategy) as pool:
         before = await ask(pool)
-        kill_process((await pool.state()).launches["chrome-0"], "browser")
-        np.testing.assert_allclose(await ask(pool), before, atol=1e-5)
-        await repaired(pool)
-        (repair,) = (await pool.control()).repairs
-        assert repair.outcome.startswith(outcome)
-        await settled(pool)
-        np.testing.assert_allclose(await ask(pool), before, atol=1e-5)
+        for number, kind in enumerate(ENGINES, 1):
+            kill_process((await pool.state()).launches[f"{kind}-0"], "browser")
+            await repaired(pool, number)
+            repair = (await pool.control()).repairs[-1]
+            assert repair.browser_id == f"{kind}-0"
+            assert repair.outcome.startswith(outcome)
+            await settled(pool)
+            if any(host.readiness is Readiness.READY for host in pool.hosts()):
+                np.testing.assert_allclose(await ask(pool), before, atol=1e-5)
+        serving = len([r for r in (await pool.control()).browsers.values() if r.numeric])
+        assert serving == (0 if strategy == "reconnect" else len(ENGINES))
 
 
 async def test_a_lost_connection_is_mended_without_a_restart(tmp_path: Path) -> None:

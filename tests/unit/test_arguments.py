@@ -3,6 +3,8 @@ import pickle
 import pytest
 
 from actors.arguments import Gpu, LaunchSettings, default_settings
+from actors.binaries import Binaries
+from actors.session import driver_command
 from recovery.kinds import BrowserType
 
 
@@ -55,3 +57,12 @@ def test_adjusting_adds_and_later_preferences_win():
     assert adjusted.preferences == {"p": 1, "q": 2}
     assert base.arguments == ("-a",)
     assert base.adjusted() == base
+
+
+def test_every_firefox_has_a_websocket_port_of_its_own():
+    """Two that ask for the same one can't live side by side: the second quits."""
+    binaries = Binaries(BrowserType.FIREFOX, "firefox", "geckodriver")
+    command = driver_command(binaries, 4444)
+    port = command[command.index("--websocket-port") + 1]
+    assert port.isdigit()
+    assert port not in ("9222", "4444")
