@@ -315,7 +315,7 @@ class BrowserHost:
         order = WardenOrder(
             command, xvfb, profile, str(template) if template else None, environment
         )
-        await warden.start(order, self._on_exit(self._ref))
+        await warden.start(order, self._on_exit(self._ref, warden))
         self._pids = {"driver": warden.driver_pid}  # a driver that ends at once is noticed at once
         await session.start(port)
         self._pids = {
@@ -773,9 +773,9 @@ class BrowserHost:
         except BrowserError:
             pass  # its closing has been seen
 
-    def _on_exit(self, ref: HostRef) -> Callable[[int, int], None]:
+    def _on_exit(self, ref: HostRef, warden: Warden) -> Callable[[int, int], None]:
         def on_exit(pid: int, status: int) -> None:
-            if pid == self._pids.get("driver"):
+            if pid == warden.driver_pid and warden is self._warden:  # else it was let go
                 self._lost(ref, "driver_exited", f"the driver ended with {status}", status=status)
 
         return on_exit

@@ -95,7 +95,7 @@ class Warden:
             async with asyncio.timeout(_STARTED_SECONDS):
                 self._stdin.write(order.line())
                 await self._stdin.drain()
-                self.driver_pid = await started
+                await started
         except (TimeoutError, OSError) as error:
             await self.end()
             raise LaunchFailed(
@@ -114,6 +114,7 @@ class Warden:
                 case {"started": int(pid), "what": "warden"}:
                     self.pid = pid
                 case {"started": int(pid), "what": "driver"} if not started.done():
+                    self.driver_pid = pid  # before its exit can be told
                     started.set_result(pid)
                 case {"error": str(text)} if not started.done():
                     started.set_exception(OSError(text))
