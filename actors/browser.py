@@ -69,6 +69,7 @@ _SOCKET_TO_EXIT_SECONDS = 0.005  # a process's sockets close a moment before its
 _PAGE_EXIT_SECONDS = 1.0  # a page process that ended within so much before a close explains it
 _PING_AGAIN_SECONDS = 0.005
 _EVENTS_MAX = 256  # not yet acknowledged
+_CHECKED_MAX = 1024  # files of models that are known to be unchanged
 _WATCHDOG_SECONDS_MAX = 0.5
 _WATCHDOG_SECONDS_MIN = 0.01
 _XVFB_ARGUMENTS = ("-screen", "0", "1024x768x24", "-nolisten", "tcp", "-noreset")
@@ -142,6 +143,7 @@ class BrowserHost:
         self._cause: Failure | None = None  # why the present incarnation is over
         self._models: dict[str, NumericId] = {}
         self._specs: dict[str, ModelSpec] = {}
+        self._checked: dict[tuple[str, str], tuple[int, ...]] = {}
         self._in_flight: OrderedDict[str, asyncio.Task[RunReply]] = OrderedDict()
         self._answers: OrderedDict[str, RunReply] = OrderedDict()
         self._answer_bytes = 0
@@ -181,7 +183,7 @@ class BrowserHost:
         fresh = self._launched is None
         self._retire()
         self._ref, self._cause = order.ref, None
-        self._warm_runs = self._config.warm_runs if order.warm else 1
+        self._warm_runs = self._config.warm_runs if order.warm else 0
         self._readiness = Readiness.STARTING
         self._models, self._specs = {}, {}
         if fresh:  # else this worker's own breakers know better
@@ -443,7 +445,7 @@ class BrowserHost:
             "backends": [str(backend) for backend in self._worth_trying(backends)],
             "warm": {"warmRuns": self._warm_runs, "warmMs": self._config.warm_ms},
         }
-        await asyncio.to_thread(_check_unchanged, spec)
+        await asyncio.to_thread(_check_unchanged, spec, self._checked)
         try:
             async with asyncio.timeout(self._config.load_seconds):
                 reply = await self._ask("load", body, warmup_inputs(spec))
@@ -1009,8 +1011,12 @@ def _fingerprint(tensors: Mapping[str, np.ndarray[Any, Any]]) -> int:
     return total
 
 
-def _check_unchanged(spec: ModelSpec) -> None:
-    """Raises `PageError` if a file of the model is no longer the one that was registered."""
+def _check_unchanged(spec: ModelSpec, checked: dict[tuple[str, str], tuple[int, ...]]) -> None:
+    """Raises `PageError` if a file of the model is no longer the one that was registered.
+
+    `checked` remembers files by path and digest, so that a repair need not read one again that
+    nobody has written to since.
+    """
     for file in spec.files:
         for packed in (f"{file.path}.gz", f"{file.path}.br"):
             if os.path.exists(packed):
@@ -1019,6 +1025,10 @@ def _check_unchanged(spec: ModelSpec) -> None:
                     "move it elsewhere",
                     what="load_failed",
                 )
+        stat = os.stat(file.path)
+        seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        if checked.get((file.path, file.digest)) == seen:
+            continue
         with open(file.path, "rb") as content:
             if hashlib.file_digest(content, "sha256").hexdigest() != file.digest:
                 raise PageError(
@@ -1026,6 +1036,9 @@ def _check_unchanged(spec: ModelSpec) -> None:
                     "load it again",
                     what="load_failed",
                 )
+        if len(checked) >= _CHECKED_MAX:
+            checked.clear()
+        checked[file.path, file.digest] = seen
 
 
 def _private_directories(binaries: Binaries, profile: Path) -> dict[str, str]:

@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from tenacity import AsyncRetrying, retry_if_exception
+from tenacity import AsyncRetrying, retry_if_exception, retry_if_exception_type
 
 from actors.browser import BrowserHost
 from actors.history import HistoryKeeper
@@ -49,7 +49,7 @@ from recovery.errors import (
 )
 from recovery.failures import Failure
 from recovery.kinds import Backend, BrowserType, RecoveryLevel
-from recovery.log import Log, LogUnavailable
+from recovery.log import Log, LogInUse, LogUnavailable
 from recovery.policies import SUPERVISOR_RETURNS
 from recovery.pool_state import BrowserRecord, PoolState, Repair
 from recovery.records import HostRef, HostStatus, NumericId
@@ -297,12 +297,24 @@ class PoolSupervisor:
         async with self._resuming:
             if self._supervisor is not None:
                 return
-            self._unclaimed.cancel()
             log = Log(Path(self._config.folder) / "log")
-            recovery = await log.open()
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception_type(LogInUse), **SUPERVISOR_RETURNS
+            ):
+                with attempt:  # the process before may still be ending
+                    recovery = await log.open()
+            if not recovery.state.name:  # nothing was ever decided: there is no pool to go on with
+                await log.close()
+                self._again = False
+                return
             lost = ", ".join(str(each) for each in recovery.lost)
             supervisor = self._made(log, recovery.term + 1, recovery.state)
-            await supervisor.resume(self._find_hosts, f"events {lost} are lost" if lost else "")
+            try:
+                await supervisor.resume(self._find_hosts, f"events {lost} are lost" if lost else "")
+            except BaseException:
+                await log.close()  # else nobody could try again
+                raise
+            self._unclaimed.cancel()
             self._supervisor = supervisor
             await self._begin_reporting(supervisor)
 
@@ -318,7 +330,8 @@ class PoolSupervisor:
 
     async def _report_loop(self, supervisor: Supervisor, metrics: PoolMetrics) -> None:
         while not supervisor.state.closing:
-            self._memory = await supervisor.memory()
+            with contextlib.suppress(PoolError):
+                self._memory = await supervisor.memory()
             metrics.update(supervisor.state, self._memory)
             if self._history is not None:
                 self._history.renew()

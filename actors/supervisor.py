@@ -250,7 +250,8 @@ class Supervisor:
         self._term = term
         self._seq = self._log.last_seq
         self._unlogged: deque[Event] = deque()
-        self._log_trouble = ""
+        self._log_trouble = ""  # why it can't be written now
+        self._log_lost = ""  # what of it is lost for good
         self._state = state or PoolState()
         self._order = asyncio.Lock()  # events are logged and applied one at a time
         self._hosts: dict[str, Host] = {}
@@ -262,6 +263,7 @@ class Supervisor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._stops: set[asyncio.Task[None]] = set()
+        self._happening: dict[asyncio.Task[None], None] = {}  # on their way into log and state
         self._turns: dict[str, asyncio.Lock] = {}  # by node: one rebuild at a time
         self._version = term << 32  # a later term has newer tables, however many there were before
         self._changed = asyncio.Condition()
@@ -284,7 +286,7 @@ class Supervisor:
 
         `trouble` says what of the log was lost, if anything was.
         """
-        self._log_trouble = trouble
+        self._log_lost = trouble
         await self._happen(TermBegan(self._term))
         for name, digest in self._state.models.items():
             order = await self._orders.load(name, digest)
@@ -314,8 +316,8 @@ class Supervisor:
             self._spawn(self._checkpoint_loop, "checkpoints")
 
     def trouble(self, text: str) -> None:
-        """Have the table say what is wrong with the log."""
-        self._log_trouble = text
+        """Have the table say what is wrong with the log, as long as this term lasts."""
+        self._log_lost = text
 
     async def _finish_closing(self) -> None:
         await self.close()
@@ -385,8 +387,7 @@ class Supervisor:
                 expected=known,
                 got=order.spec.digest,
             )
-        if known is None:
-            await self._orders.save(order)
+        await self._orders.save(order)  # also of a known model: its back ends may be others
         self._models[name] = order
         await self._happen(ModelWanted(name, order.spec.digest, order.spec.type), ordered=True)
         await self._until(lambda: self._settled(name))
@@ -395,6 +396,7 @@ class Supervisor:
         self._require_open()
         await self._happen(ModelUnwanted(model), ordered=True)
         self._models.pop(model, None)
+        await self._announce()
         await self._orders.remove(model)
 
     async def repair(
@@ -407,24 +409,26 @@ class Supervisor:
         """
         self._require_open()
         record = self._state.browsers.get(browser_id)
-        if record is None or record.phase not in (Phase.READY, Phase.RECONNECTING):
-            raise BadInput(f"browser {browser_id!r} is not in service, so there is nothing to do.")
-        began = self._wall()
-        await self._happen(BrowserFailed(browser_id, record.epoch, failure, start=start))
+        if record is None:
+            raise BadInput(f"there is no browser {browser_id!r} in this pool.", got=browser_id)
+        # Of one incarnation a failure is told once, however often and by whomever.
+        epoch = failure.ref.epoch if failure.ref else record.epoch
+        if record.epoch == epoch and record.repair is None and record.phase is Phase.READY:
+            await self._happen(BrowserFailed(browser_id, epoch, failure, start=start))
         await self._until(lambda: self._state.browsers[browser_id].repair is None)
-        return next(
-            repair
-            for repair in reversed(self._state.repairs)
-            if repair.browser_id == browser_id and repair.began >= began
-        )
+        for repair in reversed(self._state.repairs):
+            if (repair.browser_id, repair.from_epoch) == (browser_id, epoch):
+                return repair
+        raise BadInput(f"browser {browser_id!r} is not in service, so there is nothing to do.")
 
     async def close(self) -> None:
         """Stop every browser; returns when all are gone."""
         if not self._state.closing:
             await self._happen(PoolClosing())
         await self._until(lambda: not any(r.phase in ALIVE for r in self._state.browsers.values()))
-        while self._stops:  # what failed meanwhile counts as stopped before it is gone
-            await asyncio.wait(self._stops)
+        # What failed meanwhile counts as stopped before it is gone, and what happened is logged.
+        while under_way := self._stops | self._happening.keys():
+            await asyncio.wait(under_way)
         await self._log.close()
 
     async def watch(self, client: str, version: int, seconds: float) -> Table:
@@ -463,8 +467,23 @@ class Supervisor:
         """Log and apply an event, then carry out what follows from it.
 
         While the log can't be written, what clients order (`ordered`) is refused with
-        `LogUnavailable`; what simply happened is applied all the same, and logged later.
+        `LogUnavailable`; what simply happened is applied all the same, and logged later. Whoever
+        asks may be cancelled meanwhile; the event is then taken to its end all the same, because
+        half of one would leave the log and the state apart.
         """
+        happening = asyncio.create_task(self._take_place(body, ordered), name="event")
+        self._tasks.add(happening)
+        self._happening[happening] = None
+        happening.add_done_callback(self._happened)
+        await asyncio.shield(happening)
+
+    def _happened(self, happening: asyncio.Task[None]) -> None:
+        self._tasks.discard(happening)
+        self._happening.pop(happening, None)
+        if not happening.cancelled():
+            happening.exception()  # told to whoever asked, if they still listen
+
+    async def _take_place(self, body: Body, ordered: bool) -> None:
         async with self._order:
             # As a replay will see it, so that the live state can't differ from a replayed one.
             event = as_logged(Event(self._seq + 1, self._term, self._wall(), body))
@@ -472,38 +491,43 @@ class Supervisor:
             state, instructions = decide(before, event)
             await self._append(event, ordered)
             self._seq, self._state = event.seq, state
-        self._tell_repairs(before, state)
         for instruction in instructions:
             self._carry_out(instruction)
         await self._announce()
+        self._tell_repairs(before, state)
         if self._log.events_since_checkpoint >= _CHECKPOINT_EVENTS:
             await self._checkpoint()
 
     async def _append(self, event: Event, ordered: bool) -> None:
         try:
-            while self._unlogged:
-                await self._log.append(self._unlogged[0])
-                self._unlogged.popleft()
-                self._log_trouble = ""
+            await self._log_what_waits()
             await self._log.append(event)
+            self._log_trouble = ""
         except LogUnavailable as error:
             self._log_trouble = str(error)
             if ordered:
                 raise
             if len(self._unlogged) >= _UNLOGGED_MAX:
-                self._log_trouble = f"the log is given up: {error}"
+                self._log_lost = f"the log is given up: {error}"
                 await self._log.close()
                 self._log = MemoryLog()
                 self._unlogged.clear()
             else:
                 self._unlogged.append(event)
 
+    async def _log_what_waits(self) -> None:
+        while self._unlogged:
+            await self._log.append(self._unlogged[0])
+            self._unlogged.popleft()
+
     async def _checkpoint(self) -> None:
         async with self._order:
-            if self._unlogged or not self._log.events_since_checkpoint:
-                return
             try:
+                await self._log_what_waits()
+                if not self._log.events_since_checkpoint:
+                    return
                 await self._log.checkpoint(self._state, self._seq)
+                self._log_trouble = ""
             except LogUnavailable as error:
                 self._log_trouble = str(error)
 
@@ -815,7 +839,11 @@ class Supervisor:
             )
             routes.append(Route(status, host, report.data_token))
         return Table(
-            self._version, self._state, tuple(routes), dict(self._models), self._log_trouble
+            self._version,
+            self._state,
+            tuple(routes),
+            dict(self._models),
+            "; ".join(filter(None, (self._log_lost, self._log_trouble))),
         )
 
 

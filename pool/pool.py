@@ -580,7 +580,10 @@ class BrowserPool:
         `start` is the rung to begin with, if not the usual one. Returns the repair as it ended.
         Raises `BadInput` if the browser is not in service.
         """
-        supervisor, _ = self._require_open()
+        supervisor, routing = self._require_open()
+        if failure.ref is None:  # which incarnation is meant, should the call be repeated
+            refs = {status.ref.browser_id: status.ref for status in routing.candidates()}
+            failure = replace(failure, ref=refs.get(browser_id))
         return await supervisor.repair(browser_id, failure, start)
 
     async def scale(self, browsers: Mapping[str, int]) -> None:

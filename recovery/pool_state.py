@@ -423,7 +423,8 @@ def _wanted(state: PoolState, browser_id: str, kind: BrowserType, at: float) -> 
 
 def _ready(state: PoolState, body: BrowserReady, at: float) -> Decision:
     record = _record(state, body.browser_id)
-    if record.epoch != body.epoch or record.phase in (Phase.STOPPED, Phase.GIVEN_UP):
+    over = (Phase.STOPPED, Phase.GIVEN_UP, Phase.REPLACING)
+    if record.epoch != body.epoch or record.phase in over:
         return state, ()
     if record.phase is not Phase.STARTING:
         raise IllegalTransition(f"{record.id} was ready while {record.phase}", epoch=body.epoch)
@@ -822,7 +823,8 @@ def _model_unwanted(state: PoolState, model: str) -> Decision:
     for record in state.browsers.values():
         if model in record.models:
             unloads.append(Unload(record.id, record.epoch, model))
-        state = _with(state, _without_model(record, model))
+        breakers = _without(record.breakers, model)  # as its worker forgets it
+        state = _with(state, replace(_without_model(record, model), breakers=breakers))
     models, types = _without(state.models, model), _without(state.model_types, model)
     return replace(state, models=models, model_types=types), tuple(unloads)
 

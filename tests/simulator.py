@@ -446,7 +446,8 @@ class Incarnation:
 
     def kill(self) -> None:
         self.lives = False
-        for task in (*self.calls, *self.supervisor.spawned):
+        # Events first: they would outlive whoever waits for them.
+        for task in (*self.supervisor._happening, *self.calls, *self.supervisor.spawned):
             task.cancel()
 
 
