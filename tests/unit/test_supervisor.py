@@ -727,18 +727,3 @@ def test_supervisor_killed_at_every_step_of_a_repair_finishes_or_repeats_it(faul
     while in_virtual_time(story)(reached + 1):
         reached += 1
     assert reached >= 3
-
-
-@in_virtual_time
-async def test_event_whose_watch_is_cancelled_on_its_way_to_the_disk_is_taken_in_all_the_same():
-    async with opened("b-0", "b-1") as pool:
-        await pool.supervisor.load(order())
-        pool.log.gate.clear()
-        pool.hosts["b-0"].crash()
-        await eventually(lambda: bool(pool.supervisor._happening))
-        pool.supervisor._forget("b-0")  # as a drain, or the end of a race, does
-        await asyncio.sleep(1)
-        pool.log.gate.set()
-        await pool.until("b-0", Phase.STARTING, 1)
-        assert pool.log.last_seq == pool.supervisor._seq
-        await pool.supervisor.load(order("n", "other"))  # and the log takes the next ones
