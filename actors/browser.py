@@ -183,7 +183,7 @@ class BrowserHost:
         fresh = self._launched is None
         self._retire()
         self._ref, self._cause = order.ref, None
-        self._warm_runs = self._config.warm_runs if order.warm else 0
+        self._warm_runs = self._config.warm_runs if order.warm else 1
         self._readiness = Readiness.STARTING
         self._models, self._specs = {}, {}
         if fresh:  # else this worker's own breakers know better
