@@ -359,17 +359,8 @@ class PoolSupervisor:
 
     async def _new_host(self, browser_id: str, kind: BrowserType, epoch: int) -> Host:
         try:
-            actor = (
-                ray.remote(Browser)
-                .options(
-                    name=_browser_name(self._config, browser_id, epoch),
-                    namespace=NAMESPACE,
-                    lifetime="detached",
-                    max_restarts=0,
-                    num_cpus=0,
-                )
-                .remote(browser_id, kind, self._hosts)
-            )
+            name = _browser_name(self._config, browser_id, epoch)
+            actor = _start(Browser, name, browser_id, kind, self._hosts)
         except (RayError, ValueError) as error:
             raise LaunchFailed(f"Ray could not start a worker for {browser_id}: {error}") from error
         return RayHost(actor)
@@ -428,6 +419,26 @@ class PoolSupervisor:
         await (await self._open()).close()
         if self._history is not None:
             await self._history.close()
+
+
+def _start(cls: type, name: str, *arguments: Any, max_restarts: int = 0, **options: Any) -> Any:
+    """A new actor of `cls`: named, detached, and at nobody's expense."""
+    return (
+        ray.remote(cls)
+        .options(
+            name=name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            max_restarts=max_restarts,
+            num_cpus=0,
+            **options,
+        )
+        .remote(*arguments)
+    )
+
+
+def _on_this_node() -> dict[str, Any]:
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(this_node(), soft=False)}
 
 
 # -- handles --------------------------------------------------------------------------------------
@@ -515,18 +526,7 @@ class RayHistory:
         with contextlib.suppress(PoolClosed):
             return cls.find(config)
         try:
-            actor: Any = (
-                ray.remote(History)
-                .options(
-                    name=_history_name(config),
-                    namespace=NAMESPACE,
-                    lifetime="detached",
-                    max_restarts=0,
-                    num_cpus=0,
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(this_node(), soft=False),
-                )
-                .remote(config)
-            )
+            actor = _start(History, _history_name(config), config, **_on_this_node())
         except (RayError, ValueError) as error:
             raise SetupError(f"Ray could not start a worker for the history: {error}") from error
         await _result(actor.open.remote(), "the history")
@@ -576,18 +576,14 @@ class RaySupervisor:
     def create(cls, config: SupervisorConfig, hosts: HostConfig) -> RaySupervisor:
         """Start the supervisor of a new pool. Raises `SetupError` if the name is taken."""
         try:
-            actor = (
-                ray.remote(PoolSupervisor)
-                .options(
-                    name=_supervisor_name(config.name),
-                    namespace=NAMESPACE,
-                    lifetime="detached",
-                    max_restarts=-1 if config.folder else 0,
-                    num_cpus=0,
-                    # Beside its log, which lies on the machine of whoever makes the pool.
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(this_node(), soft=False),
-                )
-                .remote(config, hosts)
+            actor = _start(
+                PoolSupervisor,
+                _supervisor_name(config.name),
+                config,
+                hosts,
+                max_restarts=-1 if config.folder else 0,
+                # Beside its log, which lies on the machine of whoever makes the pool.
+                **_on_this_node(),
             )
         except ValueError as error:
             raise SetupError(
