@@ -63,6 +63,7 @@ _INLINE_BYTES = 4 << 20
 _REPORT_SECONDS = 5.0  # between two updates of the gauges
 _HISTORY_CLOSE_SECONDS = 10.0
 _CLOSE_SECONDS = 60.0  # a supervisor that takes longer is killed; leases end the rest
+_ANSWER_SECONDS = 10.0  # for what a supervisor can tell at once; one that can't is frozen
 
 
 # Ray has one connection per process, which several pools of the process share.
@@ -216,32 +217,41 @@ class Browser:
 
 
 class History:
-    """A `HistoryKeeper` in a worker process of its own, which ends when nobody is heard of."""
+    """A `HistoryKeeper` in a worker process of its own, which ends when nobody is heard of.
+
+    Ray starts the process again when it dies; whatever is asked of it first opens the file.
+    """
 
     def __init__(self, config: SupervisorConfig) -> None:
         self._name = config.name
         self._keeper = HistoryKeeper(Path(config.history), Path(config.history_spare))
         self._lease_seconds = 2 * config.lease_seconds
         self._lease = _end_unless_claimed(config.lease_seconds)
+        self._opened: asyncio.Task[str] | None = None
 
     def __repr__(self) -> str:
         return f"history of {self._name}"
 
     async def open(self) -> str:
         await self.renew()
-        return await self._keeper.open()
+        if self._opened is None:
+            self._opened = asyncio.create_task(self._keeper.open(), name="open")
+        return await asyncio.shield(self._opened)
 
     async def renew(self) -> None:
         self._lease.cancel()
         self._lease = _end_unless_claimed(self._lease_seconds)
 
     async def add(self, samples: Sequence[Sample]) -> None:
+        await self.open()
         self._keeper.add(samples)
 
     async def ask(self, question: str, options: Mapping[str, Any]) -> Any:
+        await self.open()
         return await self._keeper.ask(question, **options)
 
     async def query(self, sql: str, params: Sequence[Any]) -> list[dict[str, Any]]:
+        await self.open()
         return await self._keeper.query(sql, params)
 
     async def close(self) -> None:
@@ -526,7 +536,8 @@ class RayHistory:
         with contextlib.suppress(PoolClosed):
             return cls.find(config)
         try:
-            actor = _start(History, _history_name(config), config, **_on_this_node())
+            name = _history_name(config)
+            actor = _start(History, name, config, max_restarts=-1, **_on_this_node())
         except (RayError, ValueError) as error:
             raise SetupError(f"Ray could not start a worker for the history: {error}") from error
         await _result(actor.open.remote(), "the history")
@@ -600,20 +611,23 @@ class RaySupervisor:
         except ValueError as error:
             raise PoolClosed(f"no pool called {name!r} runs on this Ray cluster") from error
 
-    async def _call(self, call: Callable[[], Any]) -> Any:
-        """Call, and again while the supervisor is being restarted: its calls can be repeated."""
+    async def _call(self, call: Callable[[], Any], seconds: float | None = _ANSWER_SECONDS) -> Any:
+        """Call, and again while the supervisor is being restarted: its calls can be repeated.
+
+        `seconds` is for one try. Without, the caller watches whether the supervisor lives.
+        """
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception(_out_of_reach), **SUPERVISOR_RETURNS
             ):
                 with attempt:
-                    return await _result(call(), "the supervisor")
+                    return await _in_time(call(), seconds)
         except BrowserLost as error:
             raise _closed_or_away(error) from error
         raise InternalError("a retry ended without an outcome")
 
     async def open(self, browsers: Mapping[str, BrowserType]) -> None:
-        await self._call(lambda: self.actor.open.remote(browsers))
+        await self._call(lambda: self.actor.open.remote(browsers), _CLOSE_SECONDS)
 
     async def config(self) -> tuple[SupervisorConfig, HostConfig]:
         config, hosts = await self._call(lambda: self.actor.config.remote())
@@ -623,10 +637,10 @@ class RaySupervisor:
         await self._call(lambda: self.actor.want.remote(browsers))
 
     async def drain(self, browser_id: str) -> None:
-        await self._call(lambda: self.actor.drain.remote(browser_id))
+        await self._call(lambda: self.actor.drain.remote(browser_id), None)
 
     async def load(self, order: ModelOrder) -> None:
-        await self._call(lambda: self.actor.load.remote(order))
+        await self._call(lambda: self.actor.load.remote(order), None)
 
     async def unload(self, model: str) -> None:
         await self._call(lambda: self.actor.unload.remote(model))
@@ -635,7 +649,7 @@ class RaySupervisor:
         self, browser_id: str, failure: Failure, start: RecoveryLevel | None
     ) -> Repair:
         call = self.actor.repair
-        repair: Repair = await self._call(lambda: call.remote(browser_id, failure, start))
+        repair: Repair = await self._call(lambda: call.remote(browser_id, failure, start), None)
         return repair
 
     async def table(self, client: str) -> Table:
@@ -647,7 +661,7 @@ class RaySupervisor:
         # Not repeated here: who watches has a patience of its own.
         call = self.actor.watch.remote(client, version, seconds)
         try:
-            table: Table = await _result(call, "the supervisor")
+            table: Table = await _in_time(call, seconds + _ANSWER_SECONDS)
         except BrowserLost as error:
             raise _closed_or_away(error) from error
         return table
@@ -664,9 +678,20 @@ class RaySupervisor:
         """Stop every browser, then the supervisor itself. No error if it is gone already."""
         with contextlib.suppress(PoolClosed, BrowserLost, TimeoutError):
             async with asyncio.timeout(_CLOSE_SECONDS):
-                await self._call(lambda: self.actor.close.remote())
+                await self._call(lambda: self.actor.close.remote(), None)
         with contextlib.suppress(RayError):
             ray.kill(self.actor)
+
+
+async def _in_time(call: Any, seconds: float | None) -> Any:
+    """The supervisor's answer; one that is frozen is out of reach."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await _result(call, "the supervisor")
+    except TimeoutError:
+        raise BrowserLost(
+            f"the supervisor did not answer within {seconds:g} s", what="socket_closed"
+        ) from None
 
 
 def _out_of_reach(error: BaseException) -> bool:

@@ -83,7 +83,8 @@ from recovery.supervision import RestartLimit
 from sharding.signature import ModelSpec
 
 _WATCH_SECONDS_MAX = 30.0
-_FAILURES_KEPT_MAX = 256
+_FAULTS_KEPT_MAX = 256
+_FAULTS_SHOWN = 8
 _ASK_SECONDS = 2.0
 _STOP_SECONDS = 10.0  # longer than a warden takes; then the worker is killed, and its warden acts
 _DRAIN_SECONDS = 300.0  # what is in flight has deadlines of its own
@@ -221,6 +222,7 @@ class Table:
     routes: tuple[Route, ...]
     models: Mapping[str, ModelOrder] = field(default_factory=dict)
     log_trouble: str = ""  # why the log can't be written, or what of it was lost
+    faults: tuple[str, ...] = ()  # what the supervisor itself could not carry out, the last of it
 
 
 class Supervisor:
@@ -260,6 +262,7 @@ class Supervisor:
         self._ports: dict[str, int] = {}
         self._reports: dict[str, LaunchReport] = {}
         self._models: dict[str, ModelOrder] = {}
+        self._ordering = asyncio.Lock()  # a load and an unload of one name don't mix
         self._tasks: set[asyncio.Task[None]] = set()
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._stops: set[asyncio.Task[None]] = set()
@@ -268,7 +271,7 @@ class Supervisor:
         self._version = term << 32  # a later term has newer tables, however many there were before
         self._changed = asyncio.Condition()
         self._creator_until = 0.0
-        self.faults: deque[str] = deque(maxlen=_FAILURES_KEPT_MAX)
+        self.faults: deque[str] = deque(maxlen=_FAULTS_KEPT_MAX)
 
     # -- orders from clients ----------------------------------------------------------------------
 
@@ -379,25 +382,27 @@ class Supervisor:
         """
         self._require_open()
         name = order.spec.name
-        known = self._state.models.get(name)
-        if known is not None and known != order.spec.digest:
-            raise BadInput(
-                f"this pool has another model called {name!r}: unload that first, or choose "
-                "another name",
-                expected=known,
-                got=order.spec.digest,
-            )
-        await self._orders.save(order)  # also of a known model: its back ends may be others
-        self._models[name] = order
-        await self._happen(ModelWanted(name, order.spec.digest, order.spec.type), ordered=True)
+        async with self._ordering:
+            known = self._state.models.get(name)
+            if known is not None and known != order.spec.digest:
+                raise BadInput(
+                    f"this pool has another model called {name!r}: unload that first, or choose "
+                    "another name",
+                    expected=known,
+                    got=order.spec.digest,
+                )
+            await self._orders.save(order)  # also of a known model: its back ends may be others
+            self._models[name] = order
+            await self._happen(ModelWanted(name, order.spec.digest, order.spec.type), ordered=True)
         await self._until(lambda: self._settled(name))
 
     async def unload(self, model: str) -> None:
         self._require_open()
-        await self._happen(ModelUnwanted(model), ordered=True)
-        self._models.pop(model, None)
-        await self._announce()
-        await self._orders.remove(model)
+        async with self._ordering:
+            await self._happen(ModelUnwanted(model), ordered=True)
+            self._models.pop(model, None)
+            await self._announce()
+            await self._orders.remove(model)
 
     async def repair(
         self, browser_id: str, failure: Failure, start: RecoveryLevel | None = None
@@ -541,8 +546,9 @@ class Supervisor:
         if self._on_repair is None or after.repairs is before.repairs:
             return
         for repair in after.repairs:
-            if repair not in before.repairs:
-                self._on_repair(after.browsers[repair.browser_id], repair)
+            if repair not in before.repairs:  # not now: whatever it does, the event goes on
+                record = after.browsers[repair.browser_id]
+                asyncio.get_running_loop().call_soon(self._on_repair, record, repair)
 
     async def _announce(self) -> None:
         async with self._changed:
@@ -844,6 +850,7 @@ class Supervisor:
             tuple(routes),
             dict(self._models),
             "; ".join(filter(None, (self._log_lost, self._log_trouble))),
+            tuple(self.faults)[-_FAULTS_SHOWN:],
         )
 
 

@@ -91,6 +91,7 @@ class PoolView:
     dashboard_url: str
     operations: Mapping[str, int]
     log_trouble: str = ""  # why the control log can't be written, or what of it was lost
+    faults: tuple[str, ...] = ()  # what the supervisor could not carry out, the last of it
 
 
 class BrowserPool:
@@ -187,13 +188,15 @@ class BrowserPool:
     async def _supervisor_config(self) -> SupervisorConfig:
         config, run = self._config, secrets.token_hex(2)
         root, folder = state_root(config.state_dir), ""
-        if config.level_effective not in (Level.NONE, Level.LOW):
+        logged = config.level_effective not in (Level.NONE, Level.LOW)
+        if logged or config.history:
             try:
                 folder = str(await asyncio.to_thread(new_folder, root, config.name, run))
             except OSError as error:
+                what = f"level {config.level} keeps a log" if logged else "history is kept"
                 raise SetupError(
-                    f"level {config.level} keeps a log, and {root} can't be written ({error}): "
-                    "pass state_dir= or set TABPOOL_STATE to a folder that can."
+                    f"{what}, and {root} can't be written ({error}): pass state_dir= or set "
+                    "TABPOOL_STATE to a folder that can."
                 ) from error
         return SupervisorConfig(
             config.name,
@@ -205,10 +208,10 @@ class BrowserPool:
             config.max_connections,
             creator=self._client,
             run=run,
-            folder=folder,
+            folder=folder if logged else "",
             checkpoint_seconds=config.checkpoint_interval,
             history=str(root / "history.duckdb") if config.history else "",
-            history_spare=str(root / f"history-{run}.duckdb") if config.history else "",
+            history_spare=str(Path(folder) / "history.duckdb") if config.history else "",
         )
 
     async def _begin_recording(self, supervisor: RaySupervisor) -> None:
@@ -338,10 +341,11 @@ class BrowserPool:
         known = name in self._registry.names()
         self._registry.add(entry)
         self._encoders[name] = encoder_for(entry)
-        supervisor, _ = self._require_open()
+        supervisor, routing = self._require_open()
         self._loading[name] = self._loading.get(name, 0) + 1
         try:
-            await supervisor.load(ModelOrder(entry.spec, backends, entry_to_plain(entry)))
+            order = ModelOrder(entry.spec, backends, entry_to_plain(entry))
+            await routing.unless_gone(supervisor.load(order))
             table = await self._table_when(
                 lambda table: _settled(table.state, name), self._config.load_seconds
             )
@@ -513,6 +517,7 @@ class BrowserPool:
             dashboard_url=self._ray.dashboard_url if self._ray else "",
             operations=dict(self._counts),
             log_trouble=table.log_trouble,
+            faults=table.faults,
         )
 
     async def get_recovery_statistics(self, since: float | None = None) -> dict[str, Any]:
@@ -565,7 +570,7 @@ class BrowserPool:
                 expected=known,
                 got=browser_id,
             )
-        await supervisor.drain(browser_id)
+        await routing.unless_gone(supervisor.drain(browser_id))
 
     async def control(self) -> PoolState:
         """The supervisor's state as it is now: browsers, repairs under way and done, tallies."""
@@ -584,14 +589,14 @@ class BrowserPool:
         if failure.ref is None:  # which incarnation is meant, should the call be repeated
             refs = {status.ref.browser_id: status.ref for status in routing.candidates()}
             failure = replace(failure, ref=refs.get(browser_id))
-        return await supervisor.repair(browser_id, failure, start)
+        return await routing.unless_gone(supervisor.repair(browser_id, failure, start))
 
     async def scale(self, browsers: Mapping[str, int]) -> None:
         """Have this many of each type named: start what is missing, drain what is too many.
 
         Types that are not named stay as they are. Returns when it is so.
         """
-        supervisor, _ = self._require_open()
+        supervisor, routing = self._require_open()
         counts = replace(self._config, browsers=dict(browsers)).kinds()
         table = await supervisor.table(self._client)
         living = [
@@ -611,7 +616,8 @@ class BrowserPool:
         missing = {}
         for kind, count in counts.items():
             have = [record for record in living if record.kind is kind]
-            await asyncio.gather(*(supervisor.drain(record.id) for record in have[count:]))
+            drains = [supervisor.drain(record.id) for record in have[count:]]
+            await routing.unless_gone(asyncio.gather(*drains))
             missing[kind] = max(count - len(have), 0)
         taken = [record.id for record in table.state.browsers.values() if record.phase in ALIVE]
         fresh = _browser_ids(missing, tuple(taken))

@@ -11,9 +11,9 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from actors.dataplane import DataLink
 from actors.messages import RunReply, RunRequest
@@ -26,6 +26,9 @@ from recovery.records import HostRef, HostStatus
 _QUEUE_NEWS_SECONDS = 0.1  # a host that said it is full is asked again after this
 _DISTRUST_SECONDS = 2.0  # a dead browser is usually replaced or dropped within this
 _UNREACHABLE_SECONDS = 0.2  # between two calls of a supervisor that is out of reach
+
+
+T = TypeVar("T")
 
 
 class TableSource(Protocol):
@@ -277,6 +280,24 @@ class Routing:
             raise self.gone
         assert self.table is not None
         return self.table
+
+    async def unless_gone(self, work: Awaitable[T]) -> T:
+        """What `work` comes to. Raises `PoolClosed` as soon as the supervisor is given up."""
+        working = asyncio.ensure_future(work)
+        gone = asyncio.create_task(self._until_gone(), name="gone")
+        try:
+            await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                assert self.gone is not None
+                raise self.gone
+            return await working
+        finally:
+            gone.cancel()
+            working.cancel()
+
+    async def _until_gone(self) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.gone is not None)
 
     def models(self) -> Mapping[str, ModelOrder]:
         return self.table.models if self.table else {}

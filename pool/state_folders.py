@@ -7,14 +7,17 @@ write what is in them.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
+import time
 from pathlib import Path
 
 from recovery.errors import BadInput
 
 FOLDERS_MAX = 20  # of pools that are over
+_SETTLED_SECONDS = 60.0  # a pool that is just being made may not have taken its lock yet
 
 
 def state_root(given: str = "") -> Path:
@@ -35,7 +38,7 @@ def new_folder(root: Path, name: str, run: str) -> Path:
     """
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     for old in folders(root)[FOLDERS_MAX - 1 :]:
-        if not _in_use(old):
+        if time.time() - _changed(old) > _SETTLED_SECONDS and not _in_use(old):
             shutil.rmtree(old, ignore_errors=True)
     folder = root / f"{name}@{run}"
     folder.mkdir(mode=0o700)
@@ -45,7 +48,19 @@ def new_folder(root: Path, name: str, run: str) -> Path:
 def folders(root: Path, name: str = "") -> list[Path]:
     """The folders of all pools, or of those called `name`, the newest first."""
     found = [path for path in root.glob(f"{name or '*'}@*") if path.is_dir()]
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    return sorted(found, key=_changed, reverse=True)
+
+
+def _changed(folder: Path) -> float:
+    """When something was last made or removed in a pool's folder, a checkpoint for example.
+
+    The beginning of time if the folder is gone, as another process may be making room as well.
+    """
+    seen = [0.0]
+    for path in (folder, folder / "log"):
+        with contextlib.suppress(FileNotFoundError):
+            seen.append(path.stat().st_mtime)
+    return max(seen)
 
 
 def newest_folder(root: Path, name: str = "") -> Path:

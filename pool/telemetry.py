@@ -28,6 +28,7 @@ def telemetry(view: PoolView, models: Iterable[str]) -> dict[str, Any]:
         "strategy": view.control.strategy.name,
         "term": view.control.term,
         "log_trouble": view.log_trouble,
+        "faults": list(view.faults),
         "models": {name: str(view.control.model_types.get(name, "unknown")) for name in models},
         "browsers": {
             record.id: _browser(record, view.memory_bytes.get(record.id, 0))

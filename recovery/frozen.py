@@ -14,11 +14,10 @@ T = TypeVar("T")
 if TYPE_CHECKING:
     from dataclasses import replace as replace
 else:
+    _new, _set = object.__new__, object.__setattr__
 
     def replace(record: T, /, **changes: Any) -> T:
         """A copy of `record` with some fields changed."""
-        copy = object.__new__(type(record))
-        fields = copy.__dict__
-        fields.update(record.__dict__)
-        fields.update(changes)
+        copy = _new(type(record))
+        _set(copy, "__dict__", record.__dict__ | changes)
         return copy

@@ -105,9 +105,10 @@ def _of_one(
         return moved + Reconciliation(events=(BrowserFound(browser_id, seen.epoch), lost_at))
     if record.phase is Phase.DRAINING:
         return moved + Reconciliation(orders=(Drain(browser_id, epoch),))
-    if record.phase is Phase.STARTING and (
-        seen.epoch < epoch or seen.readiness is Readiness.STARTING
-    ):
+    unheard = seen.epoch < epoch or seen.readiness is Readiness.STARTING
+    # Dead without a cause: its launch had not begun, or was cut short with the supervisor.
+    cut_short = seen.readiness is Readiness.DEAD and seen.cause is None
+    if record.phase is Phase.STARTING and (unheard or cut_short):
         return moved + Reconciliation(orders=(again,))
     if seen.epoch < epoch or seen.readiness is not Readiness.READY:
         cause = seen.cause or _failure("its browser is over", "browser_exited", record, at)

@@ -49,6 +49,7 @@ LOADING = {"m": ModelPhase.LOADING}
         (state(Phase.STARTING), None, (Launch("b", CHROME, 3),)),
         (state(Phase.STARTING), Seen(3, Readiness.STARTING), (Launch("b", CHROME, 3),)),
         (state(Phase.STARTING), Seen(2, Readiness.DEAD), (Launch("b", CHROME, 3),)),
+        (state(Phase.STARTING), Seen(3, Readiness.DEAD), (Launch("b", CHROME, 3),)),
         (state(Phase.RECONNECTING, models=LOADED), ready(), (Reconnect("b", 3),)),
         (state(Phase.DRAINING), ready(), (Drain("b", 3),)),
         (state(Phase.READY, models=LOADED), ready(digest="old"), (Load("b", 3, "m"),)),

@@ -266,3 +266,23 @@ async def test_link_is_let_go_when_its_host_left_the_table():
         tables.put()
         await table_taken(routing, 2)
         assert routing._links == routing._tokens == {}
+
+
+async def test_long_order_ends_when_the_supervisor_is_given_up():
+    async with routed() as (routing, tables):
+        never = asyncio.create_task(routing.unless_gone(asyncio.Event().wait()))
+        await asyncio.sleep(0)
+        tables.close()
+        with pytest.raises(PoolClosed, match="closing"):
+            await never
+
+
+async def test_long_order_comes_to_what_it_comes_to():
+    async with routed() as (routing, _):
+        assert await routing.unless_gone(asyncio.sleep(0, "done")) == "done"
+        with pytest.raises(ZeroDivisionError):
+            await routing.unless_gone(_fails())
+
+
+async def _fails() -> None:
+    raise ZeroDivisionError

@@ -460,6 +460,53 @@ async def test_event_is_in_the_log_before_its_instructions_run():
 
 
 @in_virtual_time
+async def test_event_whose_asker_is_cancelled_on_its_way_to_the_disk_is_whole():
+    async with opened("b-0", "b-1") as pool:
+        for browser_id in ("b-0", "b-1"):
+            await pool.until(browser_id, Phase.READY, 0)
+        pool.log.gate.clear()
+        asked = asyncio.create_task(pool.supervisor.drain("b-1"))
+        await eventually(lambda: pool.supervisor._order.locked())
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert pool.phase("b-1") == (Phase.READY, 0)  # not before it is on disk
+        pool.log.gate.set()
+        await pool.until("b-1", Phase.STOPPED, 0)
+        assert pool.log.last_seq == pool.supervisor._seq
+        await pool.supervisor.load(order())
+
+
+@in_virtual_time
+async def test_load_and_unload_of_one_name_at_once_leave_nothing_half_done():
+    async with opened() as pool:
+        await pool.until("b-0", Phase.READY, 0)
+        await pool.supervisor.load(order())
+        pool.log.gate.clear()
+        unloading = asyncio.create_task(pool.supervisor.unload("m"))
+        await eventually(lambda: pool.supervisor._order.locked())
+        loading = asyncio.create_task(pool.supervisor.load(order()))
+        await asyncio.sleep(0.1)
+        pool.log.gate.set()
+        await asyncio.gather(unloading, loading)
+        assert "m" in pool.state.models
+        assert await pool.orders.load("m", order().spec.digest) is not None
+
+
+@in_virtual_time
+async def test_reporter_that_raises_disturbs_nothing():
+    raised = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: raised.append(context))
+    async with opened() as pool:
+        pool.supervisor._on_repair = lambda record, repair: 1 / 0
+        await pool.until("b-0", Phase.READY, 0)
+        pool.hosts["b-0"].crash()
+        await pool.until("b-0", Phase.READY, 1)
+        await eventually(lambda: bool(raised))
+    assert isinstance(raised[0]["exception"], ZeroDivisionError)
+
+
+@in_virtual_time
 async def test_watch_answers_at_once_when_there_is_news_and_in_time_when_there_is_none():
     async with opened() as pool:
         await pool.until("b-0", Phase.READY, 0)
