@@ -31,6 +31,7 @@ from actors.arguments import Gpu, LaunchSettings, default_settings
 from actors.binaries import Binaries, find_binaries
 from actors.bridge import Bridge, BridgeEvent, PageConfig
 from actors.dataplane import DataServer
+from actors.death_watch import DeathWatch
 from actors.guarding import Admission, HostBreakers
 from actors.messages import (
     HostConfig,
@@ -41,7 +42,7 @@ from actors.messages import (
     RunReply,
     RunRequest,
 )
-from actors.processes import DeathWatch, Warden, WardenOrder, page_processes
+from actors.processes import Warden, WardenOrder, busiest, cpu_seconds, page_processes
 from actors.profiles import new_profile_path, save_template, template_lock, template_path
 from actors.session import Session, driver_command, free_port
 from recovery.adjustments import merge_arguments
@@ -139,6 +140,8 @@ class BrowserHost:
         self._judged = asyncio.Event()  # clear while it isn't known what an outage is
         self._judged.set()
         self._page_ended_at = -math.inf
+        self._page_pids: tuple[int, ...] = ()  # processes that may serve the page
+        self._page_pid = 0  # the one that does, once it has shown by its work
         self._memory_bytes = 0
         self._cause: Failure | None = None  # why the present incarnation is over
         self._models: dict[str, NumericId] = {}
@@ -350,9 +353,9 @@ class BrowserHost:
             return  # elsewhere each watch costs a thread: there a reconnect that fails must do
         processes = await asyncio.to_thread(page_processes, self._warden.tree, self._kind)
         if ref == self._ref and self._readiness is not Readiness.DEAD:
-            for pid in processes:
-                if pid not in self._pids.values():
-                    self._watch.add(pid, partial(self._page_process_ended, ref))
+            self._page_pids = tuple(pid for pid in processes if pid not in self._pids.values())
+            for pid in self._page_pids:
+                self._watch.add(pid, partial(self._page_process_ended, ref, pid))
 
     async def _warm_page(self, seconds: float = 0.0) -> None:
         await self._ask("warm", {"backend": str(Backend.WASM), "seconds": seconds})
@@ -446,6 +449,7 @@ class BrowserHost:
             "warm": {"warmRuns": self._warm_runs, "warmMs": self._config.warm_ms},
         }
         await asyncio.to_thread(_check_unchanged, spec, self._checked)
+        used = cpu_seconds(self._page_pids)
         try:
             async with asyncio.timeout(self._config.load_seconds):
                 reply = await self._ask("load", body, warmup_inputs(spec))
@@ -462,6 +466,8 @@ class BrowserHost:
             adapter=facts.webgpu_adapter if reply.body["backend"] == Backend.WEBGPU else "",
         )
         self._require_ref(ref)
+        # Whichever process loaded and warmed the model is the page's: its end is the page's.
+        self._page_pid = busiest(used, cpu_seconds(self._page_pids)) or self._page_pid
         self._models[spec.name], self._specs[spec.name] = numeric, spec
         return numeric
 
@@ -846,9 +852,15 @@ class BrowserHost:
                 way.cancel()
             await asyncio.gather(*ways, return_exceptions=True)
 
-    def _page_process_ended(self, ref: HostRef) -> None:
-        """A spare one, perhaps: alone it means nothing. In an outage it was the page's."""
+    def _page_process_ended(self, ref: HostRef, pid: int) -> None:
+        """A spare one, perhaps: unless it is known to be the page's, alone it means nothing.
+
+        In an outage it was the page's.
+        """
         if ref != self._ref:
+            return
+        if pid == self._page_pid:
+            self._page_is_gone(ref, BridgeEvent("process_ended", ref.epoch))
             return
         self._page_ended_at = self._clock()
         self._page_ended.set()
@@ -915,6 +927,7 @@ class BrowserHost:
         self._watch.close()
         self._pids = {}
         self._page_ended_at = -math.inf
+        self._page_pids, self._page_pid = (), 0
         if self._outage is not None:
             self._outage.cancel()
             self._outage = None

@@ -1,4 +1,4 @@
-"""Processes of one browser: the warden that guards them, and a watch that sees them end.
+"""Processes of one browser: the warden that guards them, and which of them serve its page.
 
 The ledger of what was started is the process tree below the warden itself, so it can't miss a
 process and can't name one that is not ours. This module must not know Selenium or the page.
@@ -15,7 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,8 @@ PAGE_MARKS = {
     BrowserType.SAFARI: "WebKitWebProcess",
 }
 _STARTED_SECONDS = 15.0
+_WORKED_SECONDS = 0.03  # CPU time is counted in steps of 0.01 s
+_WORKED_RATIO = 4.0  # by which a page's process outdoes those that happen to be busy
 _ENDED_SECONDS = 6.0  # longer than the warden's own limit
 
 
@@ -161,7 +163,7 @@ class Warden:
             reader.cancel()
         pid, self.pid = self.pid, 0
         if self._done:  # said as its last word; its own end follows at once
-            await asyncio.to_thread(_wait_for_end, pid, 1.0)
+            await asyncio.to_thread(wait_for_end, pid, 1.0)
         else:
             kill_trees([known for known in (pid, *survivors) if known])
             await asyncio.to_thread(shutil.rmtree, self._profile, ignore_errors=True)
@@ -177,6 +179,25 @@ def page_processes(tree: Callable[[], Sequence[psutil.Process]], kind: BrowserTy
     return found
 
 
+def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
+    """The CPU time that each process has used. Those that are gone are left out."""
+    used = {}
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            times = psutil.Process(pid).cpu_times()
+            used[pid] = times.user + times.system
+    return used
+
+
+def busiest(before: Mapping[int, float], after: Mapping[int, float]) -> int:
+    """The one process that worked between the two measurements, or 0 if that is not plain."""
+    worked = sorted((after[pid] - before.get(pid, 0.0), pid) for pid in after)
+    if not worked or worked[-1][0] < _WORKED_SECONDS:
+        return 0
+    rest = worked[-2][0] if len(worked) > 1 else 0.0
+    return worked[-1][1] if worked[-1][0] >= _WORKED_RATIO * rest else 0
+
+
 def kill_trees(pids: Sequence[int]) -> None:
     """SIGKILL the given processes and all their descendants. Does not raise."""
     for pid in pids:
@@ -187,7 +208,7 @@ def kill_trees(pids: Sequence[int]) -> None:
                     process.kill()
 
 
-def _wait_for_end(pid: int, seconds: float | None = None) -> None:
+def wait_for_end(pid: int, seconds: float | None = None) -> None:
     if sys.platform == "linux":  # a pidfd also tells of an end that nobody has reaped yet
         with contextlib.suppress(OSError):
             fd = os.pidfd_open(pid)
@@ -196,40 +217,3 @@ def _wait_for_end(pid: int, seconds: float | None = None) -> None:
     else:
         with contextlib.suppress(psutil.Error):
             psutil.Process(pid).wait(seconds)
-
-
-class DeathWatch:
-    """Calls back, on the event loop, the moment a watched process ends."""
-
-    def __init__(self) -> None:
-        self._fds: dict[int, int] = {}
-
-    def add(self, pid: int, on_death: Callable[[], None]) -> None:
-        """Watch `pid`. A process that is already gone is reported at once."""
-        loop = asyncio.get_running_loop()
-        if sys.platform != "linux":
-            waiting = loop.run_in_executor(None, _wait_for_end, pid)
-            waiting.add_done_callback(lambda _: on_death())
-            return
-        try:
-            fd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            loop.call_soon(on_death)
-            return
-
-        def died() -> None:
-            self._drop(pid)
-            on_death()
-
-        self._fds[pid] = fd
-        loop.add_reader(fd, died)
-
-    def _drop(self, pid: int) -> None:
-        fd = self._fds.pop(pid, None)
-        if fd is not None:
-            asyncio.get_running_loop().remove_reader(fd)
-            os.close(fd)
-
-    def close(self) -> None:
-        for pid in list(self._fds):
-            self._drop(pid)

@@ -150,8 +150,9 @@ def test_main_classes_are_made_without_any_io(monkeypatch):
     from actors.bridge import Bridge, PageConfig
     from actors.browser import BrowserHost
     from actors.dataplane import DataLink, DataServer
+    from actors.death_watch import DeathWatch
     from actors.messages import HostConfig
-    from actors.processes import DeathWatch, Warden
+    from actors.processes import Warden
     from actors.ray_actors import PoolSupervisor
     from actors.session import Session
     from actors.supervisor import Supervisor, SupervisorConfig

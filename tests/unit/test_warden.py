@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors.processes import DeathWatch, Warden, WardenOrder, kill_trees
+from actors.processes import Warden, WardenOrder, busiest, cpu_seconds, kill_trees
 from recovery.errors import LaunchFailed
 from tests.fakes import until
 
@@ -246,36 +246,6 @@ def test_order_is_one_line_of_json():
     }
 
 
-async def test_death_watch_tells_of_each_death_once():
-    watch = DeathWatch()
-    process = sleeper()
-    deaths: list[str] = []
-    try:
-        watch.add(process.pid, lambda: deaths.append("watched"))
-        await asyncio.sleep(0)
-        assert deaths == []
-        process.kill()
-        await until(lambda: deaths == ["watched"])
-    finally:
-        process.kill()
-        process.wait()
-    watch.add(process.pid, lambda: deaths.append("gone before"))
-    await until(lambda: deaths == ["watched", "gone before"])
-    watch.close()
-
-
-async def test_closed_death_watch_tells_nothing():
-    watch = DeathWatch()
-    process = sleeper()
-    deaths: list[int] = []
-    watch.add(process.pid, lambda: deaths.append(1))
-    watch.close()
-    process.kill()
-    process.wait()
-    await asyncio.sleep(0.02)
-    assert deaths == []
-
-
 def test_kill_trees_kills_descendants_and_takes_no_offence_at_the_dead():
     process = subprocess.Popen(["sh", "-c", "sleep 300 & echo $!; wait"], stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -293,3 +263,16 @@ def _process(pid: int) -> psutil.Process | None:
         return psutil.Process(pid)
     except psutil.NoSuchProcess:
         return None
+
+
+def test_process_that_worked_is_told_from_those_that_are_merely_awake():
+    before = {1: 5.0, 2: 1.0, 3: 0.0}
+    assert busiest(before, {1: 5.05, 2: 1.5, 3: 0.0}) == 2
+    assert busiest(before, {1: 5.2, 2: 1.5, 3: 0.0}) == 0  # two did
+    assert busiest(before, {1: 5.0, 2: 1.02, 3: 0.0}) == 0  # too little to tell
+    assert busiest(before, {2: 1.5}) == 2  # the others are gone
+    assert busiest({}, {}) == 0
+
+
+def test_cpu_time_is_of_those_that_live():
+    assert cpu_seconds([os.getpid(), 2**22 - 1]).keys() == {os.getpid()}
