@@ -31,6 +31,7 @@ PAGE_MARKS = {
     BrowserType.FIREFOX: "-contentproc",
     BrowserType.SAFARI: "WebKitWebProcess",
 }
+_OWN_UI = "--top-chrome-webui"  # a renderer that draws Chromium's own toolbar
 _STARTED_SECONDS = 15.0
 _WORKED_SECONDS = 0.03  # CPU time is counted in steps of 0.01 s
 _WORKED_RATIO = 4.0  # by which a page's process outdoes those that happen to be busy
@@ -174,7 +175,8 @@ def page_processes(tree: Callable[[], Sequence[psutil.Process]], kind: BrowserTy
     found = []
     for process in tree():
         with contextlib.suppress(psutil.Error):
-            if PAGE_MARKS[kind] in " ".join(process.cmdline()):
+            line = " ".join(process.cmdline())
+            if PAGE_MARKS[kind] in line and _OWN_UI not in line:
                 found.append(process.pid)
     return found
 

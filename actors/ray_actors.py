@@ -234,6 +234,9 @@ class History:
 
     async def open(self) -> str:
         await self.renew()
+        return await self._ready()
+
+    async def _ready(self) -> str:
         if self._opened is None:
             self._opened = asyncio.create_task(self._keeper.open(), name="open")
         return await asyncio.shield(self._opened)
@@ -243,15 +246,15 @@ class History:
         self._lease = _end_unless_claimed(self._lease_seconds)
 
     async def add(self, samples: Sequence[Sample]) -> None:
-        await self.open()
+        await self._ready()
         self._keeper.add(samples)
 
     async def ask(self, question: str, options: Mapping[str, Any]) -> Any:
-        await self.open()
+        await self._ready()
         return await self._keeper.ask(question, **options)
 
     async def query(self, sql: str, params: Sequence[Any]) -> list[dict[str, Any]]:
-        await self.open()
+        await self._ready()
         return await self._keeper.query(sql, params)
 
     async def close(self) -> None:
