@@ -58,7 +58,7 @@ from recovery.errors import (
     SetupError,
     StaleTerm,
 )
-from recovery.failures import Failure, Scope, categorize_browser_failure
+from recovery.failures import Category, Failure, Scope, categorize_browser_failure
 from recovery.kinds import Backend, BrowserType, Readiness
 from recovery.records import BrowserFacts, HostRef, HostStatus, NumericId
 from sharding.frames import Frame
@@ -144,6 +144,8 @@ class BrowserHost:
         self._page_pid = 0  # the one that does, once it has shown by its work
         self._memory_bytes = 0
         self._cause: Failure | None = None  # why the present incarnation is over
+        self._ended_by: Category | None = None  # the incarnation before it
+        self._probed: LaunchSettings | None = None  # what `_facts` were probed with
         self._models: dict[str, NumericId] = {}
         self._specs: dict[str, ModelSpec] = {}
         self._checked: dict[tuple[str, str], tuple[int, ...]] = {}
@@ -185,6 +187,7 @@ class BrowserHost:
             raise StaleTerm(f"{order.ref} was ordered, but {self._ref} has been here")
         fresh = self._launched is None
         self._retire()
+        self._ended_by = self._cause.category if self._cause else None
         self._ref, self._cause = order.ref, None
         self._warm_runs = self._config.warm_runs if order.warm else 1
         self._readiness = Readiness.STARTING
@@ -275,8 +278,10 @@ class BrowserHost:
         marks["page"] = self._clock()
         if order.warm:
             await self._warm_page()
-        facts, _ = await asyncio.gather(self._page_facts(), self._watch_page(order.ref))
-        self._facts = facts
+        facts, _ = await asyncio.gather(
+            self._facts_of(order, settings), self._watch_page(order.ref)
+        )
+        self._facts, self._probed = facts, settings
         marks["warm"] = self._clock()
         self._watchdog_task = asyncio.create_task(self._watchdog(order.ref), name="watchdog")
         names = list(marks)
@@ -360,6 +365,18 @@ class BrowserHost:
     async def _warm_page(self, seconds: float = 0.0) -> None:
         await self._ask("warm", {"backend": str(Backend.WASM), "seconds": seconds})
 
+    async def _facts_of(self, order: LaunchOrder, settings: LaunchSettings) -> BrowserFacts:
+        """What the page has. Probing takes 0.3 s, which a repair of the same browser can save."""
+        known, was = self._facts, self._ended_by
+        same = known is not None and self._probed == settings and known.version == self._version()
+        if known is None or not same or order.warm or was is Category.GPU_ERROR:
+            return await self._page_facts()
+        return known
+
+    def _version(self) -> str:
+        capabilities = self._session.capabilities if self._session else {}
+        return str(capabilities.get("browserVersion", ""))
+
     async def _page_facts(self) -> BrowserFacts:
         page = (await self._ask("info", {})).body
         assert self._session is not None
@@ -369,7 +386,7 @@ class BrowserHost:
         )
         return BrowserFacts(
             product=_product(self._kind, self._binaries, capabilities),
-            version=str(capabilities.get("browserVersion", "")),
+            version=self._version(),
             driver=str(driver).split(" ")[0],
             isolated=bool(page.get("isolated")),
             wasm_simd=bool(page.get("wasmSimd")),
