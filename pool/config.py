@@ -14,12 +14,11 @@ from actors.messages import HostConfig
 from recovery.breaker import BreakerConfig
 from recovery.errors import BadInput, LevelUnavailable
 from recovery.kinds import Backend, BrowserType, Level, detect_browser_type
+from recovery.levels import BROWSERS_NEEDED, held
 from recovery.plan import strategy_order
 from recovery.supervision import RestartLimit
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
-_LEVELS = (Level.NONE, Level.LOW, Level.MEDIUM)  # what this version can hold
-
 _WHOLE_NUMBERS = {
     "max_connections": (1, 10_000),
     "max_recovery_attempts": (1, 100),
@@ -36,6 +35,7 @@ _SECONDS: Mapping[str, tuple[float, float]] = {
     "lease": (1, 3600),
     "checkpoint_interval": (1, 86_400),
     "reconnect_seconds": (0.1, 600),
+    "hedge_seconds": (0.001, 86_400),
 }
 BACKENDS = ("auto", "wasm", "webgpu", "webnn")
 _WORDS: Mapping[str, Sequence[str]] = {
@@ -67,6 +67,9 @@ class PoolConfig:
     launch_seconds: float = 60.0  # one browser, from the order to a page that is ready
     load_seconds: float = 120.0  # one model on one browser
     hang_seconds: float = 30.0  # a browser at one operation for longer hangs, and is replaced
+    hedge_quantile: float = 0.95  # of recent durations; past it a second browser is asked (`high`)
+    hedge_seconds: float = 1.0  # the same, until 20 operations of a kind have been seen
+    simulation: bool = False  # whether native onnxruntime may answer when no browser can
     reconnect_seconds: float = 2.0  # that a page which is out of touch has to come back
     breaker: BreakerConfig = field(default_factory=BreakerConfig)  # of each browser and model
     checkpoint_interval: float = 60.0  # between checkpoints of the control log
@@ -102,14 +105,21 @@ class PoolConfig:
             raise _bad(
                 "persistent", "an `address`: the Ray that is started here ends with its maker", True
             )
+        quantile: Any = self.hedge_quantile
+        if not isinstance(quantile, float) or not 0.5 <= quantile < 1:
+            raise _bad("hedge_quantile", "a number from 0.5 to below 1", quantile)
+        simulation: Any = self.simulation
+        if not isinstance(simulation, bool):
+            raise _bad("simulation", "True or False", simulation)
         total = sum(self.kinds().values())
         if not 1 <= total <= self.max_connections:
             raise _bad("browsers", f"1 to {self.max_connections} (max_connections)", total)
         if self.strict and self.level_effective is not Level(self.level):
+            needed = BROWSERS_NEEDED[Level(self.level)]
             raise LevelUnavailable(
-                f"level {self.level!r} can't be held by this version of tabpool, which holds "
-                f"{', '.join(_LEVELS)}. Choose one of them, or pass strict=False to run at "
-                f"{self.level_effective!s} and have results say so.",
+                f"level {self.level!r} takes at least {needed} browsers, and browsers= asks for "
+                f"{total}. Ask for more, choose level {self.level_effective!s}, or pass "
+                "strict=False to run at that and have results say so.",
                 level=self.level,
             )
         return self
@@ -129,9 +139,8 @@ class PoolConfig:
 
     @property
     def level_effective(self) -> Level:
-        """The level that is really held."""
-        wanted = Level(self.level)
-        return wanted if wanted in _LEVELS else _LEVELS[-1]
+        """The level that this many browsers can hold."""
+        return held(Level(self.level), sum(self.kinds().values()))
 
     def hosts(self) -> HostConfig:
         """What every browser is told."""

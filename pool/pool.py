@@ -11,8 +11,8 @@ import asyncio
 import contextlib
 import random
 import secrets
-import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
@@ -21,33 +21,26 @@ from typing import Any, Self
 import numpy as np
 
 from actors import ray_actors
-from actors.messages import LaunchReport, RunReply, RunRequest
+from actors.messages import LaunchReport
 from actors.ray_actors import RayHistory, RaySupervisor
 from actors.ray_metrics import ClientMetrics
 from actors.supervisor import ModelOrder, SupervisorConfig, Table
+from pool.answering import Answering, Question, Rules
 from pool.config import PoolConfig, backend_order
+from pool.latency import Latencies
 from pool.operations import OperationRegistry
 from pool.recorder import Recorder
 from pool.registry import ModelEntry, ModelRegistry, entry_from_plain, entry_to_plain, read_model
-from pool.results import RecoveryStep, Result
+from pool.results import Result
 from pool.routing import Routing
 from pool.state_folders import new_folder, state_root
 from pool.telemetry import telemetry
 from pool.tokens import TextEncoder, encoder_for
-from recovery.answering import (
-    AnsweringPolicy,
-    Attempt,
-    GiveUp,
-    Refuse,
-    Send,
-    WaitForHost,
-    next_action,
-)
 from recovery.errors import (
     BadInput,
-    BrowserError,
     CallerError,
     LaunchFailed,
+    LevelUnavailable,
     MessageTooLarge,
     PageError,
     PoolBusy,
@@ -56,8 +49,9 @@ from recovery.errors import (
     SetupError,
     UnknownModel,
 )
-from recovery.failures import Category, Failure, Scope, categorize_browser_failure
+from recovery.failures import Failure
 from recovery.kinds import BrowserType, Level, ModelType, RecoveryLevel
+from recovery.levels import BROWSERS_NEEDED, ORDER
 from recovery.plan import strategy_order
 from recovery.pool_state import (
     ALIVE,
@@ -69,11 +63,12 @@ from recovery.pool_state import (
     Repair,
 )
 from recovery.records import HostRef, HostStatus
+from recovery.voting import Closeness
 from sharding.frames import Frame, encoded_size
 
 _OP_ID_MAX = 128
 _WATCH_SECONDS_MAX = 5.0
-_FROZEN_GRACE_SECONDS = 0.5  # past its deadline an operation is not waited for longer
+_AUDITS_MAX = 64  # late answers waited for at `critical`, only to be compared
 
 
 @dataclass(frozen=True)
@@ -128,6 +123,9 @@ class BrowserPool:
         self._in_flight = 0
         self._recorder: Recorder | None = None
         self._history: RayHistory | None = None
+        self._latencies = Latencies(self._config.hedge_quantile, self._config.hedge_seconds)
+        self._audits: deque[asyncio.Task[None]] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._counts = {"asked": 0, "answered": 0, "recovered": 0, "failed": 0, "refused": 0}
 
     @property
@@ -274,6 +272,10 @@ class BrowserPool:
         await self._leave(stop=True)
 
     async def _leave(self, *, stop: bool) -> None:
+        for task in (*self._audits, *self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._audits, *self._tasks, return_exceptions=True)
+        self._audits.clear()
         recorder, self._recorder = self._recorder, None
         if recorder is not None:
             await recorder.stop()
@@ -360,9 +362,21 @@ class BrowserPool:
             if not self._loading[name]:
                 del self._loading[name]
         records = [r for r in table.state.browsers.values() if name in r.models]
-        if not any(r.models[name] is ModelPhase.LOADED for r in records):
+        loaded = sum(r.models[name] is ModelPhase.LOADED for r in records)
+        needed = BROWSERS_NEEDED[self._config.level_effective] if self._config.strict else 1
+        if loaded < needed:
             await self.unload(name)
-            why = "; ".join(f"{r.id}: {r.load_failures.get(name, r.phase)}" for r in records)
+            why = "; ".join(
+                f"{r.id}: {r.load_failures.get(name, r.phase)}"
+                for r in records
+                if r.models[name] is not ModelPhase.LOADED
+            )
+            if loaded:
+                raise LevelUnavailable(
+                    f"level {self._config.level} needs {name} on {needed} browsers, and {loaded} "
+                    f"could load it ({why}). Pass strict=False to run below that level.",
+                    level=self._config.level,
+                )
             raise PageError(
                 f"no browser could load {name}: {why or 'none is running'}", what="load_failed"
             )
@@ -417,13 +431,16 @@ class BrowserPool:
         *,
         deadline: float | None = None,
         op_id: str | None = None,
+        level: str | None = None,
+        simulation: bool | None = None,
     ) -> Result:
         """Run one operation and return its one answer, whatever fails on the way.
 
         `deadline` is in seconds from now. `op_id` names the operation in logs and results; one
-        is made up if it is not given. Bad input raises a `CallerError` before any browser
-        is touched, a pool that is full `PoolBusy`; every other failure is a `Result` with
-        `success=False`, whose `outputs` raise `OperationFailed`.
+        is made up if it is not given. `level` is that of the pool or a lower one; `simulation`
+        False forbids a native answer where the pool allows one. Bad input raises a `CallerError`
+        before any browser is touched, a pool that is full `PoolBusy`; every other failure is a
+        `Result` with `success=False`, whose `outputs` raise `OperationFailed`.
         """
         _, routing = self._require_open()
         seconds = self._config.deadline if deadline is None else deadline
@@ -433,6 +450,12 @@ class BrowserPool:
         if given is not None and not (isinstance(given, str) and 0 < len(given) <= _OP_ID_MAX):
             raise BadInput(
                 f"op_id: expected text of 1 to {_OP_ID_MAX} characters, got {op_id!r}.", got=op_id
+            )
+        wanted = self._level_of_call(level)
+        if simulation and not self._config.simulation:
+            raise BadInput(
+                "simulation: this pool forbids native answers; make it with simulation=True.",
+                got=simulation,
             )
         spec = self._operations.get(op)
         entry = self._entry(model)
@@ -446,15 +469,27 @@ class BrowserPool:
             )
         self._in_flight += 1
         self._counts["asked"] += 1
-        answering = _Answering(
-            self._config,
+        tolerance, kind = entry.spec.tolerance, (entry.spec.digest, op, wanted, size)
+        answering = Answering(
+            Question(
+                op_id or secrets.token_hex(8),
+                model,
+                op,
+                wanted,
+                entry.spec.digest,
+                self._client,
+                Closeness(tolerance.rtol, tolerance.atol),
+            ),
+            Rules(
+                self._config.max_recovery_attempts,
+                self._config.when_full == "wait",
+                self._config.strict,
+                min(self._latencies.late_after(kind), seconds / 2),
+            ),
             routing,
-            model,
-            op,
-            op_id or secrets.token_hex(8),
             self._rng,
-            client=self._client,
-            digest=entry.spec.digest,
+            on_wrong=self._charge,
+            on_audit=self._keep_audit,
         )
         try:
             result, reply = await answering.run(tensors, seconds)
@@ -466,11 +501,45 @@ class BrowserPool:
         if result.success and reply is not None:
             values = spec.finish(entry, tensors, reply.outputs or {})
             result = replace(result, values=values)
+            if not result.recovery:
+                self._latencies.note(kind, result.metrics["duration_ms"] / 1e3)
         result = replace(result, metrics={**result.metrics, "bytes_in": float(size)})
         self._count(result)
         if self._recorder is not None:
             self._recorder.note(result, entry)
         return result
+
+    def _level_of_call(self, level: str | None) -> Level:
+        pools = self._config.level_effective
+        if level is None:
+            return pools
+        if level not in ORDER or ORDER.index(Level(level)) > ORDER.index(pools):
+            lower = ", ".join(ORDER[: ORDER.index(pools) + 1])
+            raise BadInput(
+                f"level: expected one that this pool holds ({lower}), got {level!r}.", got=level
+            )
+        return Level(level)
+
+    def _charge(self, ref: HostRef, failure: Failure) -> None:
+        """A browser was outvoted: leave it alone, and have it replaced."""
+        self._background(self._replace_liar(ref, failure))
+
+    async def _replace_liar(self, ref: HostRef, failure: Failure) -> None:
+        supervisor, routing = self._require_open()
+        await routing.distrust(ref)
+        with contextlib.suppress(PoolError):  # it is gone already, or so is the pool
+            await routing.unless_gone(supervisor.repair(ref.browser_id, failure, None))
+
+    def _keep_audit(self, audit: asyncio.Task[None]) -> None:
+        """Let a late answer be compared, the oldest ones only as long as they are not too many."""
+        self._audits.append(audit)
+        while self._audits and (self._audits[0].done() or len(self._audits) > _AUDITS_MAX):
+            self._audits.popleft().cancel()
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="charge")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _check_size(self, model: str, tensors: Mapping[str, np.ndarray[Any, Any]]) -> int:
         size = encoded_size(Frame("run", tensors=tensors, body={"model": model}))
@@ -657,177 +726,6 @@ class BrowserPool:
         if self._routing.gone is not None:
             raise self._routing.gone
         return self._supervisor, self._routing
-
-
-class _Answering:
-    """The answering loop of one operation."""
-
-    def __init__(
-        self,
-        config: PoolConfig,
-        routing: Routing,
-        model: str,
-        op: str,
-        op_id: str,
-        rng: random.Random,
-        *,
-        client: str = "",
-        digest: str = "",
-    ) -> None:
-        self._config = config
-        self._routing = routing
-        self._client = client
-        self._digest = digest
-        self._model = model
-        self._op = op
-        self._op_id = op_id
-        self._rng = rng
-        self._begun = time.monotonic()
-        self._attempts: list[Attempt] = []
-        self._steps: list[RecoveryStep] = []
-
-    async def run(
-        self, tensors: Mapping[str, np.ndarray[Any, Any]], seconds: float
-    ) -> tuple[Result, RunReply | None]:
-        policy = AnsweringPolicy(
-            self._config.level_effective,
-            self._config.max_recovery_attempts,
-            self._config.when_full == "wait",
-        )
-        end = self._begun + seconds
-        while True:
-            left = end - time.monotonic()
-            if self._routing.gone is not None:
-                return self._failed(str(self._routing.gone)), None
-            action = next_action(
-                policy,
-                self._model,
-                self._attempts,
-                self._routing.candidates(),
-                left,
-                self._rng,
-                coming=self._routing.any_left(self._model),
-            )
-            match action:
-                case Send(status):
-                    reply = await self._send(status, tensors, left)
-                    if reply is not None:
-                        return self._answered(status, reply), reply
-                case WaitForHost(why) if left > 0:
-                    await self._wait(why, left)
-                case Refuse(why):
-                    raise PoolBusy(f"{why}; wait (when_full='wait'), or add browsers.")
-                case GiveUp(why) | WaitForHost(why):
-                    return self._failed(why), None
-
-    async def _send(
-        self, status: HostStatus, tensors: Mapping[str, np.ndarray[Any, Any]], left: float
-    ) -> RunReply | None:
-        ref, began = status.ref, self._elapsed()
-        # Two clients may give their operations the same names; a host must not mix them up.
-        whole_id = f"{self._client}/{self._op_id}" if self._client else self._op_id
-        failed = sum(attempt.failure is not None for attempt in self._attempts)
-        last = self._config.level_effective is Level.NONE or failed + 1 >= (
-            self._config.max_recovery_attempts
-        )
-        request = RunRequest(whole_id, ref, self._model, left, self._digest, last=last)
-        try:
-            # The browser answers at the deadline at the latest, unless it is frozen itself.
-            async with asyncio.timeout(left + _FROZEN_GRACE_SECONDS):
-                reply = await self._routing.run(ref, request, tensors)
-        except (BrowserError, TimeoutError) as error:
-            fields = error.fields if isinstance(error, BrowserError) else {}
-            failure = categorize_browser_failure(
-                error, {**fields, "ref": ref, "op_id": self._op_id, "at": time.time()}
-            )
-            await self._failed_attempt(ref, failure, began)
-            return None
-        if reply is None:
-            return None  # the table changed under us: choose again
-        await self._routing.learn(reply.status)
-        if reply.failure is not None:
-            if reply.failure.evidence.get("what") in ("replaced", "not_loaded"):
-                # Our table was old; nothing was tried, so nothing has failed.
-                await self._routing.distrust(ref)
-                return None
-            await self._failed_attempt(ref, reply.failure, began)
-            return None
-        if reply.busy:
-            return None
-        if self._steps:
-            took = self._elapsed() - began
-            self._steps.append(RecoveryStep("resubmitted", str(ref), began, took, "answered"))
-        return reply
-
-    async def _failed_attempt(self, ref: HostRef, failure: Failure, began: float) -> None:
-        self._attempts.append(Attempt(ref, failure))
-        self._steps.append(
-            RecoveryStep(
-                "failed", str(ref), began, self._elapsed() - began, str(failure.category), failure
-            )
-        )
-        gone = failure.category is not Category.CONNECTION_FAILURE and failure.scope in (
-            Scope.PAGE,
-            Scope.BROWSER,
-        )
-        if gone:
-            await self._routing.distrust(ref)
-
-    async def _wait(self, why: str, left: float) -> None:
-        began = self._elapsed()
-        await self._routing.change(left)
-        if self._steps:
-            took = self._elapsed() - began
-            last = self._steps[-1]
-            if last.what == "waited":  # one step, however many changes woke us
-                self._steps.pop()
-                began, took = last.at, took + last.seconds
-            self._steps.append(RecoveryStep("waited", "", began, took, why))
-
-    def _elapsed(self) -> float:
-        return time.monotonic() - self._begun
-
-    def _first_failure(self) -> Failure | None:
-        return next((a.failure for a in self._attempts if a.failure is not None), None)
-
-    def _answered(self, status: HostStatus, reply: RunReply) -> Result:
-        return Result(
-            self._op_id,
-            self._model,
-            self._op,
-            success=True,
-            level_effective=self._config.level_effective,
-            browser_id=status.ref.browser_id,
-            browser_type=status.browser,
-            epoch=status.ref.epoch,
-            backend=reply.backend,
-            recovery=tuple(self._steps),
-            original_error=self._first_failure(),
-            metrics={
-                "duration_ms": self._elapsed() * 1e3,
-                "in_page_ms": reply.in_page_ms,
-                "queue_ms": max(reply.host_ms - reply.in_page_ms, 0.0),
-                "bytes_out": float(reply.bytes),
-                "attempts": float(len(self._attempts) + 1),
-            },
-        )
-
-    def _failed(self, why: str) -> Result:
-        first = self._first_failure()
-        return Result(
-            self._op_id,
-            self._model,
-            self._op,
-            success=False,
-            level_effective=self._config.level_effective,
-            recovery=tuple(self._steps),
-            original_error=first,
-            error=f"{why} (first failure: {first})" if first else why,
-            metrics={
-                "duration_ms": self._elapsed() * 1e3,
-                "attempts": float(len(self._attempts)),
-            },
-        )
 
 
 def _browser_ids(

@@ -8,11 +8,11 @@ answers the same again. This module must not know how a host is reached.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from recovery.failures import Category, Failure, Scope
-from recovery.kinds import Level
+from recovery.kinds import BrowserType, Level
 from recovery.records import HostRef, HostStatus
 
 
@@ -69,10 +69,14 @@ def next_action(
     rng: random.Random,
     *,
     coming: bool = True,
+    taken: Collection[HostRef] = (),
+    engines: Collection[BrowserType | None] = (),
 ) -> Action:
     """Decide the next step of one operation.
 
-    `coming` says whether any browser is left that may yet be able to take it.
+    `coming` says whether any browser is left that may yet be able to take it. `taken` are those
+    that have a copy of it, or have answered one, and `engines` their types: a further copy goes
+    to another browser, of another type where there is one.
 
     A failed incarnation is not tried again, except after a failure that left it whole (a dropped
     connection; an error that it reported, when there is no other to ask). Of the rest, the
@@ -91,7 +95,7 @@ def next_action(
         for attempt in attempts
         if attempt.failure is not None and not _left_whole(attempt.failure)
     }
-    having = [host for host in hosts if host.can_take(model)]
+    having = [host for host in hosts if host.can_take(model) and host.ref not in taken]
     able = [host for host in having if host.ref not in burnt]
     if not able:  # waiting for another would be waiting for a death that need not come
         able = [host for host in having if _only_reported(host.ref, attempts)]
@@ -104,12 +108,13 @@ def next_action(
             return GiveUp("level low survives no death of a browser, and this one was replaced")
         able = [host for host in having if host.ref == last.ref]
     free = [host for host in able if not host.full]
+    free = [host for host in free if host.browser not in engines] or free
     if free:
         pair = rng.sample(free, 2) if len(free) > 1 else free
         return Send(min(pair, key=lambda host: host.queue))
     if able and not policy.wait_when_full:
         return Refuse("every browser that has the model is at its queue limit")
-    if not having and not coming:
+    if not having and not coming and not taken:
         return GiveUp(
             "no browser is left that could have the model: each was stopped or given up, or "
             "could not load it"

@@ -179,6 +179,9 @@ def plan(
     # A race that begins above its lowest rung is still a race, of those that are left.
     begin = [rung for rung in begin if rung in allowed]
     steps = (tuple(begin),) if strategy.race and begin else tuple((rung,) for rung in begin)
+    if failure.category is Category.WRONG_ANSWER and begin == [FALLBACK] and MODERATE in rungs:
+        # Where no other kind of browser can take over, a fresh one of the same kind is next best.
+        steps = (*steps, (MODERATE,))
     if simulation and SIMULATION in allowed:
         steps = (*steps, (SIMULATION,))
     if not steps:

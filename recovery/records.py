@@ -42,15 +42,16 @@ class NumericId:
 class HostStatus:
     """What a host says of itself, sent with every reply.
 
-    `queue` counts operations that its page has not finished; `queue_max` is the bound that
-    admission holds; `models` maps a loaded model to its numeric id; `served` counts answers.
+    `browser` is None for the native runtime. `queue` counts operations that its page has not
+    finished; `queue_max` is the bound that admission holds; `models` maps a loaded model to its
+    numeric id; `served` counts answers.
     `blocked` holds, by model (the empty name stands for all), for how many seconds a circuit
     breaker goes on refusing; infinity until somebody switches it. `memory_bytes` is what its
     process tree had resident when last looked at, 0 if never.
     """
 
     ref: HostRef
-    browser: BrowserType
+    browser: BrowserType | None
     readiness: Readiness
     queue: int = 0
     queue_max: int = 0

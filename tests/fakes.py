@@ -15,6 +15,8 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from actors.messages import (
     HostEvent,
     HostReport,
@@ -79,7 +81,8 @@ class FakeHost:
 
     Calls are counted from 0, over all incarnations: `fail_launch={0, 1}` fails the first two
     launches with `launch_error`, `fail_load` the loads, `crash_on_run` kills the browser in the
-    middle of these operations, `die_on_run` the whole worker. Operations wait for `run_gate`,
+    middle of these operations, `die_on_run` the whole worker, `lie_on_run` answers them quite
+    wrong, `flip_on_run` wrong by the lowest bit of one float32. Operations wait for `run_gate`,
     launches for `launch_gate`, loads for `load_gate`; all are open unless a test closes them.
     """
 
@@ -93,6 +96,8 @@ class FakeHost:
         crash_on_run: Iterable[int] = (),
         die_on_run: Iterable[int] = (),
         error_on_run: Iterable[int] = (),
+        lie_on_run: Iterable[int] = (),
+        flip_on_run: Iterable[int] = (),
         launch_error: PoolError | None = None,
         load_error: PoolError | None = None,
         queue_max: int = 4,
@@ -101,6 +106,7 @@ class FakeHost:
         self.fail_launch, self.fail_load = set(fail_launch), set(fail_load)
         self.crash_on_run, self.die_on_run = set(crash_on_run), set(die_on_run)
         self.error_on_run = set(error_on_run)
+        self.lie_on_run, self.flip_on_run = set(lie_on_run), set(flip_on_run)
         self.launch_error = launch_error or LaunchFailed("it did not start")
         self.load_error = load_error or PageError("it did not load", what="load_failed")
         self.queue_max = queue_max
@@ -246,6 +252,11 @@ class FakeHost:
             return RunReply(self.status(), failure=self._failure("run_failed", request))
         self.answered[request.op_id] += 1
         outputs = {name: array + 1 for name, array in tensors.items()}
+        if number in self.lie_on_run:
+            outputs = {name: array + 1000 for name, array in outputs.items()}
+        if number in self.flip_on_run:
+            for array in outputs.values():
+                array.view(np.uint32)[0] ^= 1
         return RunReply(self.status(), outputs=outputs, answered=True, backend=Backend.WASM)
 
     async def next_event(

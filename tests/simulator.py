@@ -28,12 +28,11 @@ from unittest import mock
 
 import numpy as np
 
-import pool.pool
+import pool.answering
 import pool.routing
 from actors.messages import LaunchOrder, LaunchReport, RunReply, RunRequest
 from actors.supervisor import MemoryOrders, Supervisor, SupervisorConfig, Table
-from pool.config import PoolConfig
-from pool.pool import _Answering
+from pool.answering import Answering, Question, Rules
 from pool.results import Result
 from pool.routing import Routing
 from recovery.adjustments import adjust
@@ -42,6 +41,7 @@ from recovery.codec import decode, encode, state_from_plain, state_to_plain
 from recovery.errors import BrowserLost, LaunchFailed
 from recovery.failures import Failure
 from recovery.kinds import BrowserType, Level, Readiness, RecoveryLevel, Strategy
+from recovery.levels import BROWSERS_NEEDED, COPIES
 from recovery.plan import strategy_order
 from recovery.pool_state import (
     ALIVE,
@@ -58,6 +58,7 @@ from recovery.pool_state import (
 )
 from recovery.segments import LogUnavailable
 from recovery.supervision import RestartLimit
+from recovery.voting import QUORUM
 from tests.fakes import FakeHost, VirtualTimeLoop, order
 
 BROWSERS: Mapping[str, int] = {"chrome": 2, "firefox": 1}
@@ -195,9 +196,11 @@ def make_plan(
 
 def case(seed: int) -> dict[str, Any]:
     """The simulation that a bare seed stands for: all levels and strategies take their turn."""
-    level = (Level.MEDIUM, Level.NONE, Level.MEDIUM, Level.LOW)[seed % 4]
-    strategy = tuple(Strategy)[seed // 4 % len(Strategy)]
+    level = tuple(Level)[seed % len(Level)]
+    strategy = tuple(Strategy)[seed // len(Level) % len(Strategy)]
     browsers = (BROWSERS, {"firefox": 1}, {"chrome": 1, "edge": 1, "safari": 1})[seed % 3]
+    if sum(browsers.values()) < BROWSERS_NEEDED[level]:
+        browsers = BROWSERS
     return {
         "plan": make_plan(seed, browsers=browsers),
         "browsers": browsers,
@@ -642,7 +645,7 @@ class World:
             return True
         if self.level is Level.LOW and any(not _reported(failure) for failure in failures):
             return True  # its own browser has to answer, and that may be gone
-        if len(failures) >= 3 or result.op_id in self.hung:
+        if len(failures) >= 3 * COPIES[self.level] or result.op_id in self.hung:
             return True
         said = [failure.message for failure in failures if _reported(failure)]
         if len(said) > len(set(said)):
@@ -867,11 +870,10 @@ class World:
             await self._ask(routing, client, f"op-{number}", rng)
 
     async def _ask(self, routing: Routing, client: int, op_id: str, rng: random.Random) -> None:
-        config = PoolConfig(level=str(self.level), strategy=self.config.strategy.name)
-        answering = _Answering(
-            config, routing, "m", "inference", op_id, random.Random(f"{self.plan.seed} {op_id}"),
-            client=f"client-{client}",
-        )  # fmt: skip
+        question = Question(op_id, "m", "inference", self.level, client=f"client-{client}")
+        answering = Answering(
+            question, Rules(), routing, random.Random(f"{self.plan.seed} {op_id}")
+        )
         x = np.asarray([rng.random()], np.float32)
         began = self.now
         result, reply = await answering.run({"x": x}, DEADLINE)
@@ -887,8 +889,9 @@ class World:
     async def _sample_outages(self) -> None:
         while True:
             serving = [h for hosts in self.hosts.values() for h in hosts if h.serves]
-            able = any(self._is_in_service(host) for host in serving)
-            self.outages.append((self.now, not able))
+            able = sum(self._is_in_service(host) for host in serving)
+            needed = QUORUM if self.level is Level.CRITICAL else 1
+            self.outages.append((self.now, able < needed))
             self.none_left = self.none_left if _left(self.state) else self.now
             await asyncio.sleep(0.25)
 
@@ -1058,7 +1061,7 @@ def simulate(
             loop = runner.get_loop()
             clock = SimpleNamespace(monotonic=loop.time, time=loop.time)
             with (
-                mock.patch.object(pool.pool, "time", clock),
+                mock.patch.object(pool.answering, "time", clock),
                 mock.patch.object(pool.routing, "time", clock),
             ):
                 return runner.run(whole())

@@ -1,4 +1,4 @@
-"""The answering loop of `pool.pool`, over a real supervisor and routing, on fake hosts."""
+"""The answering loop of `pool.answering`, over a real supervisor and routing, on fake hosts."""
 
 import asyncio
 import contextlib
@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.messages import RunReply
 from actors.supervisor import Supervisor, SupervisorConfig
-from pool.config import PoolConfig
-from pool.pool import _Answering
+from pool.answering import Answering, Question, Rules
 from pool.results import Result
 from pool.routing import Routing
 from recovery.errors import OperationFailed, PoolBusy, PoolClosed
 from recovery.failures import Category
 from recovery.kinds import Backend, BrowserType, Level
 from recovery.plan import STRATEGIES
+from recovery.records import HostRef
 from recovery.supervision import RestartLimit
-from tests.fakes import FakeHosts, eventually, order
+from tests.fakes import FakeHosts, eventually, host_status, order
 
 X = {"x": np.arange(3, dtype=np.float32)}
 LIMIT = RestartLimit(restarts_max=1000)
@@ -30,11 +31,26 @@ class Pool:
         self.hosts = hosts
         self.supervisor = supervisor
         self.routing = routing
+        self.wrong: list[HostRef] = []
+        self.audits: list[asyncio.Task[None]] = []
 
-    async def ask(self, op_id: str = "op", seconds: float = 30.0, **options: Any) -> Result:
-        config = PoolConfig(**options).checked()
-        rng = random.Random(op_id)
-        answering = _Answering(config, self.routing, "m", "inference", op_id, rng)
+    async def ask(
+        self,
+        op_id: str = "op",
+        seconds: float = 30.0,
+        level: Level = Level.MEDIUM,
+        simulate: Any = None,
+        **rules: Any,
+    ) -> Result:
+        answering = Answering(
+            Question(op_id, "m", "inference", level),
+            Rules(**rules),
+            self.routing,
+            random.Random(op_id),
+            on_wrong=lambda ref, failure: self.wrong.append(ref),
+            on_audit=self.audits.append,
+            simulate=simulate,
+        )
         result, reply = await answering.run(X, seconds)
         if result.success:
             assert reply is not None
@@ -115,7 +131,7 @@ async def test_worker_that_is_killed_mid_operation_is_replaced_and_answers():
 
 async def test_browser_that_keeps_crashing_ends_the_operation_after_its_attempts():
     async with serving("b-0", hosts=FakeHosts(b_0=[{"crash_on_run": range(10)}])) as pool:
-        result = await pool.ask(max_recovery_attempts=2)
+        result = await pool.ask(attempts_max=2)
         assert not result.success
         assert not result.recovered
         assert result.metrics["attempts"] == 2
@@ -128,7 +144,7 @@ async def test_browser_that_keeps_crashing_ends_the_operation_after_its_attempts
 async def test_level_none_fails_at_the_first_crash():
     hosts = FakeHosts(b_0=[{"crash_on_run": {0}}], b_1=[{"crash_on_run": {0}}])
     async with serving("b-0", "b-1", hosts=hosts) as pool:
-        result = await pool.ask(level="none")
+        result = await pool.ask(level=Level.NONE)
         assert not result.success
         assert result.metrics["attempts"] == 1
         assert result.level_effective is Level.NONE
@@ -204,13 +220,13 @@ async def test_full_queues_are_waited_for():
 async def test_full_queues_are_refused_if_the_caller_wants_that():
     async with serving("b-0", hosts=FakeHosts(b_0=[{"queue_max": 1}])) as pool:
         pool.hosts["b-0"].run_gate.clear()
-        first = asyncio.create_task(pool.ask("first", when_full="error"))
+        first = asyncio.create_task(pool.ask("first", wait_when_full=False))
         await pool.in_flight("b-0", 1)
         with pytest.raises(PoolBusy, match="queue limit"):
-            await pool.ask("second", when_full="error")
+            await pool.ask("second", wait_when_full=False)
         pool.hosts["b-0"].run_gate.set()
         assert (await first).success
-        assert (await pool.ask("third", when_full="error")).success
+        assert (await pool.ask("third", wait_when_full=False)).success
 
 
 async def test_host_that_another_client_filled_is_asked_again_when_it_is_free():
@@ -254,6 +270,145 @@ async def test_pool_that_closes_ends_what_waits():
         assert "closed" in result.error
 
 
+THREE = ("b-0", "b-1", "b-2")
+
+
+async def test_late_answer_at_high_is_not_waited_for():
+    async with serving("b-0", "b-1") as pool:
+        for host in pool.hosts.all:
+            host.run_gate.clear()
+        asked = asyncio.create_task(pool.ask(level=Level.HIGH, late_seconds=0.01))
+        await eventually(lambda: any(host.in_flight for host in pool.hosts.all))
+        (slow,) = [host for host in pool.hosts.all if host.in_flight]
+        (other,) = [host for host in pool.hosts.all if host is not slow]
+        other.run_gate.set()
+        result = await asked
+        assert result.success
+        assert result.browser_id == other.ref.browser_id
+        assert [step.what for step in result.recovery] == ["hedged", "resubmitted"]
+        assert result.level_effective is Level.HIGH
+        assert not slow.in_flight  # what is not wanted any more is let go
+
+
+async def test_late_answer_at_medium_is_waited_for():
+    async with serving("b-0", "b-1") as pool:
+        for host in pool.hosts.all:
+            host.run_gate.clear()
+        asked = asyncio.create_task(pool.ask(level=Level.MEDIUM, late_seconds=0.01))
+        await eventually(lambda: any(host.in_flight for host in pool.hosts.all))
+        await asyncio.sleep(0.05)
+        assert sum(len(host.in_flight) for host in pool.hosts.all) == 1
+        for host in pool.hosts.all:
+            host.run_gate.set()
+        assert (await asked).recovery == ()
+
+
+@pytest.mark.parametrize(
+    ("level", "browsers", "effective"),
+    [
+        (Level.HIGH, 1, Level.MEDIUM),
+        (Level.HIGH, 2, Level.HIGH),
+        (Level.CRITICAL, 1, Level.MEDIUM),
+        (Level.CRITICAL, 2, Level.HIGH),
+        (Level.CRITICAL, 3, Level.CRITICAL),
+    ],
+)
+async def test_result_says_which_level_was_held(level, browsers, effective):
+    async with serving(*THREE[:browsers]) as pool:
+        result = await pool.ask(level=level, strict=False)
+        assert result.success
+        assert result.level_effective is effective
+
+
+async def test_critical_asks_three_and_believes_the_first_two():
+    async with serving(*THREE) as pool:
+        pool.hosts["b-2"].run_gate.clear()  # it hangs, and holds nobody up
+        result = await pool.ask(level=Level.CRITICAL)
+        assert result.success
+        assert result.metrics["votes"] == 2
+        assert result.level_effective is Level.CRITICAL
+        (audit,) = pool.audits
+        assert not audit.done()
+        pool.hosts["b-2"].run_gate.set()
+        await audit
+        assert pool.wrong == []
+        assert [host.runs for host in pool.hosts.all] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("fault", ["lie_on_run", "flip_on_run"])
+@pytest.mark.parametrize("liar", THREE)
+async def test_wrong_answer_is_outvoted_and_only_its_browser_is_charged(liar, fault):
+    scripts = FakeHosts(**{liar.replace("-", "_"): [{fault: range(100)}]})
+    async with serving(*THREE, hosts=scripts) as pool:
+        for number in range(10):
+            result = await pool.ask(f"op{number}", level=Level.CRITICAL)
+            assert result.success  # `ask` has compared the numbers
+        await asyncio.gather(*pool.audits)
+        assert {ref.browser_id for ref in pool.wrong} == {liar}
+        assert len(pool.wrong) == 10  # on time or late, it is always told
+
+
+async def test_wrong_answer_at_high_is_not_seen():
+    async with serving("b-0", hosts=FakeHosts(b_0=[{"lie_on_run": {0}}])) as pool:
+        answering = Answering(
+            Question("op", "m", "inference", Level.HIGH), Rules(), pool.routing, random.Random(0)
+        )
+        result, reply = await answering.run(X, 5.0)
+        assert result.success
+        assert reply.outputs["x"][0] > 999  # which docs/levels.md says
+
+
+async def test_answers_of_which_no_two_agree_are_an_error_that_shows_the_spread():
+    hosts = FakeHosts(b_0=[{"lie_on_run": {0}}], b_1=[{"flip_on_run": {0}}])
+    async with serving(*THREE, hosts=hosts) as pool:
+        result = await pool.ask(level=Level.CRITICAL, seconds=0.3)
+        assert not result.success
+        assert "no two of 3 answers agree" in result.error
+        assert "differ by up to 1000" in result.error
+        with pytest.raises(OperationFailed):
+            _ = result.outputs
+
+
+async def test_fourth_browser_decides_where_three_do_not_agree():
+    hosts = FakeHosts(b_0=[{"lie_on_run": {0}}], b_1=[{"flip_on_run": {0}}])
+    async with serving(*THREE, "b-3", hosts=hosts) as pool:
+        results = [await pool.ask(f"op{n}", level=Level.CRITICAL) for n in range(4)]
+        assert all(result.success for result in results)
+
+
+async def test_death_at_critical_is_outlived_without_a_wait():
+    hosts = FakeHosts(b_1=[{"crash_on_run": {0}}])
+    async with serving(*THREE, hosts=hosts) as pool:
+        pool.hosts["b-1"].launch_gate.clear()
+        result = await pool.ask(level=Level.CRITICAL)
+        assert result.success
+        assert result.metrics["votes"] == 2
+        pool.hosts["b-1"].launch_gate.set()
+
+
+async def test_critical_with_too_few_browsers_waits_for_a_second_opinion_or_says_so():
+    async with serving("b-0") as pool:
+        result = await pool.ask(level=Level.CRITICAL, seconds=0.2)
+        assert not result.success
+        assert "only one browser answered" in result.error
+        assert (await pool.ask("next", level=Level.CRITICAL, strict=False)).success
+
+
+async def test_native_answer_is_the_last_resort_and_says_so():
+    async def simulate(tensors, seconds):
+        outputs = {name: array + 1 for name, array in tensors.items()}
+        status = host_status("native", models=())
+        return RunReply(status, outputs=outputs, answered=True, backend=Backend.NATIVE)
+
+    async with serving("b-0", hosts=FakeHosts(b_0=[{"crash_on_run": range(9)}])) as pool:
+        result = await pool.ask(simulate=simulate, attempts_max=2)
+        assert result.success
+        assert result.simulated
+        assert result.backend is Backend.NATIVE
+        assert result.level_effective is Level.NONE
+        assert [step.what for step in result.recovery][-1] == "simulated"
+
+
 @pytest.mark.parametrize("seed", range(3))
 async def test_none_lost_and_none_answered_twice_while_browsers_crash(seed):
     rng = random.Random(seed)
@@ -271,9 +426,7 @@ async def test_none_lost_and_none_answered_twice_while_browsers_crash(seed):
     async with serving(*names, hosts=FakeHosts(**scripts)) as pool:
         ids = [f"op{n}" for n in range(200)]
         async with asyncio.timeout(20):
-            results = await asyncio.gather(
-                *(pool.ask(op_id, max_recovery_attempts=50) for op_id in ids)
-            )
+            results = await asyncio.gather(*(pool.ask(op_id, attempts_max=50) for op_id in ids))
         assert [result.op_id for result in results] == ids
         assert all(result.success for result in results)
         assert pool.hosts.answers() == dict.fromkeys(ids, 1)

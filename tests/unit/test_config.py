@@ -89,12 +89,21 @@ def test_option_of_a_wrong_type_is_bad_input_too(option, value):
         PoolConfig(**{option: value}).checked()
 
 
-@pytest.mark.parametrize("level", ["high", "critical"])
-def test_level_that_cannot_be_held_is_refused_or_lowered_and_said_so(level):
+@pytest.mark.parametrize(
+    ("level", "browsers", "lower"),
+    [("high", 1, Level.MEDIUM), ("critical", 1, Level.MEDIUM), ("critical", 2, Level.HIGH)],
+)
+def test_level_that_cannot_be_held_is_refused_or_lowered_and_said_so(level, browsers, lower):
     with pytest.raises(LevelUnavailable, match="strict=False"):
-        PoolConfig(level=level).checked()
-    lowered = PoolConfig(level=level, strict=False).checked()
-    assert lowered.level_effective is Level.MEDIUM
+        PoolConfig(browsers={"chrome": browsers}, level=level).checked()
+    lowered = PoolConfig(browsers={"chrome": browsers}, level=level, strict=False).checked()
+    assert lowered.level_effective is lower
+
+
+@pytest.mark.parametrize(("level", "browsers"), [("high", 2), ("critical", 3)])
+def test_redundant_level_takes_so_many_browsers(level, browsers):
+    config = PoolConfig(browsers={"chrome": browsers}, level=level).checked()
+    assert config.level_effective is Level(level)
 
 
 @pytest.mark.parametrize("level", ["none", "low", "medium"])

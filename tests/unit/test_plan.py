@@ -39,7 +39,6 @@ def rungs(*arguments, **options) -> list[tuple[int, ...]]:
         (Category.RESOURCE_EXHAUSTION, Scope.PAGE, 3),
         (Category.GPU_ERROR, Scope.PAGE, 3),
         (Category.API_ERROR, Scope.OPERATION, 3),
-        (Category.WRONG_ANSWER, Scope.BROWSER, 4),
     ],
 )
 def test_progressive_climbs_from_the_start_rung_of_the_failure(category, scope, first):
@@ -121,3 +120,10 @@ def test_registered_strategy_is_found_and_nonsense_is_refused():
             register_strategy(name, order)
     with pytest.raises(BadInput, match="register_strategy"):
         strategy_order("nobody's")
+
+
+def test_browser_that_lied_is_restarted_if_no_other_kind_can_take_its_place():
+    steps = plan(Level.CRITICAL, STRATEGIES["progressive"], failure(Category.WRONG_ANSWER)).steps
+    assert steps == ((RecoveryLevel.FALLBACK,), (RecoveryLevel.MODERATE,))
+    steps = plan(Level.CRITICAL, STRATEGIES["failover"], failure(Category.WRONG_ANSWER)).steps
+    assert steps == ((RecoveryLevel.FALLBACK,),)

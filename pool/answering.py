@@ -1,0 +1,440 @@
+"""The answering loop of one operation: copies are sent, answers compared, failures outlived.
+
+What to do next is decided in `recovery.answering`, `recovery.levels` and `recovery.voting`; this
+module sends, waits and keeps the account. It must not know how a browser is reached (`routing`
+does), nor repair one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from actors.messages import RunReply, RunRequest
+from pool.results import RecoveryStep, Result
+from pool.routing import Routing
+from recovery.answering import (
+    Action,
+    AnsweringPolicy,
+    Attempt,
+    GiveUp,
+    Refuse,
+    Send,
+    WaitForHost,
+    next_action,
+)
+from recovery.errors import BrowserError, PoolBusy
+from recovery.failures import Category, Failure, Scope, categorize_browser_failure
+from recovery.kinds import Backend, Level, Readiness
+from recovery.levels import COPIES, copies_wanted, held
+from recovery.records import HostRef, HostStatus, NumericId
+from recovery.voting import Ballot, Closeness, Elected, count_votes
+
+Tensors: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
+Simulate: TypeAlias = Callable[[Tensors, float], Awaitable[RunReply]]
+
+_FROZEN_GRACE_SECONDS = 0.5  # past its deadline an operation is not waited for longer
+
+
+@dataclass(frozen=True)
+class Question:
+    """One operation as it is sent: to what model, and what an answer must be like."""
+
+    op_id: str
+    model: str
+    op: str
+    level: Level
+    digest: str = ""
+    client: str = ""
+    closeness: Closeness = field(default_factory=Closeness)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What holds for all operations of a call.
+
+    `strict`: an answer at `critical` takes two that agree, however few browsers are left.
+    `late_seconds`: a copy that takes longer gets company, at the levels that have it.
+    """
+
+    attempts_max: int = 3
+    wait_when_full: bool = True
+    strict: bool = True
+    late_seconds: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """One copy of the operation, under way on one host."""
+
+    status: HostStatus
+    began: float
+    task: asyncio.Task[RunReply | None]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    status: HostStatus
+    reply: RunReply
+    ballot: Ballot
+
+
+class Answering:
+    """The answering loop of one operation.
+
+    `on_wrong(ref, failure)` is told of each host that was outvoted, also after the answer was
+    given. `simulate` computes natively, as the last resort; None forbids it. `on_time(seconds)`
+    is told how long the first copy took, if that was the whole of it.
+    """
+
+    def __init__(
+        self,
+        question: Question,
+        rules: Rules,
+        routing: Routing,
+        rng: random.Random,
+        *,
+        on_wrong: Callable[[HostRef, Failure], None] = lambda ref, failure: None,
+        on_audit: Callable[[asyncio.Task[None]], None] = lambda task: None,
+        simulate: Simulate | None = None,
+    ) -> None:
+        self._question = question
+        self._rules = rules
+        self._routing = routing
+        self._rng = rng
+        self._on_wrong = on_wrong
+        self._on_audit = on_audit
+        self._simulate = simulate
+        self._begun = time.monotonic()
+        self._attempts: list[Attempt] = []
+        self._steps: list[RecoveryStep] = []
+        self._copies: list[_Copy] = []
+        self._answers: list[_Answer] = []
+        self._late = False  # whether a copy was sent because another took long
+        copies = COPIES[question.level]
+        self._policy = AnsweringPolicy(
+            question.level, rules.attempts_max * copies, rules.wait_when_full
+        )
+        ready = self._ready()
+        self._held = held(question.level, ready)
+        lone = not rules.strict and ready < 2
+        self._quorum = 2 if question.level is Level.CRITICAL and not lone else 1
+
+    async def run(self, tensors: Tensors, seconds: float) -> tuple[Result, RunReply | None]:
+        """The one answer within `seconds`, or why there is none. Raises `PoolBusy`."""
+        end = self._begun + seconds
+        try:
+            while True:
+                settled = self._settled()
+                if settled is not None:
+                    return settled
+                if self._routing.gone is not None:
+                    return self._failed(str(self._routing.gone)), None
+                stuck = self._send_copies(tensors, end)
+                if not self._copies:
+                    ended = await self._last_resort(stuck, tensors, end)
+                    if ended is not None:
+                        return ended
+                await self._wait(stuck, end)
+        finally:
+            for copy in self._copies:
+                copy.task.cancel()
+
+    # -- sending ----------------------------------------------------------------------------------
+
+    def _send_copies(self, tensors: Tensors, end: float) -> Action | None:
+        """Send as many copies as there should be; what kept one from being sent, if any was."""
+        while len(self._copies) + len(self._answers) < copies_wanted(
+            self._question.level, len(self._answers), len(self._copies), late=self._is_late()
+        ):
+            left = end - time.monotonic()
+            sent = [one.status for one in self._copies] + [one.status for one in self._answers]
+            action = next_action(
+                self._policy,
+                self._question.model,
+                self._attempts,
+                self._routing.candidates(),
+                left,
+                self._rng,
+                coming=self._routing.any_left(self._question.model),
+                taken=[status.ref for status in sent],
+                engines=[status.browser for status in sent],
+            )
+            if not isinstance(action, Send):
+                return action
+            if self._is_late() and not self._late:
+                self._late = True
+                ref, at = self._copies[0].status.ref, self._elapsed()
+                why = f"no answer within {self._rules.late_seconds:.3f} s"
+                self._steps.append(RecoveryStep("hedged", str(ref), at, 0.0, why))
+            task = asyncio.create_task(self._send(action.status, tensors, left), name="copy")
+            self._copies.append(_Copy(action.status, self._elapsed(), task))
+        return None
+
+    def _is_late(self) -> bool:
+        if not self._copies:
+            return False
+        return self._elapsed() - self._copies[0].began >= self._rules.late_seconds
+
+    async def _send(self, status: HostStatus, tensors: Tensors, left: float) -> RunReply | None:
+        """One attempt on one host: its answer; None if it had none, which is on record then."""
+        question, ref, began = self._question, status.ref, self._elapsed()
+        # Two clients may give their operations the same names; a host must not mix them up.
+        whole_id = f"{question.client}/{question.op_id}" if question.client else question.op_id
+        failed = sum(attempt.failure is not None for attempt in self._attempts)
+        last = question.level is Level.NONE or failed + 1 >= self._policy.attempts_max
+        request = RunRequest(whole_id, ref, question.model, left, question.digest, last=last)
+        try:
+            # The browser answers at the deadline at the latest, unless it is frozen itself.
+            async with asyncio.timeout(left + _FROZEN_GRACE_SECONDS):
+                reply = await self._routing.run(ref, request, tensors)
+        except (BrowserError, TimeoutError) as error:
+            fields = error.fields if isinstance(error, BrowserError) else {}
+            failure = categorize_browser_failure(
+                error, {**fields, "ref": ref, "op_id": question.op_id, "at": time.time()}
+            )
+            await self._failed_attempt(ref, failure, began)
+            return None
+        if reply is None:
+            return None  # the table changed under us: choose again
+        await self._routing.learn(reply.status)
+        if reply.failure is not None:
+            if reply.failure.evidence.get("what") in ("replaced", "not_loaded"):
+                # Our table was old; nothing was tried, so nothing has failed.
+                await self._routing.distrust(ref)
+                return None
+            await self._failed_attempt(ref, reply.failure, began)
+            return None
+        if reply.busy:
+            return None
+        if any(step.what in ("failed", "hedged") for step in self._steps):
+            took = self._elapsed() - began
+            self._steps.append(RecoveryStep("resubmitted", str(ref), began, took, "answered"))
+        return reply
+
+    async def _failed_attempt(self, ref: HostRef, failure: Failure, began: float) -> None:
+        self._attempts.append(Attempt(ref, failure))
+        took = self._elapsed() - began
+        self._steps.append(
+            RecoveryStep("failed", str(ref), began, took, str(failure.category), failure)
+        )
+        gone = failure.category is not Category.CONNECTION_FAILURE and failure.scope in (
+            Scope.PAGE,
+            Scope.BROWSER,
+        )
+        if gone:
+            await self._routing.distrust(ref)
+
+    # -- waiting ----------------------------------------------------------------------------------
+
+    async def _wait(self, stuck: Action | None, end: float) -> None:
+        """Until a copy is back, another one is due, or (where that can help) the table changes."""
+        if not self._copies:
+            why = stuck.why if isinstance(stuck, WaitForHost) else ""
+            await self._wait_for_table(why, self._patience(end))
+            return
+        waiting: set[asyncio.Future[Any]] = {copy.task for copy in self._copies}
+        changes = None
+        if isinstance(stuck, WaitForHost):
+            left = max(end - time.monotonic(), 0.0)
+            changes = asyncio.create_task(self._routing.change(left), name="change")
+            waiting.add(changes)
+        try:
+            await asyncio.wait(
+                waiting, timeout=self._until_late(), return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            if changes is not None:
+                changes.cancel()
+        for copy in [copy for copy in self._copies if copy.task.done()]:
+            self._copies.remove(copy)
+            reply = copy.task.result()
+            if reply is not None:
+                self._answers.append(self._answer(copy.status, reply))
+
+    def _until_late(self) -> float | None:
+        if self._is_late() or self._question.level not in (Level.HIGH, Level.CRITICAL):
+            return None  # each copy has a limit of its own
+        return self._copies[0].began + self._rules.late_seconds - self._elapsed()
+
+    async def _wait_for_table(self, why: str, seconds: float) -> None:
+        began = self._elapsed()
+        await self._routing.change(seconds)
+        if self._steps:
+            took = self._elapsed() - began
+            last = self._steps[-1]
+            if last.what == "waited":  # one step, however many changes woke us
+                self._steps.pop()
+                began, took = last.at, took + last.seconds
+            self._steps.append(RecoveryStep("waited", "", began, took, why))
+
+    def _patience(self, end: float) -> float:
+        """How long to wait for a browser: the native runtime needs time of its own."""
+        left = end - time.monotonic()
+        if self._simulate is None:
+            return left
+        return max(left - (end - self._begun) / 2, 0.0)
+
+    # -- coming to an end -------------------------------------------------------------------------
+
+    async def _last_resort(
+        self, stuck: Action | None, tensors: Tensors, end: float
+    ) -> tuple[Result, RunReply | None] | None:
+        """With nothing under way: wait on (None), refuse, compute natively, or give up."""
+        match stuck:
+            case Refuse(why):
+                raise PoolBusy(f"{why}; wait (when_full='wait'), or add browsers.")
+            case WaitForHost(why) if self._patience(end) > 0:
+                return None
+            case GiveUp(why) | WaitForHost(why):
+                left = end - time.monotonic()
+                if self._simulate is not None and left > 0:
+                    return await self._simulated(why, tensors, left)
+                return self._failed(self._with_spread(why)), None
+        return None  # a copy came back without an answer: choose again
+
+    async def _simulated(
+        self, why: str, tensors: Tensors, left: float
+    ) -> tuple[Result, RunReply | None]:
+        assert self._simulate is not None
+        began = self._elapsed()
+        try:
+            async with asyncio.timeout(left):
+                reply = await self._simulate(tensors, left)
+        except (BrowserError, TimeoutError) as error:
+            return self._failed(f"{why}; and the native runtime: {error}"), None
+        took = self._elapsed() - began
+        self._steps.append(RecoveryStep("simulated", str(reply.status.ref), began, took, why))
+        result = self._answered(reply.status, reply)
+        return replace(result, simulated=True, level_effective=Level.NONE), reply
+
+    def _settled(self) -> tuple[Result, RunReply | None] | None:
+        """The answer, once there is one that may be believed."""
+        if len(self._answers) < self._quorum:
+            return None
+        if self._quorum == 1:
+            (first, *_) = self._answers
+            return self._answered(first.status, first.reply), first.reply
+        verdict = count_votes([answer.ballot for answer in self._answers], self._question.closeness)
+        if not isinstance(verdict, Elected):
+            return None
+        for ref in verdict.outvoted:
+            self._outvoted(ref, verdict.winner.voter)
+        winner = next(a for a in self._answers if a.ballot is verdict.winner)
+        self._audit(verdict)
+        result = self._answered(winner.status, winner.reply)
+        votes = {"votes": float(len(verdict.supporters)), "doubtful": float(len(verdict.doubtful))}
+        return replace(result, metrics={**result.metrics, **votes}), winner.reply
+
+    def _audit(self, verdict: Elected) -> None:
+        """Compare also those that are still under way, when they come. Nobody waits for it."""
+        rest, self._copies = self._copies, []
+        for copy in rest:
+            task = asyncio.create_task(self._compare(copy, verdict), name="audit")
+            self._on_audit(task)
+
+    async def _compare(self, copy: _Copy, verdict: Elected) -> None:
+        reply = await copy.task
+        if reply is None:
+            return
+        late = self._answer(copy.status, reply)
+        counted = [*(answer.ballot for answer in self._answers), late.ballot]
+        again = count_votes(counted, self._question.closeness)
+        if isinstance(again, Elected) and copy.status.ref in again.outvoted:
+            self._outvoted(copy.status.ref, verdict.winner.voter)
+
+    def _outvoted(self, ref: HostRef, by: HostRef) -> None:
+        failure = categorize_browser_failure(
+            f"{ref} was outvoted: its answer is not that of {by} and another",
+            {
+                "what": "wrong_answer",
+                "ref": ref,
+                "op_id": self._question.op_id,
+                "at": time.time(),
+                "model": self._question.model,
+            },
+        )
+        self._attempts.append(Attempt(ref, failure))
+        at = self._elapsed()
+        self._steps.append(RecoveryStep("outvoted", str(ref), at, 0.0, "wrong_answer", failure))
+        self._on_wrong(ref, failure)
+
+    def _with_spread(self, why: str) -> str:
+        if self._quorum == 1 or not self._answers:
+            return why
+        if len(self._answers) == 1:
+            return f"only one browser answered, which at level critical is no answer: {why}"
+        verdict = count_votes([answer.ballot for answer in self._answers], self._question.closeness)
+        return (
+            f"no two of {len(self._answers)} answers agree: {verdict.spread}; {why}"
+            if not (isinstance(verdict, Elected))
+            else why
+        )
+
+    # -- the account ------------------------------------------------------------------------------
+
+    def _ready(self) -> int:
+        model = self._question.model
+        return sum(
+            status.readiness is Readiness.READY and model in status.models
+            for status in self._routing.candidates()
+        )
+
+    def _answer(self, status: HostStatus, reply: RunReply) -> _Answer:
+        numeric = reply.status.models.get(self._question.model) or status.models.get(
+            self._question.model, NumericId("", reply.backend or Backend.WASM)
+        )
+        return _Answer(status, reply, Ballot(status.ref, numeric, reply.outputs or {}))
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._begun
+
+    def _first_failure(self) -> Failure | None:
+        return next((a.failure for a in self._attempts if a.failure is not None), None)
+
+    def _answered(self, status: HostStatus, reply: RunReply) -> Result:
+        return Result(
+            self._question.op_id,
+            self._question.model,
+            self._question.op,
+            success=True,
+            level_effective=self._held,
+            browser_id=status.ref.browser_id,
+            browser_type=status.browser,
+            epoch=status.ref.epoch,
+            backend=reply.backend,
+            recovery=tuple(self._steps),
+            original_error=self._first_failure(),
+            metrics={
+                "duration_ms": self._elapsed() * 1e3,
+                "in_page_ms": reply.in_page_ms,
+                "queue_ms": max(reply.host_ms - reply.in_page_ms, 0.0),
+                "bytes_out": float(reply.bytes),
+                "attempts": float(
+                    len(self._attempts) + max(len(self._answers), 1) + len(self._copies)
+                ),
+            },
+        )
+
+    def _failed(self, why: str) -> Result:
+        first = self._first_failure()
+        return Result(
+            self._question.op_id,
+            self._question.model,
+            self._question.op,
+            success=False,
+            level_effective=self._held,
+            recovery=tuple(self._steps),
+            original_error=first,
+            error=f"{why} (first failure: {first})" if first else why,
+            metrics={
+                "duration_ms": self._elapsed() * 1e3,
+                "attempts": float(len(self._attempts) + len(self._copies)),
+            },
+        )

@@ -1,0 +1,47 @@
+"""What each level of fault tolerance keeps ready, as numbers, and what is really held.
+
+A level is a promise about an operation; how many browsers it takes and how many copies of an
+operation run follow from it. This module must not choose hosts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from recovery.kinds import Level
+
+ORDER = (Level.NONE, Level.LOW, Level.MEDIUM, Level.HIGH, Level.CRITICAL)
+
+# Browsers that must have a model ready: one to lose at `high`, a majority at `critical`.
+BROWSERS_NEEDED: Mapping[Level, int] = {
+    Level.NONE: 1,
+    Level.LOW: 1,
+    Level.MEDIUM: 1,
+    Level.HIGH: 2,
+    Level.CRITICAL: 3,
+}
+
+COPIES: Mapping[Level, int] = {**dict.fromkeys(ORDER, 1), Level.CRITICAL: 3}
+_REDUNDANT = (Level.HIGH, Level.CRITICAL)
+COPIES_MAX = 5  # of one operation at `critical`, while no two of its answers agree
+
+
+def held(level: Level, ready: int) -> Level:
+    """The level that `ready` browsers hold, if `level` is what was asked for."""
+    while level in _REDUNDANT and ready < BROWSERS_NEEDED[level]:
+        level = ORDER[ORDER.index(level) - 1]
+    return level
+
+
+def copies_wanted(level: Level, answers: int, under_way: int, *, late: bool) -> int:
+    """How many copies of an operation there should be, those that have answered included.
+
+    `answers` have come and elect nothing. `late`: the oldest copy under way has taken longer than
+    it should; then one more is sent, at the levels that keep another browser ready for that.
+    """
+    copies = COPIES[level]
+    if level in _REDUNDANT and late:
+        copies += 1
+    if answers and not under_way:
+        copies = max(copies, answers + 1)
+    return min(copies, COPIES_MAX)
