@@ -54,11 +54,15 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True)
 class PageConfig:
-    """What the page is told. `probe`: look for WebGPU and WebNN too (costs some 100 ms)."""
+    """What the page is told. `probe`: look for WebGPU and WebNN too (costs some 100 ms).
+
+    `faults`: it may be told to answer wrong on purpose.
+    """
 
     threads: int
     message_bytes_max: int
     probe: bool
+    faults: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,7 @@ class Bridge:
             "ortVersion": ort_version(),
             "threads": self._config.threads,
             "probe": self._config.probe,
+            "faults": self._config.faults,
             "messageBytesMax": self._config.message_bytes_max,
         }
         text = index_html().replace("{{config}}", json.dumps(config))

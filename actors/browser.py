@@ -42,6 +42,7 @@ from actors.messages import (
     RunReply,
     RunRequest,
 )
+from actors.probes import Probes
 from actors.processes import Warden, WardenOrder, busiest, cpu_seconds, page_processes
 from actors.profiles import new_profile_path, save_template, template_lock, template_path
 from actors.session import Session, driver_command, free_port
@@ -62,7 +63,7 @@ from recovery.failures import Category, Failure, Scope, categorize_browser_failu
 from recovery.kinds import Backend, BrowserType, Readiness
 from recovery.records import BrowserFacts, HostRef, HostStatus, NumericId
 from sharding.frames import Frame
-from sharding.inputs import warmup_inputs
+from sharding.known_answers import KnownAnswer, difference, question
 from sharding.signature import ModelSpec
 
 _OUTAGE_JUDGED_SECONDS = 0.15  # after which an outage is one, and no death
@@ -140,6 +141,7 @@ class BrowserHost:
         self._judged = asyncio.Event()  # clear while it isn't known what an outage is
         self._judged.set()
         self._page_ended_at = -math.inf
+        self._probing: asyncio.Task[None] | None = None
         self._page_pids: tuple[int, ...] = ()  # processes that may serve the page
         self._page_pid = 0  # the one that does, once it has shown by its work
         self._memory_bytes = 0
@@ -147,6 +149,8 @@ class BrowserHost:
         self._ended_by: Category | None = None  # the incarnation before it
         self._probed: LaunchSettings | None = None  # what `_facts` were probed with
         self._models: dict[str, NumericId] = {}
+        self._probes = Probes()
+        self._used_at = -math.inf  # when an operation last ended here
         self._specs: dict[str, ModelSpec] = {}
         self._checked: dict[tuple[str, str], tuple[int, ...]] = {}
         self._in_flight: OrderedDict[str, asyncio.Task[RunReply]] = OrderedDict()
@@ -192,6 +196,7 @@ class BrowserHost:
         self._warm_runs = self._config.warm_runs if order.warm else 1
         self._readiness = Readiness.STARTING
         self._models, self._specs = {}, {}
+        self._probes.clear()
         if fresh:  # else this worker's own breakers know better
             self._breakers.restore(order.breakers)
             if order.death is not None:
@@ -263,6 +268,7 @@ class BrowserHost:
                     self._config.threads,
                     self._config.message_bytes_max,
                     probe=self._config.gpu is not Gpu.OFF,
+                    faults=self._config.faults,
                 ),
                 self._on_bridge_event,
             )
@@ -284,6 +290,8 @@ class BrowserHost:
         self._facts, self._probed = facts, settings
         marks["warm"] = self._clock()
         self._watchdog_task = asyncio.create_task(self._watchdog(order.ref), name="watchdog")
+        if self._config.probe_seconds:
+            self._probing = asyncio.create_task(self._probe_loop(order.ref), name="probes")
         names = list(marks)
         seconds = {b: marks[b] - marks[a] for a, b in itertools.pairwise(names)}
         return LaunchReport(
@@ -435,18 +443,29 @@ class BrowserHost:
     # -- models -----------------------------------------------------------------------------------
 
     async def load(
-        self, ref: HostRef, term: int, spec: ModelSpec, backends: tuple[Backend, ...]
+        self,
+        ref: HostRef,
+        term: int,
+        spec: ModelSpec,
+        backends: tuple[Backend, ...],
+        known: KnownAnswer | None = None,
     ) -> NumericId:
         """Load a model and warm it up; returns what decides its numbers here.
 
-        Raises `BrowserLost` (also when `ref` is not the present incarnation), `PageError`.
+        With a `known` answer the warm-up asks for it, and so will probes later on. Raises
+        `BrowserLost` (also when `ref` is not the present incarnation) or `PageError`, whose `what`
+        is `wrong_answer` if the page computes something else.
         """
         self._accept_term(term)
         async with self._loading:
-            return await self._load(ref, spec, backends)
+            return await self._load(ref, spec, backends, known)
 
     async def _load(
-        self, ref: HostRef, spec: ModelSpec, backends: tuple[Backend, ...]
+        self,
+        ref: HostRef,
+        spec: ModelSpec,
+        backends: tuple[Backend, ...],
+        known: KnownAnswer | None,
     ) -> NumericId:
         self._require_ref(ref)
         bridge, facts = self._require_bridge(), self._facts
@@ -467,9 +486,10 @@ class BrowserHost:
         }
         await asyncio.to_thread(_check_unchanged, spec, self._checked)
         used = cpu_seconds(self._page_pids)
+        asked = question(spec, known)
         try:
             async with asyncio.timeout(self._config.load_seconds):
-                reply = await self._ask("load", body, warmup_inputs(spec))
+                reply = await self._ask("load", body, asked)
         except TimeoutError as error:
             raise PageError(
                 f"{spec.name} was not loaded within {self._config.load_seconds:g} s; "
@@ -483,6 +503,14 @@ class BrowserHost:
             adapter=facts.webgpu_adapter if reply.body["backend"] == Backend.WEBGPU else "",
         )
         self._require_ref(ref)
+        if known is not None and (wrong := difference(known, reply.tensors)):
+            await self._ask("unload", {"model": spec.name})
+            raise PageError(
+                f"{spec.name} computes something else here than natively: {wrong}",
+                what="wrong_answer",
+                model=spec.name,
+            )
+        self._probes.learn(spec, numeric, asked, reply.tensors if known else {})
         # Whichever process loaded and warmed the model is the page's: its end is the page's.
         self._page_pid = busiest(used, cpu_seconds(self._page_pids)) or self._page_pid
         self._models[spec.name], self._specs[spec.name] = numeric, spec
@@ -509,6 +537,7 @@ class BrowserHost:
         async with self._loading:
             self._require_ref(ref)
             self._models.pop(model, None)
+            self._probes.forget(model)
             self._breakers.forget(model)
             spec = self._specs.pop(model, None)
             if spec is not None:
@@ -532,6 +561,7 @@ class BrowserHost:
             return replace(answered, status=self.status(), repeated=True)
         running = self._in_flight.get(key)
         if running is None:
+            self._used_at = self._clock()
             refusal = self._refusal(request)
             if refusal is not None:
                 return refusal
@@ -566,6 +596,9 @@ class BrowserHost:
         admission: Admission,
     ) -> RunReply:
         ref, begun, queued = self._ref, self._clock(), len(self._in_flight)
+        if admission.on_trial and (wrong := await self._probe(ref, request.model)) is not None:
+            admission.failed(wrong, cured=not request.last)
+            return RunReply(self.status(), failure=replace(wrong, op_id=request.op_id))
         frame = Frame(
             "run",
             key,
@@ -608,6 +641,51 @@ class BrowserHost:
         )
         self._remember(key, reply)
         return reply
+
+    # -- known answers ----------------------------------------------------------------------------
+
+    async def _probe(self, ref: HostRef, model: str) -> Failure | None:
+        """Ask for a known answer; why this incarnation is over, if it is not given.
+
+        Only an answer that is wrong says so: a page that is gone or hangs is noticed otherwise.
+        """
+        asked = self._probes.question(model)
+        if asked is None:
+            return None
+        self._asked += 1
+        body = {"model": model}
+        frame = Frame("run", f"probe:{self._asked}", ref.epoch, body=body, tensors=asked)
+        try:
+            reply = await self._require_bridge().request(frame, self._config.hang_seconds)
+        except PoolError:
+            return None
+        wrong = self._probes.judge(model, reply.tensors)
+        if not wrong or ref != self._ref or self._readiness is not Readiness.READY:
+            return None
+        failure = self._failure(
+            f"a known answer of {model} came out wrong: {wrong}",
+            "wrong_answer",
+            "",
+            ref,
+            model=model,
+        )
+        self._give_up(failure)
+        return failure
+
+    async def _probe_loop(self, ref: HostRef) -> None:
+        """While nobody uses it, ask the browser what is known, one model after the other."""
+        pause = self._config.probe_seconds
+        while self._ref == ref and self._readiness is not Readiness.DEAD:
+            await asyncio.sleep(pause)
+            idle = not self._in_flight and self._clock() - self._used_at >= pause / 2
+            model = self._probes.next_model()
+            if idle and model and self._readiness is Readiness.READY:
+                await self._probe(ref, model)
+
+    async def inject(self, ref: HostRef, fault: Mapping[str, Any]) -> None:
+        """Make the page fail on purpose; see `actors.faults`. Raises `PageError` if it may not."""
+        self._require_ref(ref)
+        await self._ask("fault", fault)
 
     def _page_failed(self, error: PageError, request: RunRequest, admission: Admission) -> Failure:
         what = str(error.fields.get("what", "run_failed"))
@@ -952,6 +1030,9 @@ class BrowserHost:
         if self._watchdog_task is not None:
             self._watchdog_task.cancel()
             self._watchdog_task = None
+        if self._probing is not None and self._probing is not asyncio.current_task():
+            self._probing.cancel()
+        self._probing = None
         if self._bridge is not None:
             self._bridge.end_page("the browser is gone")
 

@@ -62,6 +62,17 @@ def kill_network(report: LaunchReport) -> int:
     raise BadInput(f"no network process below warden {report.pids['warden']}")
 
 
+def wrong_answers(
+    times: int = 1, *, bit: int = 30, element: int = 0, model: str = ""
+) -> dict[str, object]:
+    """What `inject` takes to have a page flip one bit of its next answers, of all or one model.
+
+    `bit` counts from the lowest of one number: 30 is the top of a float32's exponent. The pool
+    must have been made with `faults=True`.
+    """
+    return {"times": times, "bit": bit, "element": element, "model": model}
+
+
 def drop_sockets(bridge: Bridge, names: Iterable[str] = ("control", "data")) -> None:
     """Break the connections between a page and its server. Both live, and may connect again."""
     bridge.drop(names)

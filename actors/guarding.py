@@ -56,6 +56,11 @@ class Admission:
         self._model = model
         self._model_permit = model_permit
 
+    @property
+    def on_trial(self) -> bool:
+        """Whether a breaker is half-open, so that this operation is its probe."""
+        return CircuitState.HALF_OPEN in (self._browser.state, self._model.state)
+
     def succeeded(self) -> None:
         self._model.success(self._model_permit)
         self._browser.success(self._browser_permit)

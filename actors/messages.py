@@ -35,6 +35,8 @@ class HostConfig:
     breaker: BreakerConfig = field(default_factory=BreakerConfig)  # of the browser and each model
     answers_kept_max: int = 64  # answered operations remembered, so that a repeat is not run again
     answers_kept_bytes_max: int = 64 << 20
+    probe_seconds: float = 60.0  # an idle browser is asked a known answer so often; 0: never
+    faults: bool = False  # whether faults may be injected into the page, for tests
     warm_runs: int = 5  # of each model as it is loaded, within
     warm_ms: float = 1500.0
 

@@ -34,6 +34,7 @@ from actors.messages import (
     RunReply,
     RunRequest,
 )
+from actors.native_host import NativeHost
 from actors.orders import DiskOrders
 from actors.ray_metrics import PoolMetrics
 from actors.supervisor import Host, ModelOrder, Supervisor, SupervisorConfig, Table
@@ -54,6 +55,7 @@ from recovery.policies import SUPERVISOR_RETURNS
 from recovery.pool_state import BrowserRecord, PoolState, Repair
 from recovery.records import HostRef, HostStatus, NumericId
 from recovery.samples import Sample, recovery_samples
+from sharding.known_answers import KnownAnswer
 from sharding.signature import ModelSpec
 
 NAMESPACE = "tabpool"
@@ -63,6 +65,7 @@ _INLINE_BYTES = 4 << 20
 _REPORT_SECONDS = 5.0  # between two updates of the gauges
 _HISTORY_CLOSE_SECONDS = 10.0
 _CLOSE_SECONDS = 60.0  # a supervisor that takes longer is killed; leases end the rest
+_NATIVE_IDLE_SECONDS = 60.0  # the native runtime is ended when it was not asked for so long
 _ANSWER_SECONDS = 10.0  # for what a supervisor can tell at once; one that can't is frozen
 
 
@@ -181,9 +184,17 @@ class Browser:
         return await self._host.launch(order)
 
     async def load(
-        self, ref: HostRef, term: int, spec: ModelSpec, backends: tuple[Backend, ...]
+        self,
+        ref: HostRef,
+        term: int,
+        spec: ModelSpec,
+        backends: tuple[Backend, ...],
+        known: KnownAnswer | None,
     ) -> NumericId:
-        return await self._host.load(ref, term, spec, backends)
+        return await self._host.load(ref, term, spec, backends, known)
+
+    async def inject(self, ref: HostRef, fault: Mapping[str, Any]) -> None:
+        await self._host.inject(ref, fault)
 
     async def unload(self, ref: HostRef, term: int, model: str) -> None:
         await self._host.unload(ref, term, model)
@@ -259,6 +270,28 @@ class History:
 
     async def close(self) -> None:
         await self._keeper.close()
+
+
+class Native:
+    """A `NativeHost` in a worker process of its own, which ends when it has had nothing to do."""
+
+    def __init__(self, lease_seconds: float) -> None:
+        self._host = NativeHost(this_node())
+        self._lease_seconds = max(2 * lease_seconds, _NATIVE_IDLE_SECONDS)
+        self._lease = _end_unless_claimed(self._lease_seconds)
+
+    def __repr__(self) -> str:
+        return "native runtime (simulation)"
+
+    async def run(
+        self, request: RunRequest, spec: ModelSpec, tensors: Mapping[str, Any]
+    ) -> RunReply:
+        self._lease.cancel()
+        try:
+            return await self._host.run(request, spec, tensors)
+        finally:
+            self._lease.cancel()
+            self._lease = _end_unless_claimed(self._lease_seconds)
 
 
 class PoolSupervisor:
@@ -485,9 +518,14 @@ class RayHost:
         return report
 
     async def load(
-        self, ref: HostRef, term: int, spec: ModelSpec, backends: tuple[Backend, ...]
+        self,
+        ref: HostRef,
+        term: int,
+        spec: ModelSpec,
+        backends: tuple[Backend, ...],
+        known: KnownAnswer | None,
     ) -> NumericId:
-        call = self.actor.load.remote(ref, term, spec, backends)
+        call = self.actor.load.remote(ref, term, spec, backends, known)
         numeric: NumericId = await _result(call, str(ref))
         return numeric
 
@@ -510,6 +548,10 @@ class RayHost:
         report: HostReport = await _result(self.actor.hello.remote(term), "a browser")
         return report
 
+    async def inject(self, ref: HostRef, fault: Mapping[str, Any]) -> None:
+        """Have the page fail on purpose; see `actors.faults`."""
+        await _result(self.actor.inject.remote(ref, fault), str(ref))
+
     async def reconnect(self, ref: HostRef, term: int) -> None:
         await _result(self.actor.reconnect.remote(ref, term), str(ref))
 
@@ -525,6 +567,39 @@ class RayHost:
     def kill(self) -> None:
         with contextlib.suppress(RayError):
             ray.kill(self.actor)
+
+
+class RayNative:
+    """The pool's native runtime on this node: started when it is first asked."""
+
+    def __init__(self, config: SupervisorConfig) -> None:
+        self._name = f"{config.name}: native on {this_node()[:8]} ({config.run})"
+        self._lease_seconds = config.lease_seconds
+
+    async def run(
+        self, request: RunRequest, spec: ModelSpec, tensors: Mapping[str, Any]
+    ) -> RunReply:
+        """As `NativeHost.run`. Raises `BrowserLost` if its worker can't be had."""
+        try:
+            actor = await asyncio.to_thread(
+                _start,
+                Native,
+                self._name,
+                self._lease_seconds,
+                get_if_exists=True,
+                **_on_this_node(),
+            )
+        except (RayError, ValueError) as error:
+            raise BrowserLost(f"Ray could not start the native runtime: {error}") from error
+        reply: RunReply = await _result(
+            actor.run.remote(request, spec, tensors), "the native runtime"
+        )
+        return reply
+
+    def end(self) -> None:
+        """End it, if it was started here or by another client of the pool."""
+        with contextlib.suppress(RayError, ValueError):
+            ray.kill(ray.get_actor(self._name, namespace=NAMESPACE))
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ from recovery.reconcile import Seen, reconcile
 from recovery.records import HostRef, HostStatus, NumericId
 from recovery.segments import LogUnavailable
 from recovery.supervision import RestartLimit
+from sharding.known_answers import KnownAnswer
 from sharding.signature import ModelSpec
 
 _WATCH_SECONDS_MAX = 30.0
@@ -101,7 +102,12 @@ class Host(Protocol):
 
     async def launch(self, order: LaunchOrder) -> LaunchReport: ...
     async def load(
-        self, ref: HostRef, term: int, spec: ModelSpec, backends: tuple[Backend, ...]
+        self,
+        ref: HostRef,
+        term: int,
+        spec: ModelSpec,
+        backends: tuple[Backend, ...],
+        known: KnownAnswer | None,
     ) -> NumericId: ...
     async def unload(self, ref: HostRef, term: int, model: str) -> None: ...
     async def run(self, request: RunRequest, tensors: Mapping[str, Any]) -> RunReply: ...
@@ -109,6 +115,7 @@ class Host(Protocol):
         self, term: int, seconds: float, after: int, peers: Mapping[BreakerKey, CircuitState]
     ) -> HostEvent | None: ...
     async def hello(self, term: int) -> HostReport: ...
+    async def inject(self, ref: HostRef, fault: Mapping[str, Any]) -> None: ...
     async def reconnect(self, ref: HostRef, term: int) -> None: ...
     async def drain(self, term: int) -> None: ...
     async def memory_bytes(self) -> int: ...
@@ -172,11 +179,15 @@ class SupervisorConfig:
 
 @dataclass(frozen=True)
 class ModelOrder:
-    """A model to load. `entry` is the pool's own record of it as plain JSON, for clients."""
+    """A model to load. `entry` is the pool's own record of it as plain JSON, for clients.
+
+    `known` is what the native runtime answers to a question that any browser can be asked.
+    """
 
     spec: ModelSpec
     backends: tuple[Backend, ...]
     entry: Mapping[str, Any]
+    known: KnownAnswer | None = None
 
 
 class OrderStore(Protocol):
@@ -759,14 +770,14 @@ class Supervisor:
             return
         ref = HostRef(order.browser_id, order.epoch)
         try:
-            numeric = await host.load(ref, self._term, model.spec, model.backends)
+            numeric = await host.load(ref, self._term, model.spec, model.backends, model.known)
         except StaleTerm:
             raise
         except PoolError as error:
             if isinstance(error, BrowserLost) and error.fields.get("what") != "socket_closed":
                 return  # its death is an event of its own; an order that got lost is not
             failure = categorize_browser_failure(
-                error, {"what": "load_failed", "ref": ref, "at": self._wall()}
+                error, {"what": "load_failed", **error.fields, "ref": ref, "at": self._wall()}
             )
             await self._happen(ModelFailed(ref.browser_id, ref.epoch, order.model, failure))
             return

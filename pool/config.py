@@ -36,6 +36,7 @@ _SECONDS: Mapping[str, tuple[float, float]] = {
     "checkpoint_interval": (1, 86_400),
     "reconnect_seconds": (0.1, 600),
     "hedge_seconds": (0.001, 86_400),
+    "probe_seconds": (0, 86_400),
 }
 BACKENDS = ("auto", "wasm", "webgpu", "webnn")
 _WORDS: Mapping[str, Sequence[str]] = {
@@ -70,6 +71,8 @@ class PoolConfig:
     hedge_quantile: float = 0.95  # of recent durations; past it a second browser is asked (`high`)
     hedge_seconds: float = 1.0  # the same, until 20 operations of a kind have been seen
     simulation: bool = False  # whether native onnxruntime may answer when no browser can
+    probe_seconds: float = 60.0  # an idle browser is asked a known answer so often; 0: never
+    faults: bool = False  # whether faults may be injected into pages: for tests only
     reconnect_seconds: float = 2.0  # that a page which is out of touch has to come back
     breaker: BreakerConfig = field(default_factory=BreakerConfig)  # of each browser and model
     checkpoint_interval: float = 60.0  # between checkpoints of the control log
@@ -108,9 +111,10 @@ class PoolConfig:
         quantile: Any = self.hedge_quantile
         if not isinstance(quantile, float) or not 0.5 <= quantile < 1:
             raise _bad("hedge_quantile", "a number from 0.5 to below 1", quantile)
-        simulation: Any = self.simulation
-        if not isinstance(simulation, bool):
-            raise _bad("simulation", "True or False", simulation)
+        for name in ("simulation", "faults"):
+            flag: Any = getattr(self, name)
+            if not isinstance(flag, bool):
+                raise _bad(name, "True or False", flag)
         total = sum(self.kinds().values())
         if not 1 <= total <= self.max_connections:
             raise _bad("browsers", f"1 to {self.max_connections} (max_connections)", total)
@@ -158,6 +162,8 @@ class PoolConfig:
             hang_seconds=self.hang_seconds,
             lease_seconds=self.lease,
             reconnect_seconds=self.reconnect_seconds,
+            probe_seconds=self.probe_seconds,
+            faults=self.faults,
             breaker=self.breaker,
         )
 

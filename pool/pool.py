@@ -21,11 +21,11 @@ from typing import Any, Self
 import numpy as np
 
 from actors import ray_actors
-from actors.messages import LaunchReport
-from actors.ray_actors import RayHistory, RaySupervisor
+from actors.messages import LaunchReport, RunReply, RunRequest
+from actors.ray_actors import RayHistory, RayNative, RaySupervisor
 from actors.ray_metrics import ClientMetrics
 from actors.supervisor import ModelOrder, SupervisorConfig, Table
-from pool.answering import Answering, Question, Rules
+from pool.answering import Answering, Question, Rules, Simulate, Tensors
 from pool.config import PoolConfig, backend_order
 from pool.latency import Latencies
 from pool.operations import OperationRegistry
@@ -65,6 +65,8 @@ from recovery.pool_state import (
 from recovery.records import HostRef, HostStatus
 from recovery.voting import Closeness
 from sharding.frames import Frame, encoded_size
+from sharding.inputs import check_inputs
+from sharding.known_answers import record
 
 _OP_ID_MAX = 128
 _WATCH_SECONDS_MAX = 5.0
@@ -123,10 +125,12 @@ class BrowserPool:
         self._in_flight = 0
         self._recorder: Recorder | None = None
         self._history: RayHistory | None = None
+        self._native: RayNative | None = None
         self._latencies = Latencies(self._config.hedge_quantile, self._config.hedge_seconds)
         self._audits: deque[asyncio.Task[None]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._counts = {"asked": 0, "answered": 0, "recovered": 0, "failed": 0, "refused": 0}
+        counted = ("asked", "answered", "recovered", "simulated", "failed", "refused")
+        self._counts = dict.fromkeys(counted, 0)
 
     @property
     def name(self) -> str:
@@ -177,7 +181,10 @@ class BrowserPool:
             )
             await self._routing.start()
             await self._started()
-            await self._begin_recording(supervisor)
+            theirs, _ = await supervisor.config()
+            if config.simulation:
+                self._native = RayNative(theirs)
+            await self._begin_recording(theirs)
         except BaseException:
             await self.close()
             raise
@@ -212,8 +219,7 @@ class BrowserPool:
             history_spare=str(Path(folder) / "history.duckdb") if config.history else "",
         )
 
-    async def _begin_recording(self, supervisor: RaySupervisor) -> None:
-        theirs, _ = await supervisor.config()
+    async def _begin_recording(self, theirs: SupervisorConfig) -> None:
         if theirs.history:
             with contextlib.suppress(PoolClosed):  # it could not be kept: the state says why
                 self._history = RayHistory.find(theirs)
@@ -284,8 +290,11 @@ class BrowserPool:
         if routing is not None:
             await routing.stop()
         supervisor, self._supervisor = self._supervisor, None
+        native, self._native = self._native, None
         if supervisor is not None and stop:
             await supervisor.close()
+            if native is not None:
+                native.end()
         self._registry = ModelRegistry()
         self._encoders.clear()
         session, self._ray = self._ray, None
@@ -328,17 +337,20 @@ class BrowserPool:
         *,
         type: str | ModelType | None = None,  # noqa: A002
         backend: str | None = None,
+        example: Mapping[str, Any] | None = None,
     ) -> ModelEntry:
         """Load the model at `path` (a folder or an .onnx file) on every browser, as `name`.
 
-        `type` overrides what is detected, `backend` the pool's. Returns when every browser has
-        it, warm. Raises `NotAModel` or `BadInput` before any browser is touched, and `PageError`
-        when no browser can load it.
+        `type` overrides what is detected, `backend` the pool's. `example` are inputs that suit
+        the model: it is warmed with them, and probes compare what it makes of them; without,
+        inputs are made up. Returns when every browser has it, warm. Raises `NotAModel` or
+        `BadInput` before any browser is touched, and `PageError` when no browser can load it.
         """
         self._require_open()
         backend = self._config.backend if backend is None else backend
         backends = backend_order(backend)
         entry = await asyncio.to_thread(read_model, name, path, type)
+        tried = None if example is None else check_inputs(entry.spec, example)
         self._adopt()
         known = name in self._registry.names()
         self._registry.add(entry)
@@ -346,7 +358,8 @@ class BrowserPool:
         supervisor, routing = self._require_open()
         self._loading[name] = self._loading.get(name, 0) + 1
         try:
-            order = ModelOrder(entry.spec, backends, entry_to_plain(entry))
+            answer = await asyncio.to_thread(record, entry.spec, tried) if self._probes else None
+            order = ModelOrder(entry.spec, backends, entry_to_plain(entry), answer)
             await routing.unless_gone(supervisor.load(order))
             table = await self._table_when(
                 lambda table: _settled(table.state, name), self._config.load_seconds
@@ -413,6 +426,12 @@ class BrowserPool:
                 entry = entry_from_plain(order.spec, order.entry)
                 self._registry.add(entry)
                 self._encoders[name] = encoder_for(entry)
+
+    @property
+    def _probes(self) -> bool:
+        """Whether browsers are asked known answers: from level medium on, unless told not to."""
+        held = ORDER.index(self._config.level_effective) >= ORDER.index(Level.MEDIUM)
+        return held and self._config.probe_seconds > 0
 
     def _entry(self, name: str) -> ModelEntry:
         try:
@@ -490,6 +509,7 @@ class BrowserPool:
             self._rng,
             on_wrong=self._charge,
             on_audit=self._keep_audit,
+            simulate=self._simulation(entry) if simulation is not False else None,
         )
         try:
             result, reply = await answering.run(tensors, seconds)
@@ -508,6 +528,20 @@ class BrowserPool:
         if self._recorder is not None:
             self._recorder.note(result, entry)
         return result
+
+    def _simulation(self, entry: ModelEntry) -> Simulate | None:
+        native = self._native
+        if native is None:
+            return None
+
+        async def simulate(tensors: Tensors, left: float) -> RunReply:
+            request = RunRequest("native", HostRef("native"), entry.name, left)
+            reply = await native.run(request, entry.spec, tensors)
+            if reply.failure is not None:
+                raise PageError(reply.failure.message)
+            return reply
+
+        return simulate
 
     def _level_of_call(self, level: str | None) -> Level:
         pools = self._config.level_effective
@@ -553,6 +587,9 @@ class BrowserPool:
         return size
 
     def _count(self, result: Result) -> None:
+        if result.simulated:
+            self._counts["simulated"] += 1
+            return
         self._counts["answered" if result.success else "failed"] += 1
         self._counts["recovered"] += result.recovered
 
@@ -640,6 +677,18 @@ class BrowserPool:
                 got=browser_id,
             )
         await routing.unless_gone(supervisor.drain(browser_id))
+
+    async def inject(self, browser_id: str, fault: Mapping[str, Any]) -> None:
+        """Have a browser's page fail on purpose (see `actors.faults`), if `faults=True`.
+
+        Raises `BadInput` for a browser that is not in service, `PageError` if it may not.
+        """
+        _, routing = self._require_open()
+        for status in routing.candidates():
+            if status.ref.browser_id == browser_id:
+                await routing.inject(status.ref, fault)
+                return
+        raise BadInput(f"browser {browser_id!r} is not in service.", got=browser_id)
 
     async def control(self) -> PoolState:
         """The supervisor's state as it is now: browsers, repairs under way and done, tallies."""

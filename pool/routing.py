@@ -190,6 +190,10 @@ class Routing:
             await self._announce()
             raise
 
+    async def inject(self, ref: HostRef, fault: Mapping[str, Any]) -> None:
+        """Have a host's page fail on purpose."""
+        await self._hosts[ref].inject(ref, fault)
+
     async def _run_linked(
         self, address: str, request: RunRequest, tensors: Mapping[str, Any]
     ) -> RunReply:

@@ -35,6 +35,7 @@ from recovery.kinds import Backend, BrowserType, ModelType, Readiness
 from recovery.pool_state import Event, PoolState
 from recovery.records import BrowserFacts, HostRef, HostStatus, NumericId
 from recovery.segments import LogUnavailable
+from sharding.known_answers import KnownAnswer
 from sharding.signature import ModelSpec, TensorSpec, Tolerance
 
 FACTS = BrowserFacts(product="Fake", version="1")
@@ -188,7 +189,12 @@ class FakeHost:
         return self._report
 
     async def load(
-        self, ref: HostRef, term: int, spec: ModelSpec, backends: tuple[Backend, ...]
+        self,
+        ref: HostRef,
+        term: int,
+        spec: ModelSpec,
+        backends: tuple[Backend, ...],
+        known: KnownAnswer | None = None,
     ) -> NumericId:
         self._accept(term)
         self._require(ref)
@@ -208,6 +214,10 @@ class FakeHost:
         self.unloads.append((ref, model))
         self.models.pop(model, None)
         self.digests.pop(model, None)
+
+    async def inject(self, ref: HostRef, fault: Mapping[str, Any]) -> None:
+        self._require(ref)
+        self.lie_on_run |= set(range(self.runs, self.runs + fault["times"]))
 
     async def run(self, request: RunRequest, tensors: Mapping[str, Any]) -> RunReply:
         if self._worker_over.done():

@@ -139,17 +139,19 @@ async function create({ url, externalData }, backend, { warmRuns, warmMs }, tens
   if (backend === "webgpu") watchDevice(ort);
   const fetchMs = begun - asked;
   const times = [];
-  let warmError = "";
+  let warmError = "", answer = {};
   try {
     const end = performance.now() + warmMs;
     while (times.length < warmRuns && performance.now() < end) {
-      times.push((await run(ort, session, tensors)).inPageMs);
+      const { outputs, inPageMs } = await run(ort, session, tensors);
+      times.push(inPageMs);
+      answer = outputs;
     }
   } catch (error) {
     // Made-up inputs may not suit a model (an index out of range, say). Real ones may.
     warmError = String(error);
   }
-  return { session, backend, fetchMs, createMs, times, warmError };
+  return { session, backend, fetchMs, createMs, times, warmError, answer };
 }
 
 const speed = ({ times }) => (times.length ? Math.min(...times) : Infinity);
@@ -171,8 +173,10 @@ async function load({ model, digest, backends, ...source }, tensors) {
     }
   }
   if (!best) throw new Error(backends.map((b) => `${b}: ${tried[b].error}`).join("; "));
-  models.set(model, { ...best, digest });
-  return { backend: best.backend, build: `${config.ortVersion}/${BUNDLES[best.backend][0]}`, tried };
+  const { answer, ...kept } = best;
+  models.set(model, { ...kept, digest });
+  const build = `${config.ortVersion}/${BUNDLES[best.backend][0]}`;
+  return { body: { backend: best.backend, build, tried }, tensors: lied(model, answer) };
 }
 
 async function unload({ model }) {
@@ -180,6 +184,21 @@ async function unload({ model }) {
   models.delete(model);
   await entry?.session.release();
   return {};
+}
+
+// A fault on purpose, of a pool that allows them: some bits of the next answers are flipped.
+let lie = null;
+function lied(model, outputs) {
+  if (!lie || lie.left <= 0 || (lie.model && lie.model !== model)) return outputs;
+  lie.left -= 1;
+  for (const tensor of Object.values(outputs)) {
+    const { buffer, byteOffset, byteLength } = tensor.data;
+    const bytes = new Uint8Array(buffer, byteOffset, byteLength);
+    const width = tensor.data.BYTES_PER_ELEMENT;
+    const at = (lie.element % tensor.data.length) * width + Math.floor(lie.bit / 8);
+    if (lie.bit < 8 * width && at < bytes.length) bytes[at] ^= 1 << (lie.bit % 8);
+  }
+  return outputs;
 }
 
 async function handle(frame) {
@@ -190,15 +209,19 @@ async function handle(frame) {
   switch (kind) {
     case "info": return { kind: "info", body: await info() };
     case "warm": await runtime(body.backend).then((ort) => warm(ort, body)); return { kind: "warm" };
-    case "load": return { kind: "loaded", body: await load(body, tensors) };
+    case "load": return { kind: "loaded", ...await load(body, tensors) };
     case "unload": return { kind: "unloaded", body: await unload(body) };
     case "run": {
       const entry = models.get(body.model);
       if (!entry) return { kind: "error", body: { what: "not_loaded", message: body.model } };
       const ort = await runtime(entry.backend);
       const { outputs, inPageMs } = await run(ort, entry.session, tensors);
-      return { kind: "result", tensors: outputs, body: { inPageMs } };
+      return { kind: "result", tensors: lied(body.model, outputs), body: { inPageMs } };
     }
+    case "fault":
+      if (!config.faults) return { kind: "error", body: { what: "unknown_kind", message: kind } };
+      lie = { left: body.times, ...body };
+      return { kind: "faulted" };
     default: return { kind: "error", body: { what: "unknown_kind", message: kind } };
   }
 }
