@@ -512,7 +512,8 @@ class BrowserHost:
             )
         self._probes.learn(spec, numeric, asked, reply.tensors if known else {})
         # Whichever process loaded and warmed the model is the page's: its end is the page's.
-        self._page_pid = busiest(used, cpu_seconds(self._page_pids)) or self._page_pid
+        # The first load is the best evidence, as it compiles the runtime, too.
+        self._page_pid = self._page_pid or busiest(used, cpu_seconds(self._page_pids))
         self._models[spec.name], self._specs[spec.name] = numeric, spec
         return numeric
 
@@ -954,9 +955,18 @@ class BrowserHost:
         """
         if ref != self._ref:
             return
+        self._page_pids = tuple(other for other in self._page_pids if other != pid)
         if pid == self._page_pid:
-            self._page_is_gone(ref, BridgeEvent("process_ended", ref.epoch))
+            # What it said last may be waiting to be read, and tell why.
+            asyncio.get_running_loop().call_later(
+                _SOCKET_TO_EXIT_SECONDS,
+                self._page_is_gone,
+                ref,
+                BridgeEvent("process_ended", ref.epoch),
+            )
             return
+        if self._page_pid:
+            return  # a spare one: it says nothing about the page
         self._page_ended_at = self._clock()
         self._page_ended.set()
         if self._judged.is_set() and self._outage is not None and not self._outage.done():

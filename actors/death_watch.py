@@ -42,8 +42,9 @@ class DeathWatch:
         """Watch `pid`. A process that is already gone is reported at once."""
         loop = asyncio.get_running_loop()
         if sys.platform != "linux":
+            watched = self._watched[pid] = _Watched(on_death)
             waiting = loop.run_in_executor(None, wait_for_end, pid)
-            waiting.add_done_callback(lambda _: on_death())
+            waiting.add_done_callback(lambda _: self._died(pid, watched))
             return
         try:
             fd = os.pidfd_open(pid)
@@ -63,10 +64,10 @@ class DeathWatch:
         if watched.threads >= _THREADS_WATCHED_MAX:
             return
         watched.threads += 1
-        with contextlib.suppress(OSError, ValueError):  # an older kernel, or it has ended
-            others = (int(task) for task in os.listdir(f"/proc/{pid}/task"))
-            oldest = min(tid for tid in others if tid != pid)
-            fd = os.pidfd_open(oldest, _PIDFD_THREAD)
+        with contextlib.suppress(OSError, IndexError):  # an older kernel, or it has ended
+            # The kernel lists them in the order in which they were made; numbers may wrap.
+            tasks = [tid for tid in map(int, os.listdir(f"/proc/{pid}/task")) if tid != pid]
+            fd = os.pidfd_open(tasks[0], _PIDFD_THREAD)
             self._listen(watched, fd, lambda: self._thread_ended(pid, watched, fd))
 
     def _thread_ended(self, pid: int, watched: _Watched, fd: int) -> None:
@@ -108,7 +109,9 @@ class DeathWatch:
 def is_ending(pid: int) -> bool:
     """Whether a process has ended or will not run again, though it may still hold its memory."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
         return True
-    return fields[0] in "ZX" or bool(int(fields[6]) & _PF_EXITING)
+    except OSError:  # too many open files, say: then its pidfd will tell
+        return False
+    return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)

@@ -54,6 +54,10 @@ class HistoryKeeper:
             return str(path)
         return ""
 
+    @property
+    def is_open(self) -> bool:
+        return self._store is not None
+
     def add(self, samples: Sequence[Sample]) -> None:
         """Take samples in. Never waits and never raises: what can't be kept is counted."""
         if self._store is not None:

@@ -51,7 +51,7 @@ from recovery.errors import (
 from recovery.failures import Failure
 from recovery.kinds import Backend, BrowserType, RecoveryLevel
 from recovery.log import Log, LogInUse, LogUnavailable
-from recovery.policies import SUPERVISOR_RETURNS
+from recovery.policies import SUPERVISOR_MAY_TAKE_LONG, SUPERVISOR_RETURNS
 from recovery.pool_state import BrowserRecord, PoolState, Repair
 from recovery.records import HostRef, HostStatus, NumericId
 from recovery.samples import Sample, recovery_samples
@@ -248,7 +248,7 @@ class History:
         return await self._ready()
 
     async def _ready(self) -> str:
-        if self._opened is None:
+        if self._opened is None or (self._opened.done() and not self._keeper.is_open):
             self._opened = asyncio.create_task(self._keeper.open(), name="open")
         return await asyncio.shield(self._opened)
 
@@ -269,6 +269,8 @@ class History:
         return await self._keeper.query(sql, params)
 
     async def close(self) -> None:
+        if self._opened is not None:
+            await asyncio.wait({self._opened})
         await self._keeper.close()
 
 
@@ -692,12 +694,12 @@ class RaySupervisor:
     async def _call(self, call: Callable[[], Any], seconds: float | None = _ANSWER_SECONDS) -> Any:
         """Call, and again while the supervisor is being restarted: its calls can be repeated.
 
-        `seconds` is for one try. Without, the caller watches whether the supervisor lives.
+        `seconds` is for one try. Without, it takes as long as it takes (a model is loaded, say),
+        and the caller watches whether the supervisor lives.
         """
+        policy = SUPERVISOR_RETURNS if seconds is not None else SUPERVISOR_MAY_TAKE_LONG
         try:
-            async for attempt in AsyncRetrying(
-                retry=retry_if_exception(_out_of_reach), **SUPERVISOR_RETURNS
-            ):
+            async for attempt in AsyncRetrying(retry=retry_if_exception(_out_of_reach), **policy):
                 with attempt:
                     return await _in_time(call(), seconds)
         except BrowserLost as error:

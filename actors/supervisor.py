@@ -33,7 +33,6 @@ from recovery.breakers import BreakerKey
 from recovery.codec import as_logged
 from recovery.errors import (
     BadInput,
-    BrowserError,
     BrowserLost,
     PoolClosed,
     PoolError,
@@ -394,6 +393,7 @@ class Supervisor:
         self._require_open()
         name = order.spec.name
         async with self._ordering:
+            self._require_open()
             known = self._state.models.get(name)
             if known is not None and known != order.spec.digest:
                 raise BadInput(
@@ -403,8 +403,17 @@ class Supervisor:
                     got=order.spec.digest,
                 )
             await self._orders.save(order)  # also of a known model: its back ends may be others
+            before = self._models.get(name)
             self._models[name] = order
-            await self._happen(ModelWanted(name, order.spec.digest, order.spec.type), ordered=True)
+            try:
+                wanted = ModelWanted(name, order.spec.digest, order.spec.type)
+                await self._happen(wanted, ordered=True)
+            except PoolError:
+                if before is None:
+                    del self._models[name]
+                else:
+                    self._models[name] = before
+                raise
         await self._until(lambda: self._settled(name))
 
     async def unload(self, model: str) -> None:
@@ -470,11 +479,14 @@ class Supervisor:
 
     async def memory(self) -> Mapping[str, int]:
         """Resident bytes of each browser's process tree."""
-        found = {}
-        for browser_id, host in list(self._hosts.items()):
-            with contextlib.suppress(BrowserError, TimeoutError):
+        found: dict[str, int] = {}
+
+        async def ask(browser_id: str, host: Host) -> None:
+            with contextlib.suppress(PoolError, TimeoutError):
                 async with asyncio.timeout(_ASK_SECONDS):
                     found[browser_id] = await host.memory_bytes()
+
+        await asyncio.gather(*(ask(*each) for each in self._hosts.items()))
         return found
 
     # -- events -----------------------------------------------------------------------------------

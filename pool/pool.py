@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import secrets
 from collections import deque
@@ -33,7 +34,7 @@ from pool.recorder import Recorder
 from pool.registry import ModelEntry, ModelRegistry, entry_from_plain, entry_to_plain, read_model
 from pool.results import Result
 from pool.routing import Routing
-from pool.state_folders import new_folder, state_root
+from pool.state_folders import hold, new_folder, state_root
 from pool.telemetry import telemetry
 from pool.tokens import TextEncoder, encoder_for
 from recovery.errors import (
@@ -126,6 +127,7 @@ class BrowserPool:
         self._recorder: Recorder | None = None
         self._history: RayHistory | None = None
         self._native: RayNative | None = None
+        self._folder_lock: int | None = None
         self._latencies = Latencies(self._config.hedge_quantile, self._config.hedge_seconds)
         self._audits: deque[asyncio.Task[None]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -196,7 +198,8 @@ class BrowserPool:
         logged = config.level_effective not in (Level.NONE, Level.LOW)
         if logged or config.history:
             try:
-                folder = str(await asyncio.to_thread(new_folder, root, config.name, run))
+                made = await asyncio.to_thread(new_folder, root, config.name, run)
+                folder, self._folder_lock = str(made), hold(made)
             except OSError as error:
                 what = f"level {config.level} keeps a log" if logged else "history is kept"
                 raise SetupError(
@@ -289,6 +292,9 @@ class BrowserPool:
         routing, self._routing = self._routing, None
         if routing is not None:
             await routing.stop()
+        lock, self._folder_lock = self._folder_lock, None
+        if lock is not None:
+            os.close(lock)
         supervisor, self._supervisor = self._supervisor, None
         native, self._native = self._native, None
         if supervisor is not None and stop:
@@ -368,7 +374,8 @@ class BrowserPool:
             if not known:
                 self._registry.remove(name)
                 if not isinstance(error, CallerError):  # what was ordered is not wanted any more
-                    await supervisor.unload(name)
+                    with contextlib.suppress(PoolError):  # the first error is the one that matters
+                        await routing.unless_gone(supervisor.unload(name))
             raise
         finally:
             self._loading[name] -= 1

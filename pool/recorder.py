@@ -21,6 +21,7 @@ from recovery.records import HostStatus
 from recovery.samples import OperationSample, Sample
 
 _HAND_ON_SECONDS = 0.5
+_HISTORY_SECONDS = 5.0  # for one batch
 _BUFFER_MAX = 10_000
 
 
@@ -54,6 +55,7 @@ class Recorder:
         self._look = look
         self._wall = wall
         self._waiting: deque[OperationSample] = deque()
+        self._unsent: deque[OperationSample] = deque()  # measured, and not in the history yet
         self._task: asyncio.Task[None] | None = None
         self.dropped = 0
 
@@ -118,6 +120,17 @@ class Recorder:
                 self._metrics.ended(sample)
             in_flight, hosts = self._look()
             self._metrics.now(self._client, in_flight, hosts)
-        if self._history is not None and samples:
-            with contextlib.suppress(PoolError):  # the history is gone; the pool goes on
-                await self._history.add(samples)
+        if self._history is None:
+            return
+        self._unsent.extend(samples)
+        while len(self._unsent) > _BUFFER_MAX:
+            self._unsent.popleft()
+            self.dropped += 1
+        batch = list(self._unsent)
+        if not batch:
+            return
+        # The history may be away for a while: what it did not take is kept for the next turn.
+        with contextlib.suppress(PoolError, TimeoutError):
+            async with asyncio.timeout(_HISTORY_SECONDS):
+                await self._history.add(batch)
+            self._unsent.clear()

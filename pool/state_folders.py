@@ -45,6 +45,13 @@ def new_folder(root: Path, name: str, run: str) -> Path:
     return folder
 
 
+def hold(folder: Path) -> int:
+    """Keep others from removing a folder, until the file descriptor that is returned is closed."""
+    held = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return held
+
+
 def folders(root: Path, name: str = "") -> list[Path]:
     """The folders of all pools, or of those called `name`, the newest first."""
     found = [path for path in root.glob(f"{name or '*'}@*") if path.is_dir()]
@@ -58,7 +65,7 @@ def _changed(folder: Path) -> float:
     """
     seen = [0.0]
     for path in (folder, folder / "log"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # it may also be another user's
             seen.append(path.stat().st_mtime)
     return max(seen)
 
@@ -77,12 +84,13 @@ def newest_folder(root: Path, name: str = "") -> Path:
 
 
 def _in_use(folder: Path) -> bool:
-    """Whether a supervisor holds the log's lock."""
-    try:
-        with open(folder / "log" / "lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
+    """Whether whoever made it, a supervisor or a history holds a lock in it."""
+    for name in ("lock", "log/lock", "history.duckdb.lock"):
+        try:
+            with open(folder / name) as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return True
     return False

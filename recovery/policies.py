@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tenacity import stop_after_attempt, stop_after_delay, wait_exponential, wait_fixed
+from tenacity import (
+    stop_after_attempt,
+    stop_after_delay,
+    stop_never,
+    wait_exponential,
+    wait_fixed,
+)
 
 # A driver that was just started opens its port within some 20 to 200 ms.
 DRIVER_ANSWERS: dict[str, Any] = {
@@ -37,3 +43,6 @@ SUPERVISOR_RETURNS: dict[str, Any] = {
     "wait": wait_fixed(0.2),
     "reraise": True,
 }
+
+# An order that takes long is given again whenever that happens; its giver has a limit of its own.
+SUPERVISOR_MAY_TAKE_LONG: dict[str, Any] = {**SUPERVISOR_RETURNS, "stop": stop_never}

@@ -10,7 +10,18 @@ import pytest
 from actors.death_watch import DeathWatch, is_ending
 from tests.fakes import until
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="threads are watched on Linux")
+
+def _threads_can_be_watched() -> bool:
+    try:
+        os.close(os.pidfd_open(os.getpid(), os.O_EXCL))
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+linux = pytest.mark.skipif(
+    not _threads_can_be_watched(), reason="watching threads takes Linux 6.9 or later"
+)
 # Two threads beside the main one: the older ends with the first line of input, the other never.
 # With an argument the main one ends first: a process that is being killed looks like that.
 _THREADS = """
@@ -127,6 +138,19 @@ async def test_kernel_that_can_not_watch_threads_still_tells_of_processes(monkey
     watch.close()
 
 
+@linux
 def test_ending_is_told_from_living():
     assert not is_ending(os.getpid())
-    assert is_ending(2**22 - 1)
+    process = sleeper()
+    process.kill()
+    process.wait()
+    assert is_ending(process.pid)
+
+
+@linux
+def test_process_that_can_not_be_looked_at_is_not_taken_for_dead(monkeypatch):
+    def no_more_files(*_):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", no_more_files)
+    assert not is_ending(os.getpid())

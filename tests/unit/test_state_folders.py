@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from pool.state_folders import FOLDERS_MAX, folders, new_folder, newest_folder
+from pool.state_folders import FOLDERS_MAX, folders, hold, new_folder, newest_folder
 from recovery.errors import BadInput
 
 
@@ -45,3 +45,15 @@ def test_newest_is_the_one_whose_log_was_written_last(tmp_path):
 def test_no_folder_says_where_it_looked(tmp_path):
     with pytest.raises(BadInput, match="TABPOOL_STATE"):
         newest_folder(tmp_path, "p")
+
+
+def test_folder_that_its_maker_holds_stays_though_it_has_no_log(tmp_path):
+    used = make(tmp_path, "used", 5000)
+    (used / "log" / "lock").unlink()
+    held = hold(used)
+    for n in range(FOLDERS_MAX + 2):
+        make(tmp_path, f"{n}", 1000)
+    assert used.is_dir()
+    os.close(held)
+    new_folder(tmp_path, "p", "fresh")
+    assert not used.is_dir()

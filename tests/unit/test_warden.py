@@ -269,7 +269,7 @@ def test_process_that_worked_is_told_from_those_that_are_merely_awake():
     before = {1: 5.0, 2: 1.0, 3: 0.0}
     assert busiest(before, {1: 5.05, 2: 1.5, 3: 0.0}) == 2
     assert busiest(before, {1: 5.2, 2: 1.5, 3: 0.0}) == 0  # two did
-    assert busiest(before, {1: 5.0, 2: 1.02, 3: 0.0}) == 0  # too little to tell
+    assert busiest(before, {1: 5.01, 2: 1.06, 3: 0.0}) == 0  # too little to tell
     assert busiest(before, {2: 1.5}) == 2  # the others are gone
     assert busiest({}, {}) == 0
 
