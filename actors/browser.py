@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from actors.arguments import Gpu, LaunchSettings, default_settings
 from actors.binaries import Binaries, find_binaries
@@ -41,6 +42,7 @@ from actors.messages import (
     LaunchReport,
     RunReply,
     RunRequest,
+    Wear,
 )
 from actors.probes import Probes
 from actors.processes import Warden, WardenOrder, busiest, cpu_seconds, page_processes
@@ -62,6 +64,7 @@ from recovery.errors import (
 from recovery.failures import Category, Failure, Scope, categorize_browser_failure
 from recovery.kinds import Backend, BrowserType, Readiness
 from recovery.records import BrowserFacts, HostRef, HostStatus, NumericId
+from recovery.resources import BrowserLoad, NodeLoad
 from sharding.frames import Frame
 from sharding.known_answers import KnownAnswer, difference, question
 from sharding.signature import ModelSpec
@@ -150,7 +153,10 @@ class BrowserHost:
         self._probed: LaunchSettings | None = None  # what `_facts` were probed with
         self._models: dict[str, NumericId] = {}
         self._probes = Probes()
-        self._used_at = -math.inf  # when an operation last ended here
+        self._ready_at = self._clock()
+        self._used_at = -math.inf  # when an operation was last sent here
+        self._model_used_at: dict[str, float] = {}
+        self._served_before = 0  # by earlier incarnations
         self._specs: dict[str, ModelSpec] = {}
         self._checked: dict[tuple[str, str], tuple[int, ...]] = {}
         self._in_flight: OrderedDict[str, asyncio.Task[RunReply]] = OrderedDict()
@@ -240,6 +246,7 @@ class BrowserHost:
         if self._ref != ref or self._readiness is not Readiness.STARTING:
             raise self._why_not_launched(ref)  # it ended in the moment it was ready
         self._readiness, self._report = Readiness.READY, report
+        self._ready_at, self._served_before = self._clock(), self._served
         return report
 
     def _why_not_launched(self, ref: HostRef) -> BrowserError:
@@ -515,6 +522,7 @@ class BrowserHost:
         # The first load is the best evidence, as it compiles the runtime, too.
         self._page_pid = self._page_pid or busiest(used, cpu_seconds(self._page_pids))
         self._models[spec.name], self._specs[spec.name] = numeric, spec
+        self._model_used_at[spec.name] = self._clock()
         return numeric
 
     def _worth_trying(self, backends: tuple[Backend, ...]) -> tuple[Backend, ...]:
@@ -538,6 +546,7 @@ class BrowserHost:
         async with self._loading:
             self._require_ref(ref)
             self._models.pop(model, None)
+            self._model_used_at.pop(model, None)
             self._probes.forget(model)
             self._breakers.forget(model)
             spec = self._specs.pop(model, None)
@@ -562,7 +571,7 @@ class BrowserHost:
             return replace(answered, status=self.status(), repeated=True)
         running = self._in_flight.get(key)
         if running is None:
-            self._used_at = self._clock()
+            self._used_at = self._model_used_at[request.model] = self._clock()
             refusal = self._refusal(request)
             if refusal is not None:
                 return refusal
@@ -736,6 +745,26 @@ class BrowserHost:
             term=self._term,
             blocked=self._breakers.blocked(),
             memory_bytes=self._memory_bytes,
+        )
+
+    def wear(self) -> Wear:
+        """Age, use and memory (as last looked at) of the browser, and memory of the machine."""
+        now, memory = self._clock(), psutil.virtual_memory()
+        used = max(self._used_at, self._ready_at)
+        return Wear(
+            BrowserLoad(
+                self._ref.browser_id,
+                self._ref.epoch,
+                self._node,
+                age_seconds=now - self._ready_at,
+                served=self._served - self._served_before,
+                memory_bytes=self._memory_bytes,
+                queue=self.status().queue,
+                idle_seconds=now - used,
+                ready=self._readiness is Readiness.READY,
+                models={name: now - self._model_used_at.get(name, used) for name in self._models},
+            ),
+            NodeLoad(self._node, memory.total, memory.available),
         )
 
     async def memory_bytes(self) -> int:

@@ -14,6 +14,7 @@ from recovery.breaker import BreakerConfig, Snapshot
 from recovery.failures import Failure
 from recovery.kinds import Backend, Readiness
 from recovery.records import BrowserFacts, HostRef, HostStatus, NumericId
+from recovery.resources import BrowserLoad, NodeLoad
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,14 @@ class RunReply:
     @property
     def bytes(self) -> int:
         return sum(array.nbytes for array in (self.outputs or {}).values())
+
+
+@dataclass(frozen=True)
+class Wear:
+    """What a host and its machine carry, for the decisions of `recovery.resources`."""
+
+    browser: BrowserLoad
+    node: NodeLoad
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from actors.messages import (
     LaunchReport,
     RunReply,
     RunRequest,
+    Wear,
 )
 from actors.native_host import NativeHost
 from actors.orders import DiskOrders
@@ -216,6 +217,9 @@ class Browser:
 
     async def status(self) -> HostStatus:
         return self._host.status()
+
+    async def wear(self) -> Wear:
+        return self._host.wear()
 
     async def drain(self, term: int) -> None:
         await self._host.drain(term)
@@ -446,6 +450,9 @@ class PoolSupervisor:
     async def load(self, order: ModelOrder) -> None:
         await (await self._open()).load(order)
 
+    async def wake(self, model: str) -> None:
+        await (await self._open()).wake(model)
+
     async def unload(self, model: str) -> None:
         await (await self._open()).unload(model)
 
@@ -556,6 +563,10 @@ class RayHost:
 
     async def reconnect(self, ref: HostRef, term: int) -> None:
         await _result(self.actor.reconnect.remote(ref, term), str(ref))
+
+    async def wear(self) -> Wear:
+        wear: Wear = await _result(self.actor.wear.remote(), "a browser")
+        return wear
 
     async def drain(self, term: int) -> None:
         await _result(self.actor.drain.remote(term), "a browser")
@@ -721,6 +732,9 @@ class RaySupervisor:
 
     async def load(self, order: ModelOrder) -> None:
         await self._call(lambda: self.actor.load.remote(order), None)
+
+    async def wake(self, model: str) -> None:
+        await self._call(lambda: self.actor.wake.remote(model), None)
 
     async def unload(self, model: str) -> None:
         await self._call(lambda: self.actor.unload.remote(model))

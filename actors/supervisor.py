@@ -26,10 +26,12 @@ from actors.messages import (
     LaunchReport,
     RunReply,
     RunRequest,
+    Wear,
 )
 from recovery.adjustments import adjust
 from recovery.breaker import CircuitState
 from recovery.breakers import BreakerKey
+from recovery.caretaking import Caretaker
 from recovery.codec import as_logged
 from recovery.errors import (
     BadInput,
@@ -77,6 +79,8 @@ from recovery.pool_state import (
 )
 from recovery.reconcile import Seen, reconcile
 from recovery.records import HostRef, HostStatus, NumericId
+from recovery.resources import ResourceLimits, refuse_load
+from recovery.scaling import ScalingLimits
 from recovery.segments import LogUnavailable
 from recovery.supervision import RestartLimit
 from sharding.known_answers import KnownAnswer
@@ -118,6 +122,7 @@ class Host(Protocol):
     async def reconnect(self, ref: HostRef, term: int) -> None: ...
     async def drain(self, term: int) -> None: ...
     async def memory_bytes(self) -> int: ...
+    async def wear(self) -> Wear: ...
     async def stop(self) -> None: ...
     def kill(self) -> None: ...
 
@@ -172,6 +177,9 @@ class SupervisorConfig:
     run: str = ""  # tells pools of one name apart, one after the other
     folder: str = ""  # of the log and the model orders; empty: in memory only
     checkpoint_seconds: float = 60.0
+    resources: ResourceLimits = field(default_factory=ResourceLimits)
+    scaling: Mapping[BrowserType, ScalingLimits] = field(default_factory=dict)
+    care_seconds: float = 5.0  # between two looks at memory, wear and size; 0: never
     history: str = ""  # file of the samples; empty: none are kept
     history_spare: str = ""  # to be used while another pool writes to that
 
@@ -301,7 +309,7 @@ class Supervisor:
         """
         self._log_lost = trouble
         await self._happen(TermBegan(self._term))
-        for name, digest in self._state.models.items():
+        for name, digest in {**self._state.parked, **self._state.models}.items():
             order = await self._orders.load(name, digest)
             if order is None:
                 self.faults.append(f"model {name}: its order is lost; load it again")
@@ -327,6 +335,8 @@ class Supervisor:
             self._spawn(self._lease_loop, "lease")
         if self._config.folder:
             self._spawn(self._checkpoint_loop, "checkpoints")
+        if self._config.care_seconds:
+            self._spawn(self._care_loop, "care")
 
     def trouble(self, text: str) -> None:
         """Have the table say what is wrong with the log, as long as this term lasts."""
@@ -402,6 +412,8 @@ class Supervisor:
                     expected=known,
                     got=order.spec.digest,
                 )
+            if known is None:
+                await self._refuse_if_full(order)
             await self._orders.save(order)  # also of a known model: its back ends may be others
             before = self._models.get(name)
             self._models[name] = order
@@ -415,6 +427,14 @@ class Supervisor:
                     self._models[name] = before
                 raise
         await self._until(lambda: self._settled(name))
+
+    async def wake(self, model: str) -> None:
+        """Load a parked model again; returns when it is loaded. Any other is left as it is."""
+        self._require_open()
+        order = self._models.get(model)
+        if order is not None and model in self._state.parked:
+            await self.load(order)
+        await self._until(lambda: self._settled(model))
 
     async def unload(self, model: str) -> None:
         self._require_open()
@@ -824,6 +844,51 @@ class Supervisor:
         record = self._state.browsers[browser_id]
         if record.epoch == epoch and record.phase not in (Phase.STOPPED, Phase.GIVEN_UP):
             await self._happen(BrowserStopped(browser_id))
+
+    # -- taking care ------------------------------------------------------------------------------
+
+    async def _care_loop(self) -> None:
+        caretaker = Caretaker(self._config.resources, self._config.scaling)
+        while not self._state.closing:
+            await asyncio.sleep(self._config.care_seconds)
+            wears = await self._wears()
+            nodes = {wear.node.node: wear.node for wear in wears}.values()
+            loads = [wear.browser for wear in wears]
+            for body in caretaker.look(self._state, loads, nodes, self._clock()):
+                try:
+                    await self._happen(body, ordered=True)
+                except PoolError as error:  # the log is full, say: it can wait
+                    self.faults.append(f"care: {type(error).__name__}: {error}")
+
+    async def _wears(self) -> list[Wear]:
+        """What the hosts in service report of themselves; who does not answer is left out."""
+        found: list[Wear] = []
+
+        async def ask(host: Host) -> None:
+            with contextlib.suppress(PoolError, TimeoutError):
+                async with asyncio.timeout(_ASK_SECONDS):
+                    found.append(await host.wear())
+
+        serving = [
+            host
+            for browser_id, host in self._hosts.items()
+            if self._state.browsers[browser_id].phase is Phase.READY
+        ]
+        await asyncio.gather(*map(ask, serving))
+        return sorted(found, key=lambda wear: wear.browser.browser_id)
+
+    async def _refuse_if_full(self, order: ModelOrder) -> None:
+        """Raises `SetupError` if the memory of a machine is too small for a model's load."""
+        wears = await self._wears()
+        nodes = {wear.node.node: wear.node for wear in wears}.values()
+        why = refuse_load(
+            self._config.resources,
+            nodes,
+            [wear.browser for wear in wears],
+            order.spec.load_peak_bytes,
+        )
+        if why:
+            raise SetupError(f"{order.spec.name} is not loaded: {why}")
 
     # -- leases and tables ------------------------------------------------------------------------
 

@@ -16,6 +16,8 @@ from recovery.errors import BadInput, LevelUnavailable
 from recovery.kinds import Backend, BrowserType, Level, detect_browser_type
 from recovery.levels import BROWSERS_NEEDED, held
 from recovery.plan import strategy_order
+from recovery.resources import ResourceLimits
+from recovery.scaling import ScalingLimits
 from recovery.supervision import RestartLimit
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
@@ -75,6 +77,8 @@ class PoolConfig:
     faults: bool = False  # whether faults may be injected into pages: for tests only
     reconnect_seconds: float = 2.0  # that a page which is out of touch has to come back
     breaker: BreakerConfig = field(default_factory=BreakerConfig)  # of each browser and model
+    adaptive_scaling: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # least and most
+    resources: ResourceLimits = field(default_factory=ResourceLimits)  # memory and wear
     checkpoint_interval: float = 60.0  # between checkpoints of the control log
     history: bool = True  # keep a sample of each operation and recovery step
     state_dir: str = ""  # of log and history; "": $TABPOOL_STATE, or the user's state directory
@@ -102,6 +106,17 @@ class PoolConfig:
             if getattr(self, name) not in words:
                 raise _bad(name, f"one of {', '.join(words)}", getattr(self, name))
         strategy_order(self.strategy)
+        most = sum(
+            max(count, scaled.maximum if (scaled := self.scaling().get(kind)) else 0)
+            for kind, count in self.kinds().items()
+        )
+        if self.adaptive_scaling and most > self.max_connections:
+            raise _bad(
+                "adaptive_scaling", f"{self.max_connections} (max_connections) at most", most
+            )
+        limits: Any = self.resources
+        if not isinstance(limits, ResourceLimits):
+            raise _bad("resources", "a recovery.resources.ResourceLimits", limits)
         if not isinstance(self.breaker, BreakerConfig):
             raise _bad("breaker", "a recovery.breaker.BreakerConfig", self.breaker)
         if self.persistent and self.address is None:
@@ -139,6 +154,19 @@ class PoolConfig:
                 raise _bad(f"browsers[{name!r}]", "a whole number of browsers", count)
             kind = detect_browser_type(str(name))
             found[kind] = found.get(kind, 0) + count
+        return found
+
+    def scaling(self) -> dict[BrowserType, ScalingLimits]:
+        """Between which numbers of each type the pool may move by itself. Raises `BadInput`."""
+        found: dict[BrowserType, ScalingLimits] = {}
+        wanted: Any = self.adaptive_scaling
+        if not isinstance(wanted, Mapping):
+            raise _bad("adaptive_scaling", 'a mapping such as {"chrome": (1, 4)}', wanted)
+        for name, bounds in wanted.items():
+            whole = isinstance(bounds, tuple | list) and all(type(n) is int for n in bounds)
+            if not whole or len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
+                raise _bad(f"adaptive_scaling[{name!r}]", "(least, most) with 1 <= least", bounds)
+            found[detect_browser_type(str(name))] = ScalingLimits(*bounds)
         return found
 
     @property

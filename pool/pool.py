@@ -12,6 +12,7 @@ import contextlib
 import os
 import random
 import secrets
+import time
 from collections import deque
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, fields, replace
@@ -71,6 +72,8 @@ from sharding.known_answers import record
 
 _OP_ID_MAX = 128
 _WATCH_SECONDS_MAX = 5.0
+_CARE_SECONDS = 5.0  # between two looks of the supervisor at memory and wear
+_SCALING_SECONDS = 0.5  # the same, where the number of browsers follows the load
 _AUDITS_MAX = 64  # late answers waited for at `critical`, only to be compared
 
 
@@ -218,6 +221,9 @@ class BrowserPool:
             run=run,
             folder=folder if logged else "",
             checkpoint_seconds=config.checkpoint_interval,
+            resources=config.resources,
+            scaling=config.scaling(),
+            care_seconds=_SCALING_SECONDS if config.adaptive_scaling else _CARE_SECONDS,
             history=str(root / "history.duckdb") if config.history else "",
             history_spare=str(Path(folder) / "history.duckdb") if config.history else "",
         )
@@ -496,29 +502,31 @@ class BrowserPool:
         self._in_flight += 1
         self._counts["asked"] += 1
         tolerance, kind = entry.spec.tolerance, (entry.spec.digest, op, wanted, size)
-        answering = Answering(
-            Question(
-                op_id or secrets.token_hex(8),
-                model,
-                op,
-                wanted,
-                entry.spec.digest,
-                self._client,
-                Closeness(tolerance.rtol, tolerance.atol),
-            ),
-            Rules(
-                self._config.max_recovery_attempts,
-                self._config.when_full == "wait",
-                self._config.strict,
-                min(self._latencies.late_after(kind), seconds / 2),
-            ),
-            routing,
-            self._rng,
-            on_wrong=self._charge,
-            on_audit=self._keep_audit,
-            simulate=self._simulation(entry) if simulation is not False else None,
-        )
         try:
+            if self._is_parked(model):
+                seconds = await self._wake(model, seconds)
+            answering = Answering(
+                Question(
+                    op_id or secrets.token_hex(8),
+                    model,
+                    op,
+                    wanted,
+                    entry.spec.digest,
+                    self._client,
+                    Closeness(tolerance.rtol, tolerance.atol),
+                ),
+                Rules(
+                    self._config.max_recovery_attempts,
+                    self._config.when_full == "wait",
+                    self._config.strict,
+                    min(self._latencies.late_after(kind), seconds / 2),
+                ),
+                routing,
+                self._rng,
+                on_wrong=self._charge,
+                on_audit=self._keep_audit,
+                simulate=self._simulation(entry) if simulation is not False else None,
+            )
             result, reply = await answering.run(tensors, seconds)
         except PoolBusy:
             self._counts["refused"] += 1
@@ -535,6 +543,20 @@ class BrowserPool:
         if self._recorder is not None:
             self._recorder.note(result, entry)
         return result
+
+    def _is_parked(self, model: str) -> bool:
+        table = self._routing.table if self._routing else None
+        return table is not None and model in table.state.parked
+
+    async def _wake(self, model: str, seconds: float) -> float:
+        """Have a parked model loaded again; returns what is left of the time."""
+        supervisor, routing = self._require_open()
+        began = time.monotonic()
+        with contextlib.suppress(TimeoutError, PoolError):  # then the operation says why it fails
+            async with asyncio.timeout(seconds):
+                await routing.unless_gone(supervisor.wake(model))
+                await routing.until(lambda table: model not in table.state.parked, seconds)
+        return max(seconds - (time.monotonic() - began), 0.001)
 
     def _simulation(self, entry: ModelEntry) -> Simulate | None:
         native = self._native

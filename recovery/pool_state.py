@@ -122,6 +122,7 @@ class BrowserRecord:
     served: bool = False  # whether it has ever been ready
     stands_in_for: str = ""
     replaced_by: str = ""
+    recycling: bool = False  # it is drained only to be started anew
     breakers: Mapping[str, Snapshot] = field(default_factory=dict)
 
     @property
@@ -147,6 +148,7 @@ class PoolState:
     browsers: Mapping[str, BrowserRecord] = field(default_factory=dict)
     models: Mapping[str, str] = field(default_factory=dict)  # wanted: name -> digest
     model_types: Mapping[str, ModelType] = field(default_factory=dict)
+    parked: Mapping[str, str] = field(default_factory=dict)  # unloaded until somebody asks again
     missing: tuple[BrowserType, ...] = ()  # kinds that are not installed, as launches have shown
     repairs: tuple[Repair, ...] = ()  # that are over
     tallies: Mapping[str, Mapping[RecoveryLevel, Tally]] = field(default_factory=dict)
@@ -235,6 +237,15 @@ class BrowserUnwanted:
 
 
 @dataclass(frozen=True)
+class BrowserRecycled:
+    """A browser in service is to be started anew: it finishes what it has first."""
+
+    browser_id: str
+    epoch: int
+    why: str
+
+
+@dataclass(frozen=True)
 class BrowserStopped:
     browser_id: str
 
@@ -249,6 +260,14 @@ class ModelWanted:
 @dataclass(frozen=True)
 class ModelUnwanted:
     model: str
+
+
+@dataclass(frozen=True)
+class ModelParked:
+    """A model is taken out of every browser, until it is wanted again."""
+
+    model: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -282,9 +301,11 @@ Body = (
     | BreakersMoved
     | BrowserFailed
     | BrowserUnwanted
+    | BrowserRecycled
     | BrowserStopped
     | ModelWanted
     | ModelUnwanted
+    | ModelParked
     | ModelLoaded
     | ModelFailed
     | PoolClosing
@@ -392,13 +413,16 @@ def decide(state: PoolState, event: Event) -> Decision:
             return _failed(state, body, event.at)
         case BrowserUnwanted(browser_id):
             return _unwanted(state, browser_id, event.at)
+        case BrowserRecycled(browser_id, epoch):
+            return _recycled(state, browser_id, epoch, event.at)
         case BrowserStopped(browser_id):
-            record = replace(_without_models(_record(state, browser_id)), phase=Phase.STOPPED)
-            return _with(state, replace(record, since=event.at, repair=None)), ()
+            return _stopped(state, _record(state, browser_id), event.at)
         case ModelWanted() as body:
             return _model_wanted(state, body)
         case ModelUnwanted(model):
             return _model_unwanted(state, model)
+        case ModelParked(model):
+            return _model_parked(state, model)
         case ModelLoaded() as body:
             return _model_loaded(state, body), ()
         case ModelFailed() as body:
@@ -475,6 +499,8 @@ def _failed(state: PoolState, body: BrowserFailed, at: float) -> Decision:
     touchable = _lives_on(body.failure) and record.phase is Phase.READY
     ended = record if touchable else _without_models(_blamed(record, body.failure))
     ended = replace(ended, since=at, failure=body.failure)
+    if record.phase is Phase.DRAINING and record.recycling and not state.closing:
+        return state, ()  # the end of its drain starts it anew
     if state.closing or record.phase is Phase.DRAINING:
         stopped = replace(_without_models(ended), phase=Phase.STOPPED, repair=None)
         return _with(state, stopped), (Stop(record.id, record.epoch),)
@@ -794,6 +820,8 @@ def _unwanted(state: PoolState, browser_id: str, at: float) -> Decision:
     if record.phase is Phase.READY:
         draining = replace(record, phase=Phase.DRAINING, since=at)
         return _with(state, draining), (Drain(record.id, record.epoch),)
+    if record.phase is Phase.DRAINING:
+        return _with(state, replace(record, recycling=False)), ()
     if record.phase not in COMING:
         return state, ()
     if record.stands_in_for:
@@ -803,6 +831,23 @@ def _unwanted(state: PoolState, browser_id: str, at: float) -> Decision:
     if record.repair is not None:
         state = _end_repair(state, stopped, replace(record.repair, outcome="stopped"))
     return state, (Stop(record.id, record.epoch), *losers)
+
+
+def _recycled(state: PoolState, browser_id: str, epoch: int, at: float) -> Decision:
+    record = _record(state, browser_id)
+    if record.epoch != epoch or record.phase is not Phase.READY or state.closing:
+        return state, ()
+    draining = replace(record, phase=Phase.DRAINING, since=at, recycling=True)
+    return _with(state, draining), (Drain(browser_id, epoch),)
+
+
+def _stopped(state: PoolState, record: BrowserRecord, at: float) -> Decision:
+    gone = replace(_without_models(record), since=at, repair=None, recycling=False)
+    if record.recycling and not state.closing:
+        again = replace(gone, phase=Phase.STARTING, epoch=record.epoch + 1)
+        order = Launch(again.id, again.kind, again.epoch, adjusted=again.adjusted)
+        return _with(state, again), (order,)
+    return _with(state, replace(gone, phase=Phase.STOPPED)), ()
 
 
 def _model_wanted(state: PoolState, body: ModelWanted) -> Decision:
@@ -815,7 +860,17 @@ def _model_wanted(state: PoolState, body: ModelWanted) -> Decision:
         state = _with(state, record)
     models = {**state.models, model: body.digest}
     types = {**state.model_types, model: body.type}
-    return replace(state, models=models, model_types=types), tuple(loads)
+    parked = _without(state.parked, model)
+    return replace(state, models=models, model_types=types, parked=parked), tuple(loads)
+
+
+def _model_parked(state: PoolState, model: str) -> Decision:
+    if model not in state.models:
+        return state, ()
+    parked = {**state.parked, model: state.models[model]}
+    types = state.model_types
+    state, unloads = _model_unwanted(state, model)
+    return replace(state, parked=parked, model_types=types), unloads
 
 
 def _model_unwanted(state: PoolState, model: str) -> Decision:
@@ -826,7 +881,8 @@ def _model_unwanted(state: PoolState, model: str) -> Decision:
         breakers = _without(record.breakers, model)  # as its worker forgets it
         state = _with(state, replace(_without_model(record, model), breakers=breakers))
     models, types = _without(state.models, model), _without(state.model_types, model)
-    return replace(state, models=models, model_types=types), tuple(unloads)
+    parked = _without(state.parked, model)
+    return replace(state, models=models, model_types=types, parked=parked), tuple(unloads)
 
 
 def _model_loaded(state: PoolState, body: ModelLoaded) -> PoolState:

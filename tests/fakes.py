@@ -24,6 +24,7 @@ from actors.messages import (
     LaunchReport,
     RunReply,
     RunRequest,
+    Wear,
 )
 from actors.supervisor import MemoryLog, ModelOrder
 from recovery.breaker import CircuitState
@@ -34,6 +35,7 @@ from recovery.failures import Category, Failure, Scope, Severity, categorize_bro
 from recovery.kinds import Backend, BrowserType, ModelType, Readiness
 from recovery.pool_state import Event, PoolState
 from recovery.records import BrowserFacts, HostRef, HostStatus, NumericId
+from recovery.resources import BrowserLoad, NodeLoad
 from recovery.segments import LogUnavailable
 from sharding.known_answers import KnownAnswer
 from sharding.signature import ModelSpec, TensorSpec, Tolerance
@@ -134,6 +136,8 @@ class FakeHost:
         self.in_touch = _open_gate()
         self._lost: Failure | None = None
         self.reconnects = 0
+        self.worn: dict[str, Any] = {}  # what `wear` says, where it is not new
+        self.available_bytes = 1 << 33
 
     # -- faults on demand -------------------------------------------------------------------------
 
@@ -214,6 +218,21 @@ class FakeHost:
         self.unloads.append((ref, model))
         self.models.pop(model, None)
         self.digests.pop(model, None)
+
+    async def wear(self) -> Wear:
+        load = BrowserLoad(
+            self.ref.browser_id,
+            self.ref.epoch,
+            "node",
+            age_seconds=0.0,
+            served=self.runs,
+            memory_bytes=1 << 20,
+            queue=len(self.in_flight),
+            idle_seconds=0.0,
+            ready=self.readiness is Readiness.READY,
+            models=dict.fromkeys(self.models, 0.0),
+        )
+        return Wear(replace(load, **self.worn), NodeLoad("node", 1 << 34, self.available_bytes))
 
     async def inject(self, ref: HostRef, fault: Mapping[str, Any]) -> None:
         self._require(ref)

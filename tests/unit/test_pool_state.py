@@ -21,6 +21,7 @@ from recovery.pool_state import (
     BrowserFailed,
     BrowserReady,
     BrowserReconnected,
+    BrowserRecycled,
     BrowserStopped,
     BrowserUnwanted,
     BrowserWanted,
@@ -31,6 +32,7 @@ from recovery.pool_state import (
     Load,
     ModelFailed,
     ModelLoaded,
+    ModelParked,
     ModelPhase,
     ModelUnwanted,
     ModelWanted,
@@ -615,3 +617,47 @@ def test_whatever_happens_the_state_stays_sound_and_replays(steps, strategy, lev
     half = len(story.events) // 2
     checkpoint = reduce(apply, story.events[:half], PoolState())
     assert reduce(apply, story.events[half:], checkpoint) == story.state
+
+
+def test_browser_that_is_recycled_finishes_and_starts_anew_which_is_no_restart(serving):
+    todo = serving.tell(BrowserRecycled("b", 0, "1000 operations"))
+    assert todo == (Drain("b", 0),)
+    assert serving.browser.phase is Phase.DRAINING
+    todo = serving.tell(BrowserStopped("b"))
+    assert todo == (Launch("b", CHROME, 1),)
+    assert (serving.browser.phase, serving.browser.epoch) == (Phase.STARTING, 1)
+    assert not serving.browser.recycling
+    assert serving.browser.restarts == ()
+    assert serving.ready(epoch=1) == (Load("b", 1, "m"),)
+
+
+def test_death_while_a_browser_is_drained_to_be_recycled_is_the_end_of_its_drain(serving):
+    serving.tell(BrowserRecycled("b", 0, "old"))
+    assert serving.failed(0) == ()
+    assert serving.tell(BrowserStopped("b")) == (Launch("b", CHROME, 1),)
+
+
+def test_browser_that_nobody_wants_is_not_started_anew(serving):
+    serving.tell(BrowserRecycled("b", 0, "old"))
+    serving.tell(BrowserUnwanted("b"))
+    assert serving.tell(BrowserStopped("b")) == ()
+    assert serving.browser.phase is Phase.STOPPED
+
+
+def test_only_a_browser_in_service_is_recycled(starting):
+    assert starting.tell(BrowserRecycled("b", 0, "old")) == ()
+    starting.ready()
+    assert starting.tell(BrowserRecycled("b", 7, "old")) == ()
+    assert starting.browser.phase is Phase.READY
+
+
+def test_model_that_is_parked_is_unloaded_and_loaded_again_when_wanted(serving):
+    assert serving.tell(ModelParked("m", "memory is short")) == (Unload("b", 0, "m"),)
+    assert serving.state.parked == {"m": "digest"}
+    assert serving.state.models == {}
+    assert serving.tell(ModelParked("m", "again")) == ()
+    assert serving.tell(ModelWanted("m", "digest")) == (Load("b", 0, "m"),)
+    assert serving.state.parked == {}
+    serving.tell(ModelParked("m", "memory is short"))
+    serving.tell(ModelUnwanted("m"))
+    assert serving.state.parked == {}

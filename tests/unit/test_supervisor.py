@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator
 from functools import reduce
 from itertools import pairwise
@@ -7,12 +8,13 @@ from itertools import pairwise
 import pytest
 
 from actors.supervisor import MemoryOrders, Supervisor, SupervisorConfig
-from recovery.errors import BadInput, BrowserMissing, InternalError, PoolClosed
+from recovery.errors import BadInput, BrowserMissing, InternalError, PoolClosed, SetupError
 from recovery.failures import Category
 from recovery.kinds import BrowserType, Level, Readiness
 from recovery.plan import STRATEGIES
 from recovery.pool_state import Event, ModelPhase, Phase, PoolState, apply
 from recovery.records import HostRef
+from recovery.resources import ResourceLimits
 from recovery.segments import LogUnavailable
 from recovery.supervision import RestartLimit
 from tests.fakes import NUMERIC, FakeHosts, GatedLog, eventually, failure, in_virtual_time, order
@@ -774,3 +776,49 @@ def test_supervisor_killed_at_every_step_of_a_repair_finishes_or_repeats_it(faul
     while in_virtual_time(story)(reached + 1):
         reached += 1
     assert reached >= 3
+
+
+@in_virtual_time
+async def test_worn_browser_is_drained_and_started_anew_with_its_models():
+    async with opened("b-0", "b-1") as pool:
+        await pool.supervisor.load(order())
+        config = dataclasses.replace(
+            pool.config, resources=ResourceLimits(recycle_operations=5), care_seconds=1.0
+        )
+        pool.supervisor._config = config
+        caring = asyncio.create_task(pool.supervisor._care_loop())
+        pool.hosts["b-0"].worn = {"served": 9}
+        await pool.loaded("b-0", epoch=1)
+        caring.cancel()
+        assert len(pool.hosts.made["b-0"]) == 2  # in a worker of its own
+        assert pool.phase("b-1") == (Phase.READY, 0)
+        assert pool.state.repairs == ()
+
+
+@in_virtual_time
+async def test_parked_model_is_loaded_again_when_somebody_asks():
+    async with opened() as pool:
+        await pool.supervisor.load(order())
+        pool.supervisor._config = dataclasses.replace(pool.config, care_seconds=1.0)
+        caring = asyncio.create_task(pool.supervisor._care_loop())
+        host = pool.hosts["b-0"]
+        host.worn, host.available_bytes = {"models": {"m": 99.0}}, 1 << 28
+        await pool.supervisor._until(lambda: "m" in pool.state.parked)
+        caring.cancel()
+        assert (await pool.supervisor.watch("client", -1, 0.0)).models.keys() == {"m"}
+        host.available_bytes = 1 << 33
+        await pool.supervisor.wake("m")
+        assert pool.state.parked == {}
+        assert pool.state.browsers["b-0"].models == {"m": ModelPhase.LOADED}
+
+
+@in_virtual_time
+async def test_load_that_memory_does_not_allow_is_refused_before_any_browser_is_touched():
+    async with opened() as pool:
+        await pool.until("b-0", Phase.READY, 0)
+        big = order()
+        big = dataclasses.replace(big, spec=dataclasses.replace(big.spec, load_peak_bytes=1 << 40))
+        with pytest.raises(SetupError, match="is not loaded"):
+            await pool.supervisor.load(big)
+        assert pool.hosts["b-0"].loads == []
+        assert pool.state.models == {}
