@@ -133,6 +133,9 @@ class Answering:
             while True:
                 settled = self._settled()
                 if settled is not None:
+                    if self._question.level is Level.HIGH:
+                        for copy in self._copies:  # it was late: others need not find that out
+                            await self._routing.distrust(copy.status.ref)
                     return settled
                 if self._routing.gone is not None:
                     return self._failed(str(self._routing.gone)), None

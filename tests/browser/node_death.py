@@ -1,0 +1,102 @@
+"""Two nodes of one Ray cluster, one killed under load: run by `test_nodes`, in its own process.
+
+Prints one line of JSON. The cluster is Ray's own for tests: several raylets on this machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import ray
+from ray.cluster_utils import Cluster
+
+from pool import BrowserPool
+from pool.demo_models import silero_vad_path
+from recovery.pool_state import Phase
+
+LEASE = 4.0
+OPERATIONS = 300
+FRAME = {
+    "input": np.random.default_rng(5).standard_normal((1, 512), dtype=np.float32),
+    "state": np.zeros((2, 1, 128), np.float32),
+    "sr": np.array(16000, np.int64),
+}
+
+
+async def story(cluster: Cluster, second: Any, folder: str) -> dict[str, Any]:
+    async with BrowserPool(
+        {"chrome": 2},
+        level="high",
+        backend="wasm",
+        address=cluster.address,
+        lease=LEASE,
+        hedge_seconds=0.5,
+        state_dir=folder,
+    ) as pool:
+        await pool.load("vad", silero_vad_path(), example=FRAME)
+        before = await pool.state()
+        nodes = {browser_id: report.node for browser_id, report in before.launches.items()}
+        first = await pool.run_with_recovery("vad", "inference", FRAME)
+        killed, noticed = 0.0, 0.0
+        results = []
+
+        async def ask(number: int) -> None:
+            results.append(await pool.run_with_recovery("vad", "inference", FRAME))
+
+        async def watch() -> None:
+            nonlocal noticed
+            while not noticed:
+                for record in (await pool.control()).browsers.values():
+                    if record.phase is not Phase.READY:
+                        noticed = time.monotonic()
+                await asyncio.sleep(0.05)
+
+        pending = set()
+        watching = None
+        for number in range(OPERATIONS):
+            pending.add(asyncio.create_task(ask(number)))
+            await asyncio.sleep(0.03)
+            if number == OPERATIONS // 3:
+                killed = time.monotonic()
+                watching = asyncio.create_task(watch())
+                await asyncio.to_thread(cluster.remove_node, second, allow_graceful=False)
+        await asyncio.gather(*pending)
+        assert watching is not None
+        async with asyncio.timeout(4 * LEASE):
+            await watching
+        right = first.outputs["output"]
+        return {
+            "nodes": len(set(nodes.values())),
+            "asked": OPERATIONS,
+            "answered": sum(result.success for result in results),
+            "right": sum(
+                result.success and np.array_equal(result.outputs["output"], right)
+                for result in results
+            ),
+            "recovered": sum(result.recovered for result in results),
+            "slowest_ms": max(result.metrics["duration_ms"] for result in results),
+            "noticed_seconds": noticed - killed,
+            "lease": LEASE,
+        }
+
+
+def main() -> None:
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, "resources": {"tabpool_browser": 1}},
+    )
+    second = cluster.add_node(num_cpus=2, resources={"tabpool_browser": 1})
+    try:
+        sys.stdout.write(json.dumps(asyncio.run(story(cluster, second, sys.argv[1]))) + "\n")
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
