@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("transport", "recovery", "breaker", "log")
+NAMES = ("transport", "recovery", "levels", "breaker", "log")
 
 
 def main() -> int:

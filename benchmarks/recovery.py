@@ -17,103 +17,39 @@ fault to the moment at which the worker (of a dead worker: the client) saw it, a
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 from rich.console import Console
 from rich.progress import Progress
 
 from actors.binaries import find_binaries
 from actors.browser import host_settings
 from actors.messages import HostConfig
-from actors.processes import page_processes
+from benchmarks.faults import ENGINES, FAULTS, Fault, Question, Victim, make_question, struck
 from benchmarks.plain_selenium import PlainSelenium
 from benchmarks.report import Report, quantile, run
 from pool import BrowserPool
-from pool.demo_models import minilm_folder
-from pool.operations import EMBED
-from pool.registry import read_model
 from recovery.kinds import BrowserType
 from recovery.supervision import RestartLimit
-from sharding.native import NativeSession
 
 _T = TypeVar("_T")
 _Array = np.ndarray[Any, Any]
-_TOKENS = 128
-_BATCH = 4  # long enough (some 0.3 s) for the fault to fall well inside
-_FAULT_AFTER_SECONDS = 0.1
 _HANG_SECONDS = 5.0  # of the pools here: far over what an operation takes on a busy machine
-_DIFFERENCE_MAX = 1e-4
 _LEVELS = ("low", "medium")
-_ENGINES = (BrowserType.CHROME, BrowserType.FIREFOX)
 _ECHO = Path(__file__).with_name("models") / "echo.onnx"
 _WARM_UP = 50
 
 
-@dataclass(frozen=True)
-class Victim:
-    """A browser as a fault sees it: its known processes, and `root`, which they are all below."""
-
-    kind: BrowserType
-    pids: Mapping[str, int]
-    root: int
-
-    def tree(self) -> list[psutil.Process]:
-        return psutil.Process(self.root).children(recursive=True)
-
-    def page(self) -> list[int]:
-        return [p for p in page_processes(self.tree, self.kind) if p != self.pids["browser"]]
-
-    def network(self) -> list[int]:
-        mark = "network.mojom.NetworkService"
-        return [p.pid for p in self.tree() if any(mark in word for word in p.cmdline())]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A signal to some of a browser's processes."""
-
-    name: str
-    find: Callable[[Victim], Sequence[int]]
-    signal: signal.Signals = signal.SIGKILL
-    engines: Sequence[BrowserType] = (BrowserType.CHROME,)
-    plain: bool = False  # hits the plain script, too
-    from_notice: bool = False  # the time counts from its detection
-    notice_goal: bool = False
-
-
-FAULTS = (
-    Fault("tab_crash", Victim.page, engines=_ENGINES, plain=True, notice_goal=True),
-    Fault(
-        "browser_kill",
-        lambda victim: [victim.pids["browser"]],
-        engines=_ENGINES,
-        plain=True,
-        notice_goal=True,
-    ),
-    Fault(
-        "driver_kill",
-        lambda victim: [victim.pids["driver"]],
-        engines=_ENGINES,
-        plain=True,
-        notice_goal=True,
-    ),
-    Fault("hang", Victim.page, signal.SIGSTOP, from_notice=True),
-    Fault("worker_kill", lambda victim: [victim.pids["worker"]]),
-    Fault("network_kill", Victim.network),
-)
 _COLD = (BrowserType.CHROME, "browser_kill", "medium")  # what the goal of a cold restart is about
 
 
@@ -126,51 +62,6 @@ class Cell:
     parts: list[dict[str, float]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Question:
-    folder: Path
-    model: Path
-    inputs: Mapping[str, _Array]
-    expected: _Array
-
-    def check(self, answer: _Array) -> None:
-        difference = float(np.abs(answer - self.expected).max())
-        if not difference < _DIFFERENCE_MAX:
-            raise AssertionError(f"a wrong answer: {difference:g} from native onnxruntime's")
-
-
-def _question() -> Question:
-    folder = minilm_folder()
-    entry = read_model("minilm", folder)
-    shape = (_BATCH, _TOKENS)
-    inputs = {
-        "input_ids": np.random.default_rng(0).integers(1000, 20000, shape, dtype=np.int64),
-        "attention_mask": np.ones(shape, np.int64),
-        "token_type_ids": np.zeros(shape, np.int64),
-    }
-    model = Path(entry.spec.files[0].path)
-    native = NativeSession(str(model))
-    native.open()
-    expected = EMBED.finish(entry, inputs, native.run(inputs))["embedding"]
-    return Question(folder, model, inputs, expected)
-
-
-async def _struck(asked: Awaitable[_T], fault: Fault, victim: Victim) -> tuple[_T, float, float]:
-    """Let the fault happen while an operation runs; what came of that, and when it happened.
-
-    When: by the wall clock and by the performance counter.
-    """
-    pids = fault.find(victim)  # looked up first: that takes longer than noticing may
-    if not pids or not all(pids):
-        raise AssertionError(f"{fault.name}: no such process of {victim}")
-    running = asyncio.ensure_future(asked)
-    await asyncio.sleep(_FAULT_AFTER_SECONDS)
-    wall, struck = time.time(), time.perf_counter()
-    for pid in pids:
-        os.kill(pid, fault.signal)
-    return await running, wall, struck
-
-
 async def _ours(
     pool: BrowserPool, level: str, kind: BrowserType, fault: Fault, question: Question, cell: Cell
 ) -> None:
@@ -180,7 +71,7 @@ async def _ours(
     (await ask()).outputs  # noqa: B018 - raises if it failed: settled, as the other side is
     launch = (await pool.state()).launches[f"{kind}-0"]
     victim = Victim(kind, launch.pids, launch.pids["warden"])
-    result, wall, struck = await _struck(ask(), fault, victim)
+    result, wall, at = await struck(ask(), fault, victim)
     failure = result.original_error
     if failure is None:
         raise AssertionError(f"{fault.name} came too late to matter")
@@ -188,7 +79,7 @@ async def _ours(
         if level != "low" or "level low" not in result.error:
             raise AssertionError(f"{fault.name} at {level}: {result.error}")
         result = await ask()
-    took = (time.perf_counter() - struck) * 1e3
+    took = (time.perf_counter() - at) * 1e3
     question.check(result.outputs["embedding"])
     noticed = (failure.at - wall) * 1e3
     cell.took.append(took - noticed if fault.from_notice else took)
@@ -212,8 +103,8 @@ async def _theirs(
     await ask()
     before = plain.relaunches
     victim = Victim(kind, plain.pids, plain.pids["driver"])
-    answer, _, struck = await _struck(ask(), fault, victim)
-    cell.took.append((time.perf_counter() - struck) * 1e3)
+    answer, _, at = await struck(ask(), fault, victim)
+    cell.took.append((time.perf_counter() - at) * 1e3)
     question.check(answer)
     if plain.relaunches != before + 1:
         raise AssertionError(f"{fault.name}: the script relaunched {plain.relaunches - before}x")
@@ -226,7 +117,7 @@ def _rounds(kind: BrowserType, fault: Fault, quick: bool) -> int:
 async def _faults(
     report: Report, quick: bool, kind: BrowserType, options: dict[str, Any], progress: Progress
 ) -> None:
-    question = _question()
+    question = make_question()
     faults = [fault for fault in FAULTS if kind in fault.engines]
     total = sum(_rounds(kind, fault, quick) for fault in faults)
     task = progress.add_task(str(kind), total=total)
@@ -349,7 +240,7 @@ async def _measure(report: Report, quick: bool, console: Console) -> None:
         Progress(console=console) as progress,
     ):
         options = {"backend": "wasm", "state_dir": folder}
-        for kind in _ENGINES:
+        for kind in ENGINES:
             await _faults(report, quick, kind, options, progress)
         await _normal_path(report, quick, options, progress)
 
