@@ -1,4 +1,7 @@
-"""The demonstration: real sentences, four real browsers, one killed and one tab crashed.
+"""The demonstration: real sentences, four real browsers, one killed, one crashed, one lying.
+
+Two thirds are asked at level `high`, where a death costs no restart, the last at `critical`,
+where three browsers vote and one of them is made to answer wrong.
 
 Every answer is held against native onnxruntime, and afterwards the machine is searched for
 anything left behind. Exit code 0 only if all is right. It uses the pool as any program would.
@@ -22,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from actors.faults import crash_tab, kill_process
+from actors.faults import crash_tab, kill_process, wrong_answers
 from actors.messages import LaunchReport
 from pool import BrowserPool, PoolView, Result
 from pool.demo_models import minilm_folder
@@ -31,6 +34,7 @@ from pool.registry import ModelEntry
 from pool.tokens import encoder_for
 from recovery.errors import PoolError
 from recovery.kinds import BrowserType
+from recovery.levels import ORDER
 from recovery.pool_state import Phase
 from sharding.native import NativeSession
 
@@ -39,6 +43,7 @@ DIFFERENCE_MAX = 1e-4  # to native onnxruntime; the browsers' WASM and it differ
 _AT_ONCE = 8
 _GONE_SECONDS = 5.0
 _REPAIR_SECONDS = 60.0
+_VOTED = 12  # sentences asked again, of three browsers at once
 _SENTENCES = Path(__file__).with_name("assets") / "sentences.txt"
 
 
@@ -66,7 +71,7 @@ async def _demonstrate(console: Console) -> int:
     model = minilm_folder()
     began = time.monotonic()
     wanted = ", ".join(f"{count} {kind}" for kind, count in BROWSERS.items())
-    pool = BrowserPool(BROWSERS, name="demo", backend="wasm")
+    pool = BrowserPool(BROWSERS, name="demo", backend="wasm", level="critical", faults=True)
     launched: dict[str, LaunchReport] = {}
     with console.status(f"starting Ray and {wanted} ..."):
         await pool.open()
@@ -76,19 +81,23 @@ async def _demonstrate(console: Console) -> int:
         console.print(f"{pool!r} ready after {time.monotonic() - began:.1f} s")
         results, faults, first = await _embed_all(console, pool, sentences, launched)
         view = await _repaired(pool)
+        results += await _outvote(console, pool, sentences[-_VOTED:], faults, first)
+        view = await _repaired(pool, 3)
         launched.update({f"{name} repaired": report for name, report in view.launches.items()})
         if view.dashboard_url:
             console.print(f"Ray's dashboard was at {view.dashboard_url} while this ran")
     finally:
         await pool.close()
     vectors = np.concatenate([result.outputs["embedding"] for result in results])
-    reference = await asyncio.to_thread(_native, entry, sentences)
+    asked = [*sentences, *sentences[-_VOTED:]]
+    reference = await asyncio.to_thread(_native, entry, asked)
     difference = float(np.abs(vectors - reference).max())
     leftovers = await _leftovers(list(launched.values()))
 
     console.print(_browser_table(view, results))
     _print_timeline(console, view, results, faults, first)
-    _print_nearest(console, sentences, vectors)
+    _print_levels(console, results)
+    _print_nearest(console, sentences, vectors[: len(sentences)])
     return _judge(console, results, difference, leftovers, view)
 
 
@@ -117,7 +126,9 @@ async def _embed_all(
             async with places:
                 started += 1
                 begun.set()
-                result = await pool.run_with_recovery("minilm", "embed", {"text": sentence})
+                result = await pool.run_with_recovery(
+                    "minilm", "embed", {"text": sentence}, level="high"
+                )
             progress.advance(bar)
             return result
 
@@ -144,6 +155,24 @@ async def _embed_all(
     return list(results), faults, first
 
 
+async def _outvote(
+    console: Console,
+    pool: BrowserPool,
+    sentences: Sequence[str],
+    faults: list[Fault],
+    first: float,
+) -> list[Result]:
+    """Ask at level critical, while one browser answers wrong."""
+    liar = next(h.ref.browser_id for h in pool.hosts() if h.browser is BrowserType.FIREFOX)
+    await pool.inject(liar, wrong_answers(1000, bit=30))
+    faults.append(Fault(time.time() - first, "a bit of each of its answers is flipped", liar))
+    console.print(f"[red]lying[/red] from now on: {liar} (bit 30 of one number in each answer)")
+    return [
+        await pool.run_with_recovery("minilm", "embed", {"text": sentence})
+        for sentence in sentences
+    ]
+
+
 def _busiest(pool: BrowserPool, kind: BrowserType, spared: Sequence[str]) -> str:
     """The browser of this kind with the most operations under way."""
     hosts = [
@@ -152,13 +181,14 @@ def _busiest(pool: BrowserPool, kind: BrowserType, spared: Sequence[str]) -> str
     return max(hosts, key=lambda host: host.queue).ref.browser_id
 
 
-async def _repaired(pool: BrowserPool) -> PoolView:
-    """The pool's state once every broken browser is back."""
+async def _repaired(pool: BrowserPool, repairs: int = 2) -> PoolView:
+    """The pool's state once every broken browser is back, or another in its place."""
     async with asyncio.timeout(_REPAIR_SECONDS):
         while True:
             view = await pool.state()
             records = view.control.browsers.values()
-            if all(r.phase is Phase.READY for r in records) and len(view.control.repairs) >= 2:
+            back = all(r.phase is Phase.READY or r.replaced_by for r in records)
+            if back and len(view.control.repairs) >= repairs:
                 return view
             await pool.changed()
 
@@ -255,6 +285,24 @@ def _print_timeline(
     console.print("\nrecovery timeline (seconds since the first sentence)")
     for at, line in sorted(lines, key=lambda line: line[0]):
         console.print(f"  {at:7.3f}  {line}", highlight=False)
+
+
+def _print_levels(console: Console, results: Sequence[Result]) -> None:
+    table = Table(title="levels: what an operation was promised, and what became of it")
+    for column in ("level held", "operations", "hit by a fault", "votes", "p50 ms", "slowest ms"):
+        table.add_column(column, justify="left" if column == "level held" else "right")
+    for level in sorted({result.level_effective for result in results}, key=ORDER.index):
+        own = [result for result in results if result.level_effective is level]
+        votes = sorted({int(result.metrics.get("votes", 1)) for result in own})
+        table.add_row(
+            str(level),
+            str(len(own)),
+            str(sum(result.recovered for result in own)),
+            " or ".join(map(str, votes)),
+            f"{statistics.median(_durations(own)):.1f}",
+            f"{max(_durations(own)):.1f}",
+        )
+    console.print(table)
 
 
 def _print_nearest(

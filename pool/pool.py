@@ -53,7 +53,7 @@ from recovery.errors import (
 )
 from recovery.failures import Failure
 from recovery.kinds import BrowserType, Level, ModelType, RecoveryLevel
-from recovery.levels import BROWSERS_NEEDED, ORDER
+from recovery.levels import BROWSERS_NEEDED, ORDER, held
 from recovery.plan import strategy_order
 from recovery.pool_state import (
     ALIVE,
@@ -245,8 +245,11 @@ class BrowserPool:
     async def _joined_config(self, supervisor: RaySupervisor) -> PoolConfig:
         """This client's configuration with what the running pool has fixed."""
         theirs, hosts = await supervisor.config()
+        table = await supervisor.table(self._client)
+        living = [r.kind for r in table.state.browsers.values() if r.phase in ALIVE]
         return replace(
             self._config,
+            browsers={str(kind): living.count(kind) for kind in living} or self._config.browsers,
             level=str(theirs.level),
             strategy=theirs.strategy.name,
             restart_limit=theirs.limit,
@@ -443,8 +446,8 @@ class BrowserPool:
     @property
     def _probes(self) -> bool:
         """Whether browsers are asked known answers: from level medium on, unless told not to."""
-        held = ORDER.index(self._config.level_effective) >= ORDER.index(Level.MEDIUM)
-        return held and self._config.probe_seconds > 0
+        level = self._config.level_effective
+        return ORDER.index(level) >= ORDER.index(Level.MEDIUM) and self._config.probe_seconds > 0
 
     def _entry(self, name: str) -> ModelEntry:
         try:
@@ -637,7 +640,7 @@ class BrowserPool:
             and not record.replaced_by
             and not record.stands_in_for
         ]
-        effective = self._config.level_effective
+        effective = held(self._config.level_effective, len(alive))
         return PoolView(
             self.name,
             Level(self._config.level),

@@ -128,3 +128,20 @@ def test_unloaded_model_is_forgotten_and_late_reports_of_it_are_no_news():
     assert it.changes == []
     assert it.breakers.blocked() == {}
     assert it.breakers.admit("m") is not None
+
+
+def test_operation_that_is_the_probe_of_a_half_open_breaker_knows_it():
+    it = Guarded()
+    admission = it.breakers.admit("m")
+    assert admission is not None
+    assert not admission.on_trial
+    admission.succeeded()
+    it.fail(times=3)
+    it.now += 11
+    probe = it.breakers.admit("m")
+    assert probe is not None
+    assert probe.on_trial
+    probe.succeeded()
+    after = it.breakers.admit("m")
+    assert after is not None
+    assert not after.on_trial
