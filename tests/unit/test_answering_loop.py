@@ -24,6 +24,7 @@ from tests.fakes import FakeHosts, eventually, host_status, order
 
 X = {"x": np.arange(3, dtype=np.float32)}
 LIMIT = RestartLimit(restarts_max=1000)
+THREE = ("b-0", "b-1", "b-2")
 
 
 class Pool:
@@ -270,7 +271,53 @@ async def test_pool_that_closes_ends_what_waits():
         assert "closed" in result.error
 
 
-THREE = ("b-0", "b-1", "b-2")
+# What each level promises. "wrong": an answer, and nobody sees that it is wrong.
+PROMISES = {
+    "drop": ("fails", "survives", "survives", "survives", "survives"),
+    "crash": ("fails", "fails", "survives", "survives", "survives"),
+    "death": ("fails", "fails", "survives", "survives", "survives"),
+    "hang": ("fails", "fails", "fails", "survives", "survives"),
+    "lie": ("wrong", "wrong", "wrong", "wrong", "survives"),
+}
+
+
+@pytest.mark.parametrize("fault", PROMISES)
+@pytest.mark.parametrize("level", list(Level))
+async def test_level_keeps_its_promise_and_says_so_where_it_promises_nothing(level, fault):
+    browsers = THREE[: {Level.HIGH: 2, Level.CRITICAL: 3}.get(level, 1)]
+    promised = PROMISES[fault][list(Level).index(level)]
+    script = {"crash": "crash_on_run", "death": "die_on_run", "lie": "lie_on_run"}.get(fault)
+    hosts = FakeHosts(b_0=[{script: {0}} if script else {}])
+    async with serving(*browsers, hosts=hosts) as pool:
+        struck = pool.hosts["b-0"]
+        if fault == "hang":
+            struck.run_gate.clear()
+        if fault == "drop":
+            struck.in_touch.clear()
+            answer = struck.run
+
+            async def drop_once(*call: Any) -> Any:
+                reply = await answer(*call)
+                struck.in_touch.set()
+                return reply
+
+            struck.run = drop_once
+        answering = Answering(
+            Question("op", "m", "inference", level),
+            Rules(late_seconds=0.02),
+            pool.routing,
+            random.Random(level == Level.HIGH),  # a draw that asks b-0 first
+        )
+        result, reply = await answering.run(X, 0.5)
+        right = reply is not None and np.array_equal(reply.outputs["x"], X["x"] + 1)
+        outcome = "fails" if not result.success else "survives" if right else "wrong"
+        assert outcome == promised, result
+        if outcome == "fails":
+            assert result.error
+            assert result.original_error is not None
+            with pytest.raises(OperationFailed):
+                _ = result.outputs
+        struck.run_gate.set()
 
 
 async def test_late_answer_at_high_is_not_waited_for():
