@@ -51,6 +51,8 @@ def test_folder_that_its_maker_holds_stays_though_it_has_no_log(tmp_path):
     used = make(tmp_path, "used", 5000)
     (used / "log" / "lock").unlink()
     held = hold(used)
+    for path in (used / "log", used):
+        os.utime(path, (1e9, 1e9))
     for n in range(FOLDERS_MAX + 2):
         make(tmp_path, f"{n}", 1000)
     assert used.is_dir()
