@@ -510,14 +510,15 @@ class BrowserHost:
             adapter=facts.webgpu_adapter if reply.body["backend"] == Backend.WEBGPU else "",
         )
         self._require_ref(ref)
-        if known is not None and (wrong := difference(known, reply.tensors)):
+        warmed = not reply.body.get("warmError")  # else there is no answer to be judged
+        if known is not None and warmed and (wrong := difference(known, reply.tensors)):
             await self._ask("unload", {"model": spec.name})
             raise PageError(
                 f"{spec.name} computes something else here than natively: {wrong}",
                 what="wrong_answer",
                 model=spec.name,
             )
-        self._probes.learn(spec, numeric, asked, reply.tensors if known else {})
+        self._probes.learn(spec, numeric, asked, reply.tensors if known and warmed else {})
         # Whichever process loaded and warmed the model is the page's: its end is the page's.
         # The first load is the best evidence, as it compiles the runtime, too.
         self._page_pid = self._page_pid or busiest(used, cpu_seconds(self._page_pids))
@@ -571,7 +572,6 @@ class BrowserHost:
             return replace(answered, status=self.status(), repeated=True)
         running = self._in_flight.get(key)
         if running is None:
-            self._used_at = self._model_used_at[request.model] = self._clock()
             refusal = self._refusal(request)
             if refusal is not None:
                 return refusal
@@ -580,8 +580,12 @@ class BrowserHost:
                 return RunReply(self.status(), busy=True)  # `status.blocked` says by what
             running = asyncio.create_task(self._run(key, request, tensors, admission), name=key)
             self._in_flight[key] = running
-            running.add_done_callback(lambda _: self._in_flight.pop(key, None))
+            running.add_done_callback(lambda _: self._run_ended(key, request.model))
         return replace(await asyncio.shield(running), status=self.status())
+
+    def _run_ended(self, key: str, model: str) -> None:
+        self._in_flight.pop(key, None)
+        self._used_at = self._model_used_at[model] = self._clock()
 
     def _refusal(self, request: RunRequest) -> RunReply | None:
         status = self.status()
@@ -659,17 +663,17 @@ class BrowserHost:
 
         Only an answer that is wrong says so: a page that is gone or hangs is noticed otherwise.
         """
-        asked = self._probes.question(model)
-        if asked is None:
+        known = self._probes.of(model)
+        if known is None:
             return None
         self._asked += 1
         body = {"model": model}
-        frame = Frame("run", f"probe:{self._asked}", ref.epoch, body=body, tensors=asked)
+        frame = Frame("run", f"probe:{self._asked}", ref.epoch, body=body, tensors=known.asked)
         try:
             reply = await self._require_bridge().request(frame, self._config.hang_seconds)
         except PoolError:
             return None
-        wrong = self._probes.judge(model, reply.tensors)
+        wrong = self._probes.judge(known, reply.tensors)
         if not wrong or ref != self._ref or self._readiness is not Readiness.READY:
             return None
         failure = self._failure(
@@ -687,7 +691,8 @@ class BrowserHost:
         pause = self._config.probe_seconds
         while self._ref == ref and self._readiness is not Readiness.DEAD:
             await asyncio.sleep(pause)
-            idle = not self._in_flight and self._clock() - self._used_at >= pause / 2
+            free = not self._in_flight and not self._loading.locked()
+            idle = free and self._clock() - self._used_at >= pause / 2
             model = self._probes.next_model()
             if idle and model and self._readiness is Readiness.READY:
                 await self._probe(ref, model)

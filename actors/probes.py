@@ -13,21 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from recovery.kinds import Backend
 from recovery.records import HostRef, NumericId
 from recovery.voting import Ballot, Closeness, agree, describe_spread
 from sharding.signature import ModelSpec
 
 _Arrays = Mapping[str, np.ndarray[Any, Any]]
-# One thread on WASM sums in one order. GPUs and thread pools need not.
-_EXACT = frozenset({Backend.WASM, Backend.NATIVE})
 
 
-@dataclass(frozen=True)
-class _Known:
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A question, and what was answered to it."""
+
+    model: str
     asked: _Arrays
     answer: _Arrays
-    exact: bool
+    numeric: NumericId
     closeness: Closeness
 
 
@@ -35,7 +35,7 @@ class Probes:
     """Known answers by model."""
 
     def __init__(self) -> None:
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, Known] = {}
         self._turn = 0
 
     def learn(self, spec: ModelSpec, numeric: NumericId, asked: _Arrays, answer: _Arrays) -> None:
@@ -43,10 +43,9 @@ class Probes:
         if not answer:
             self._known.pop(spec.name, None)
             return
-        exact = numeric.backend in _EXACT and numeric.threads == 1
         closeness = Closeness(spec.tolerance.rtol, spec.tolerance.atol)
         copies = {name: np.array(array) for name, array in answer.items()}  # not views of a frame
-        self._known[spec.name] = _Known(asked, copies, exact, closeness)
+        self._known[spec.name] = Known(spec.name, asked, copies, numeric, closeness)
 
     def forget(self, model: str) -> None:
         self._known.pop(model, None)
@@ -54,10 +53,9 @@ class Probes:
     def clear(self) -> None:
         self._known.clear()
 
-    def question(self, model: str) -> _Arrays | None:
+    def of(self, model: str) -> Known | None:
         """What to ask, if an answer is known."""
-        known = self._known.get(model)
-        return known.asked if known else None
+        return self._known.get(model)
 
     def next_model(self) -> str:
         """The model whose turn it is; empty if nothing is known."""
@@ -67,13 +65,13 @@ class Probes:
         self._turn += 1
         return names[self._turn % len(names)]
 
-    def judge(self, model: str, answer: _Arrays) -> str:
-        """What is wrong with an answer, in words; empty if it is as it was."""
-        known = self._known.get(model)
-        if known is None:
+    def judge(self, known: Known, answer: _Arrays) -> str:
+        """What is wrong with an answer, in words; empty if it is as it was.
+
+        Empty, too, if the model has been loaded anew since it was asked: nothing can be said.
+        """
+        if self._known.get(known.model) is not known:
             return ""
-        numeric = NumericId("", Backend.WASM)
-        other = numeric if known.exact else NumericId("", Backend.WEBGPU)
-        before = Ballot(HostRef("before"), numeric, known.answer)
-        now = Ballot(HostRef("now"), other, answer)
+        before = Ballot(HostRef("before"), known.numeric, known.answer)
+        now = Ballot(HostRef("now"), known.numeric, answer)
         return "" if agree(before, now, known.closeness) else describe_spread([before, now])

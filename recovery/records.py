@@ -29,13 +29,19 @@ class HostRef:
 
 @dataclass(frozen=True)
 class NumericId:
-    """What decides the bits of an answer: hosts with equal ids should agree bit for bit."""
+    """What decides the bits of an answer: hosts with equal ids that are `exact` agree in each."""
 
     ort_build: str
     backend: Backend
     threads: int = 1
     simd: bool = True
     adapter: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether sums come out in one order: on one thread they do. GPUs need not, and an
+        adapter's name does not tell its driver."""
+        return self.backend in (Backend.WASM, Backend.NATIVE) and self.threads == 1
 
 
 @dataclass(frozen=True)

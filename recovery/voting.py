@@ -1,14 +1,14 @@
 """Whether answers agree, and which of them are to be believed.
 
-Hosts with equal `NumericId` must agree bit for bit; others within the model's tolerance, which
-can see large errors only. Two that agree elect an answer. Pure: this module must not know how
-an answer came about, and must not act on a verdict.
+Hosts with equal `NumericId` must agree bit for bit if that is `exact`; others within the model's
+tolerance, which can see large errors only. Two that agree elect an answer. Pure: this module must
+not know how an answer came about, and must not act on a verdict.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -43,11 +43,11 @@ class Ballot:
 
 @dataclass(frozen=True)
 class Elected:
-    """`winner` is the first of those that agree.
+    """What a vote came to.
 
-    `outvoted` are those that disagree with everybody else. `doubtful` agree within tolerance, but
-    not bit for bit with one of equal `NumericId`: one of the two is wrong in low bits, and
-    nothing says which.
+    `winner` has most behind it. `outvoted` agree with nobody, or are off by low bits where two of
+    their `NumericId` repeat each other. `doubtful` agree with somebody within tolerance, but with
+    none of equal id bit for bit as they should: who is wrong by low bits, nothing says.
     """
 
     winner: Ballot
@@ -67,26 +67,71 @@ Verdict: TypeAlias = Elected | Undecided
 
 
 def count_votes(ballots: Sequence[Ballot], closeness: Closeness) -> Verdict:
-    """What the answers that have come so far elect, in the order in which they came."""
-    for first, second in itertools.combinations(ballots, 2):
-        if agree(first, second, closeness):
-            return _elected(ballots, first, closeness)
-    return Undecided(describe_spread(ballots))
+    """What the answers that have come so far elect.
+
+    The one that most others repeat bit for bit, then the one that most agree with, then the one
+    that came first.
+    """
+    kin = {b.voter: _others(ballots, b, _repeats) for b in ballots}
+    friends = {b.voter: _others(ballots, b, lambda x, y: agree(x, y, closeness)) for b in ballots}
+    if not any(friends.values()):
+        return Undecided(describe_spread(ballots))
+    winner = max(ballots, key=lambda b: (len(kin[b.voter]), len(friends[b.voter])))
+    supporters = (winner.voter, *(b.voter for b in friends[winner.voter]))
+    outvoted, doubtful = [], []
+    for ballot in ballots:
+        off = _disputed(ballot, ballots) and not kin[ballot.voter]
+        if not friends[ballot.voter] or (off and _others_repeat(ballot, ballots)):
+            outvoted.append(ballot.voter)
+        elif off or ballot.voter not in supporters:
+            doubtful.append(ballot.voter)
+    kept = tuple(voter for voter in supporters if voter not in outvoted)
+    return Elected(winner, kept, tuple(outvoted), tuple(doubtful))
+
+
+def _others(
+    ballots: Sequence[Ballot], one: Ballot, alike: Callable[[Ballot, Ballot], bool]
+) -> list[Ballot]:
+    return [ballot for ballot in ballots if ballot is not one and alike(one, ballot)]
+
+
+def _repeats(a: Ballot, b: Ballot) -> bool:
+    return a.numeric == b.numeric and a.numeric.exact and same_bits(a.outputs, b.outputs)
+
+
+def _disputed(ballot: Ballot, ballots: Sequence[Ballot]) -> bool:
+    """Whether one that should repeat it bit for bit does not."""
+    return ballot.numeric.exact and any(
+        other.numeric == ballot.numeric and not same_bits(other.outputs, ballot.outputs)
+        for other in ballots
+    )
+
+
+def _others_repeat(ballot: Ballot, ballots: Sequence[Ballot]) -> bool:
+    """Whether two of its `NumericId` repeat each other, so that they outvote it in low bits."""
+    equals = [b for b in ballots if b.numeric == ballot.numeric and b is not ballot]
+    return any(_repeats(a, b) for a, b in itertools.combinations(equals, 2))
 
 
 def agree(a: Ballot, b: Ballot, closeness: Closeness) -> bool:
     """Whether two answers are the same, as far as their hosts can be expected to agree."""
-    if a.numeric == b.numeric:
+    if a.numeric == b.numeric and a.numeric.exact:
         return same_bits(a.outputs, b.outputs)
     return close(a.outputs, b.outputs, closeness)
 
 
 def same_bits(a: Mapping[str, Array], b: Mapping[str, Array]) -> bool:
-    """Equal in names, dtypes, shapes and every bit, those of a NaN included."""
-    return _same_form(a, b) and all(
-        np.ascontiguousarray(a[name]).tobytes() == np.ascontiguousarray(b[name]).tobytes()
-        for name in a
-    )
+    """Equal in names, dtypes, shapes and every bit; only that any NaN equals any other.
+
+    WebAssembly leaves the sign and payload of a NaN open, so engines may differ in them.
+    """
+    return _same_form(a, b) and all(_bits(a[name]) == _bits(b[name]) for name in a)
+
+
+def _bits(array: Array) -> bytes:
+    if array.dtype.kind == "f" and np.isnan(array).any():
+        array = np.where(np.isnan(array), np.array(np.nan, array.dtype), array)
+    return np.ascontiguousarray(array).tobytes()
 
 
 def close(a: Mapping[str, Array], b: Mapping[str, Array], closeness: Closeness) -> bool:
@@ -110,34 +155,6 @@ def describe_spread(ballots: Sequence[Ballot]) -> str:
                 worst = distance
                 words = f"{pair} differ by up to {distance:.6g} in {name!r} (element {place})"
     return words
-
-
-def _elected(ballots: Sequence[Ballot], winner: Ballot, closeness: Closeness) -> Elected:
-    supporters = [b for b in ballots if b is winner or agree(b, winner, closeness)]
-    others = [b for b in ballots if not any(b is one for one in supporters)]
-    doubtful: dict[HostRef, None] = {}
-    outvoted = []
-    for ballot in others:
-        if close(ballot.outputs, winner.outputs, closeness):
-            # Close, yet of equal id: it or the winner is off by low bits. If two of that id
-            # stand together, the third is outvoted; else nothing says which it is.
-            if _stands_alone(ballot, ballots):
-                outvoted.append(ballot.voter)
-            else:
-                doubtful.update(dict.fromkeys((winner.voter, ballot.voter)))
-        else:
-            outvoted.append(ballot.voter)
-    for one, two in itertools.combinations(supporters, 2):
-        if one.numeric == two.numeric and not same_bits(one.outputs, two.outputs):
-            doubtful.update(dict.fromkeys((one.voter, two.voter)))
-    return Elected(winner, tuple(b.voter for b in supporters), tuple(outvoted), tuple(doubtful))
-
-
-def _stands_alone(ballot: Ballot, ballots: Sequence[Ballot]) -> bool:
-    """Whether others of its `NumericId` agree with each other, and not with it."""
-    kin = [b for b in ballots if b.numeric == ballot.numeric and b is not ballot]
-    together = any(same_bits(a.outputs, b.outputs) for a, b in itertools.combinations(kin, 2))
-    return together and not any(same_bits(ballot.outputs, b.outputs) for b in kin)
 
 
 def _same_form(a: Mapping[str, Array], b: Mapping[str, Array]) -> bool:

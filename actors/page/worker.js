@@ -173,10 +173,10 @@ async function load({ model, digest, backends, ...source }, tensors) {
     }
   }
   if (!best) throw new Error(backends.map((b) => `${b}: ${tried[b].error}`).join("; "));
-  const { answer, ...kept } = best;
+  const { answer, warmError, ...kept } = best;
   models.set(model, { ...kept, digest });
   const build = `${config.ortVersion}/${BUNDLES[best.backend][0]}`;
-  return { body: { backend: best.backend, build, tried }, tensors: lied(model, answer) };
+  return { body: { backend: best.backend, build, tried, warmError }, tensors: lied(model, answer) };
 }
 
 async function unload({ model }) {
