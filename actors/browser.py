@@ -767,6 +767,7 @@ class BrowserHost:
                 queue=self.status().queue,
                 idle_seconds=now - used,
                 ready=self._readiness is Readiness.READY,
+                kind=str(self._kind),
                 models={name: now - self._model_used_at.get(name, used) for name in self._models},
             ),
             NodeLoad(self._node, memory.total, memory.available),

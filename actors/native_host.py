@@ -41,6 +41,7 @@ class NativeHost:
         self._make = make
         self._wall = wall
         self._sessions: OrderedDict[str, NativeSession] = OrderedDict()  # by digest
+        self._opening: dict[str, asyncio.Task[NativeSession]] = {}
         self._turn = asyncio.Lock()
         self._queue = 0
         self._served = 0
@@ -78,12 +79,22 @@ class NativeHost:
         return HostStatus(self._ref, None, Readiness.READY, self._queue, served=self._served)
 
     async def _session(self, spec: ModelSpec) -> NativeSession:
+        """The model, opened once: who can't wait for that leaves it to the next."""
         session = self._sessions.get(spec.digest)
         if session is None:
-            session = self._make(spec.files[0].path)
-            await asyncio.to_thread(session.open)
-            self._sessions[spec.digest] = session
-            while len(self._sessions) > self._models_max:
-                self._sessions.popitem(last=False)[1].close()
+            opening = self._opening.get(spec.digest)
+            if opening is None:
+                opening = asyncio.create_task(self._open(spec), name="open")
+                self._opening[spec.digest] = opening
+                opening.add_done_callback(lambda _: self._opening.pop(spec.digest, None))
+            session = await asyncio.shield(opening)
         self._sessions.move_to_end(spec.digest)
+        return session
+
+    async def _open(self, spec: ModelSpec) -> NativeSession:
+        session = self._make(spec.files[0].path)
+        await asyncio.to_thread(session.open)
+        self._sessions[spec.digest] = session
+        while len(self._sessions) > self._models_max:
+            self._sessions.popitem(last=False)[1].close()
         return session

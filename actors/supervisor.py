@@ -404,7 +404,7 @@ class Supervisor:
         name = order.spec.name
         async with self._ordering:
             self._require_open()
-            known = self._state.models.get(name)
+            known = self._state.models.get(name) or self._state.parked.get(name)
             if known is not None and known != order.spec.digest:
                 raise BadInput(
                     f"this pool has another model called {name!r}: unload that first, or choose "
@@ -429,12 +429,17 @@ class Supervisor:
         await self._until(lambda: self._settled(name))
 
     async def wake(self, model: str) -> None:
-        """Load a parked model again; returns when it is loaded. Any other is left as it is."""
+        """Have a parked model loaded again, without waiting for it. Any other is left as it is.
+
+        Raises `SetupError` while there is too little memory for it.
+        """
         self._require_open()
-        order = self._models.get(model)
-        if order is not None and model in self._state.parked:
-            await self.load(order)
-        await self._until(lambda: self._settled(model))
+        async with self._ordering:
+            order = self._models.get(model)
+            if order is not None and model in self._state.parked:
+                await self._refuse_if_full(order)
+                wanted = ModelWanted(model, order.spec.digest, order.spec.type)
+                await self._happen(wanted, ordered=True)
 
     async def unload(self, model: str) -> None:
         self._require_open()

@@ -80,7 +80,9 @@ async def _settled(pool: BrowserPool, browsers: int) -> None:
                 for record in records
                 if record.phase is Phase.READY and record.models.get("minilm") is ModelPhase.LOADED
             ]
-            if len(serving) >= browsers and all(r.repair is None for r in records):
+            known = [host for host in pool.hosts() if host.can_take("minilm")]
+            whole = len(serving) >= browsers and len(known) >= browsers
+            if whole and all(record.repair is None for record in records):
                 return
             await pool.changed(0.2)
 

@@ -32,9 +32,9 @@ from recovery.answering import (
 from recovery.errors import BrowserError, PoolBusy
 from recovery.failures import Category, Failure, Scope, categorize_browser_failure
 from recovery.kinds import Backend, Level, Readiness
-from recovery.levels import COPIES, copies_wanted, held
+from recovery.levels import COPIES, COPIES_MAX, copies_wanted, held
 from recovery.records import HostRef, HostStatus, NumericId
-from recovery.voting import Ballot, Closeness, Elected, count_votes
+from recovery.voting import QUORUM, Ballot, Closeness, Elected, count_votes
 
 Tensors: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
 Simulate: TypeAlias = Callable[[Tensors, float], Awaitable[RunReply]]
@@ -89,8 +89,9 @@ class Answering:
     """The answering loop of one operation.
 
     `on_wrong(ref, failure)` is told of each host that was outvoted, also after the answer was
-    given. `simulate` computes natively, as the last resort; None forbids it. `on_time(seconds)`
-    is told how long the first copy took, if that was the whole of it.
+    given; `on_audit` is given the tasks that wait for those. `on_stuck()` is called when no host
+    can be asked, and says why waiting is in vain, if it is. `simulate` computes natively, as the
+    last resort; None forbids it.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Answering:
         *,
         on_wrong: Callable[[HostRef, Failure], None] = lambda ref, failure: None,
         on_audit: Callable[[asyncio.Task[None]], None] = lambda task: None,
+        on_stuck: Callable[[], str] = lambda: "",
         simulate: Simulate | None = None,
     ) -> None:
         self._question = question
@@ -110,6 +112,7 @@ class Answering:
         self._rng = rng
         self._on_wrong = on_wrong
         self._on_audit = on_audit
+        self._on_stuck = on_stuck
         self._simulate = simulate
         self._begun = time.monotonic()
         self._attempts: list[Attempt] = []
@@ -121,21 +124,18 @@ class Answering:
         self._policy = AnsweringPolicy(
             question.level, rules.attempts_max * copies, rules.wait_when_full
         )
-        ready = self._ready()
-        self._held = held(question.level, ready)
-        lone = not rules.strict and ready < 2
-        self._quorum = 2 if question.level is Level.CRITICAL and not lone else 1
+        self._held = held(question.level, 0)
+        self._quorum = QUORUM if question.level is Level.CRITICAL else 1
+        self._sent = False
 
     async def run(self, tensors: Tensors, seconds: float) -> tuple[Result, RunReply | None]:
         """The one answer within `seconds`, or why there is none. Raises `PoolBusy`."""
         end = self._begun + seconds
         try:
             while True:
+                seen = self._routing.changes
                 settled = self._settled()
                 if settled is not None:
-                    if self._question.level is Level.HIGH:
-                        for copy in self._copies:  # it was late: others need not find that out
-                            await self._routing.distrust(copy.status.ref)
                     return settled
                 if self._routing.gone is not None:
                     return self._failed(str(self._routing.gone)), None
@@ -144,10 +144,18 @@ class Answering:
                     ended = await self._last_resort(stuck, tensors, end)
                     if ended is not None:
                         return ended
-                await self._wait(stuck, end)
+                await self._wait(stuck, end, seen)
         finally:
             for copy in self._copies:
                 copy.task.cancel()
+
+    def _begin(self) -> None:
+        """The first copy is about to be sent: what is ready now is what the operation has."""
+        ready = self._ready()
+        self._held = held(self._question.level, ready)
+        if not self._rules.strict and ready < QUORUM:
+            self._quorum = 1
+        self._sent = True
 
     # -- sending ----------------------------------------------------------------------------------
 
@@ -171,6 +179,8 @@ class Answering:
             )
             if not isinstance(action, Send):
                 return action
+            if not self._sent:
+                self._begin()
             if self._is_late() and not self._late:
                 self._late = True
                 ref, at = self._copies[0].status.ref, self._elapsed()
@@ -236,17 +246,17 @@ class Answering:
 
     # -- waiting ----------------------------------------------------------------------------------
 
-    async def _wait(self, stuck: Action | None, end: float) -> None:
+    async def _wait(self, stuck: Action | None, end: float, seen: int) -> None:
         """Until a copy is back, another one is due, or (where that can help) the table changes."""
         if not self._copies:
             why = stuck.why if isinstance(stuck, WaitForHost) else ""
-            await self._wait_for_table(why, self._patience(end))
+            await self._wait_for_table(why, self._patience(end), seen)
             return
         waiting: set[asyncio.Future[Any]] = {copy.task for copy in self._copies}
         changes = None
         if isinstance(stuck, WaitForHost):
             left = max(end - time.monotonic(), 0.0)
-            changes = asyncio.create_task(self._routing.change(left), name="change")
+            changes = asyncio.create_task(self._routing.change(left, seen), name="change")
             waiting.add(changes)
         try:
             await asyncio.wait(
@@ -266,9 +276,9 @@ class Answering:
             return None  # each copy has a limit of its own
         return self._copies[0].began + self._rules.late_seconds - self._elapsed()
 
-    async def _wait_for_table(self, why: str, seconds: float) -> None:
+    async def _wait_for_table(self, why: str, seconds: float, seen: int) -> None:
         began = self._elapsed()
-        await self._routing.change(seconds)
+        await self._routing.change(seconds, seen)
         if self._steps:
             took = self._elapsed() - began
             last = self._steps[-1]
@@ -290,27 +300,47 @@ class Answering:
         self, stuck: Action | None, tensors: Tensors, end: float
     ) -> tuple[Result, RunReply | None] | None:
         """With nothing under way: wait on (None), refuse, compute natively, or give up."""
+        left = end - time.monotonic()
+        if len(self._answers) >= COPIES[Level.CRITICAL] and not self._others():
+            return self._failed(self._with_spread("there is no other browser to ask")), None
         match stuck:
             case Refuse(why):
                 raise PoolBusy(f"{why}; wait (when_full='wait'), or add browsers.")
-            case WaitForHost(why) if self._patience(end) > 0:
-                return None
-            case GiveUp(why) | WaitForHost(why):
-                left = end - time.monotonic()
-                if self._simulate is not None and left > 0:
-                    return await self._simulated(why, tensors, left)
-                return self._failed(self._with_spread(why)), None
-        return None  # a copy came back without an answer: choose again
+            case GiveUp(why):
+                pass
+            case _:
+                why = stuck.why if isinstance(stuck, WaitForHost) else "no browser answered"
+                vain = self._on_stuck() if stuck is not None else ""
+                if not vain and self._patience(end) > 0:
+                    return None
+                why = vain or why
+        if self._simulate is not None and left > 0:
+            return await self._simulated(why, tensors, left, final=isinstance(stuck, GiveUp))
+        return self._failed(self._with_spread(why)), None
+
+    def _others(self) -> bool:
+        """Whether anybody in service has the model and was not asked."""
+        answered = {answer.status.ref for answer in self._answers}
+        if len(answered) >= COPIES_MAX:
+            return False
+        return any(
+            status.ref not in answered and status.can_take(self._question.model)
+            for status in self._routing.candidates()
+        )
 
     async def _simulated(
-        self, why: str, tensors: Tensors, left: float
-    ) -> tuple[Result, RunReply | None]:
+        self, why: str, tensors: Tensors, left: float, *, final: bool
+    ) -> tuple[Result, RunReply | None] | None:
+        """The native answer. None: there is none, but a browser may yet be ready in time."""
         assert self._simulate is not None
         began = self._elapsed()
         try:
             async with asyncio.timeout(left):
                 reply = await self._simulate(tensors, left)
         except (BrowserError, TimeoutError) as error:
+            self._simulate = None  # it was tried
+            if not final:
+                return None
             return self._failed(f"{why}; and the native runtime: {error}"), None
         took = self._elapsed() - began
         self._steps.append(RecoveryStep("simulated", str(reply.status.ref), began, took, why))
@@ -323,6 +353,7 @@ class Answering:
             return None
         if self._quorum == 1:
             (first, *_) = self._answers
+            self._leave()
             return self._answered(first.status, first.reply), first.reply
         verdict = count_votes([answer.ballot for answer in self._answers], self._question.closeness)
         if not isinstance(verdict, Elected):
@@ -334,6 +365,12 @@ class Answering:
         result = self._answered(winner.status, winner.reply)
         votes = {"votes": float(len(verdict.supporters)), "doubtful": float(len(verdict.doubtful))}
         return replace(result, metrics={**result.metrics, **votes}), winner.reply
+
+    def _leave(self) -> None:
+        """Let copies that are late come to their end: until then their hosts count as busy."""
+        rest, self._copies = self._copies, []
+        for copy in rest:
+            self._on_audit(asyncio.create_task(_ended(copy.task), name="late"))
 
     def _audit(self, verdict: Elected) -> None:
         """Compare also those that are still under way, when they come. Nobody waits for it."""
@@ -441,3 +478,7 @@ class Answering:
                 "attempts": float(len(self._attempts) + len(self._copies)),
             },
         )
+
+
+async def _ended(task: asyncio.Task[RunReply | None]) -> None:
+    await task

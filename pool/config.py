@@ -106,14 +106,14 @@ class PoolConfig:
             if getattr(self, name) not in words:
                 raise _bad(name, f"one of {', '.join(words)}", getattr(self, name))
         strategy_order(self.strategy)
-        most = sum(
-            max(count, scaled.maximum if (scaled := self.scaling().get(kind)) else 0)
-            for kind, count in self.kinds().items()
-        )
-        if self.adaptive_scaling and most > self.max_connections:
-            raise _bad(
-                "adaptive_scaling", f"{self.max_connections} (max_connections) at most", most
+        least, most = self._bounds()
+        needed = BROWSERS_NEEDED[self.level_effective]
+        if self.adaptive_scaling and not (needed <= least and most <= self.max_connections):
+            all_in_all = (
+                f"{needed} (for level {self.level_effective}) to {self.max_connections} "
+                "(max_connections) browsers in all"
             )
+            raise _bad("adaptive_scaling", all_in_all, (least, most))
         limits: Any = self.resources
         if not isinstance(limits, ResourceLimits):
             raise _bad("resources", "a recovery.resources.ResourceLimits", limits)
@@ -168,6 +168,16 @@ class PoolConfig:
                 raise _bad(f"adaptive_scaling[{name!r}]", "(least, most) with 1 <= least", bounds)
             found[detect_browser_type(str(name))] = ScalingLimits(*bounds)
         return found
+
+    def _bounds(self) -> tuple[int, int]:
+        """The least and the most browsers that there may be."""
+        kinds, scaled = self.kinds(), self.scaling()
+        least = most = 0
+        for kind in kinds.keys() | scaled.keys():
+            count = kinds.get(kind, 0)
+            least += scaled[kind].minimum if kind in scaled else count
+            most += max(count, scaled[kind].maximum) if kind in scaled else count
+        return least, most
 
     @property
     def level_effective(self) -> Level:

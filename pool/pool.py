@@ -12,10 +12,10 @@ import contextlib
 import os
 import random
 import secrets
-import time
 from collections import deque
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -116,6 +116,7 @@ class BrowserPool:
             options["browsers"] = dict(browsers)
         config = PoolConfig(**options).checked()
         self._config = config if config.name else replace(config, name=_made_up_name())
+        self._level = self._config.level_effective
         self._client = secrets.token_hex(8)
         self._operations = OperationRegistry()
         self._registry = ModelRegistry()
@@ -133,7 +134,8 @@ class BrowserPool:
         self._folder_lock: int | None = None
         self._latencies = Latencies(self._config.hedge_quantile, self._config.hedge_seconds)
         self._audits: deque[asyncio.Task[None]] = deque()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._waking: dict[str, asyncio.Task[str]] = {}
         counted = ("asked", "answered", "recovered", "simulated", "failed", "refused")
         self._counts = dict.fromkeys(counted, 0)
 
@@ -245,11 +247,9 @@ class BrowserPool:
     async def _joined_config(self, supervisor: RaySupervisor) -> PoolConfig:
         """This client's configuration with what the running pool has fixed."""
         theirs, hosts = await supervisor.config()
-        table = await supervisor.table(self._client)
-        living = [r.kind for r in table.state.browsers.values() if r.phase in ALIVE]
+        self._level = theirs.level
         return replace(
             self._config,
-            browsers={str(kind): living.count(kind) for kind in living} or self._config.browsers,
             level=str(theirs.level),
             strategy=theirs.strategy.name,
             restart_limit=theirs.limit,
@@ -392,9 +392,10 @@ class BrowserPool:
                 del self._loading[name]
         records = [r for r in table.state.browsers.values() if name in r.models]
         loaded = sum(r.models[name] is ModelPhase.LOADED for r in records)
-        needed = BROWSERS_NEEDED[self._config.level_effective] if self._config.strict else 1
+        needed = BROWSERS_NEEDED[self._level] if self._config.strict else 1
         if loaded < needed:
-            await self.unload(name)
+            if not known:
+                await self.unload(name)
             why = "; ".join(
                 f"{r.id}: {r.load_failures.get(name, r.phase)}"
                 for r in records
@@ -446,7 +447,7 @@ class BrowserPool:
     @property
     def _probes(self) -> bool:
         """Whether browsers are asked known answers: from level medium on, unless told not to."""
-        level = self._config.level_effective
+        level = self._level
         return ORDER.index(level) >= ORDER.index(Level.MEDIUM) and self._config.probe_seconds > 0
 
     def _entry(self, name: str) -> ModelEntry:
@@ -506,8 +507,6 @@ class BrowserPool:
         self._counts["asked"] += 1
         tolerance, kind = entry.spec.tolerance, (entry.spec.digest, op, wanted, size)
         try:
-            if self._is_parked(model):
-                seconds = await self._wake(model, seconds)
             answering = Answering(
                 Question(
                     op_id or secrets.token_hex(8),
@@ -528,6 +527,7 @@ class BrowserPool:
                 self._rng,
                 on_wrong=self._charge,
                 on_audit=self._keep_audit,
+                on_stuck=partial(self._wake, model),
                 simulate=self._simulation(entry) if simulation is not False else None,
             )
             result, reply = await answering.run(tensors, seconds)
@@ -539,7 +539,7 @@ class BrowserPool:
         if result.success and reply is not None:
             values = spec.finish(entry, tensors, reply.outputs or {})
             result = replace(result, values=values)
-            if not result.recovery:
+            if result.original_error is None:  # of a late one, so long at least
                 self._latencies.note(kind, result.metrics["duration_ms"] / 1e3)
         result = replace(result, metrics={**result.metrics, "bytes_in": float(size)})
         self._count(result)
@@ -547,19 +547,31 @@ class BrowserPool:
             self._recorder.note(result, entry)
         return result
 
-    def _is_parked(self, model: str) -> bool:
+    def _wake(self, model: str) -> str:
+        """If a model is parked, have it loaded again. Returns why that failed, if it did."""
         table = self._routing.table if self._routing else None
-        return table is not None and model in table.state.parked
+        if table is None or model not in table.state.parked:
+            return ""
+        waking = self._waking.get(model)
+        if waking is not None and waking.done():
+            del self._waking[model]
+            return waking.result()
+        if waking is None:
+            waking = self._waking[model] = asyncio.create_task(self._ask_to_wake(model))
+            self._tasks.add(waking)
+            waking.add_done_callback(self._tasks.discard)
+        return ""
 
-    async def _wake(self, model: str, seconds: float) -> float:
-        """Have a parked model loaded again; returns what is left of the time."""
-        supervisor, routing = self._require_open()
-        began = time.monotonic()
-        with contextlib.suppress(TimeoutError, PoolError):  # then the operation says why it fails
-            async with asyncio.timeout(seconds):
-                await routing.unless_gone(supervisor.wake(model))
-                await routing.until(lambda table: model not in table.state.parked, seconds)
-        return max(seconds - (time.monotonic() - began), 0.001)
+    async def _ask_to_wake(self, model: str) -> str:
+        why = ""
+        try:
+            supervisor, routing = self._require_open()
+            await routing.unless_gone(supervisor.wake(model))
+        except PoolError as error:
+            why = str(error)
+        if self._routing is not None:
+            await self._routing.announce()
+        return why
 
     def _simulation(self, entry: ModelEntry) -> Simulate | None:
         native = self._native
@@ -576,7 +588,7 @@ class BrowserPool:
         return simulate
 
     def _level_of_call(self, level: str | None) -> Level:
-        pools = self._config.level_effective
+        pools = self._level
         if level is None:
             return pools
         if level not in ORDER or ORDER.index(Level(level)) > ORDER.index(pools):
@@ -588,13 +600,17 @@ class BrowserPool:
 
     def _charge(self, ref: HostRef, failure: Failure) -> None:
         """A browser was outvoted: leave it alone, and have it replaced."""
+        if self._routing is not None:
+            self._routing.shun(ref)
         self._background(self._replace_liar(ref, failure))
 
     async def _replace_liar(self, ref: HostRef, failure: Failure) -> None:
-        supervisor, routing = self._require_open()
-        await routing.distrust(ref)
         with contextlib.suppress(PoolError):  # it is gone already, or so is the pool
-            await routing.unless_gone(supervisor.repair(ref.browser_id, failure, None))
+            supervisor, routing = self._require_open()
+            try:
+                await routing.unless_gone(supervisor.repair(ref.browser_id, failure, None))
+            finally:
+                routing.pardon(ref)  # if it is still there, nobody could replace it
 
     def _keep_audit(self, audit: asyncio.Task[None]) -> None:
         """Let a late answer be compared, the oldest ones only as long as they are not too many."""
@@ -640,7 +656,7 @@ class BrowserPool:
             and not record.replaced_by
             and not record.stands_in_for
         ]
-        effective = held(self._config.level_effective, len(alive))
+        effective = held(self._level, len(alive))
         return PoolView(
             self.name,
             Level(self._config.level),

@@ -63,6 +63,8 @@ class Routing:
         self._heard: dict[HostRef, float] = {}  # when each host last spoke for itself
         self._opening: dict[str, asyncio.Lock] = {}  # one link to a worker, however many ask
         self._changed = asyncio.Condition()
+        self.changes = 0  # counts announcements, so that none is missed
+        self._shunned: set[HostRef] = set()
         self._task: asyncio.Task[None] | None = None
         self.table: Table | None = None
         self.gone: PoolClosed | None = None
@@ -79,7 +81,7 @@ class Routing:
                 await self._task
         if self.gone is None:
             self.gone = PoolClosed("this pool has been closed")
-        await self._announce()  # whoever waits for a browser must not wait for its deadline
+        await self.announce()  # whoever waits for a browser must not wait for its deadline
         for link in list(self._links.values()):
             await link.close()
 
@@ -98,7 +100,7 @@ class Routing:
             except PoolError as error:
                 self.gone = error if isinstance(error, PoolClosed) else PoolClosed(str(error))
             if self.gone is not None:
-                await self._announce()
+                await self.announce()
                 return
             heard = time.monotonic()
             await self._take(table)
@@ -123,9 +125,11 @@ class Routing:
             del self._statuses[ref], self._hosts[ref]
             self._heard.pop(ref, None)
             self._distrusted.pop(ref, None)
-        await self._announce()
+            self._shunned.discard(ref)
+        await self.announce()
 
-    async def _announce(self) -> None:
+    async def announce(self) -> None:
+        self.changes += 1
         async with self._changed:
             self._changed.notify_all()
 
@@ -138,11 +142,14 @@ class Routing:
             replace(
                 status,
                 queue=max(self._queue_heard(status), self._outstanding.get(ref, 0)),
-                readiness=Readiness.DEAD if self._distrust_left(ref) > 0 else status.readiness,
+                readiness=status.readiness if self._is_trusted(ref) else Readiness.DEAD,
                 blocked=self._blocked(status),
             )
             for ref, status in self._statuses.items()
         ]
+
+    def _is_trusted(self, ref: HostRef) -> bool:
+        return ref not in self._shunned and self._distrust_left(ref) <= 0
 
     def _distrust_left(self, ref: HostRef) -> float:
         return self._distrusted.get(ref, -math.inf) - asyncio.get_running_loop().time()
@@ -187,7 +194,7 @@ class Routing:
                     return await host.run(request, tensors)
                 return await self._run_linked(ref.address, request, tensors)
         except BaseException:  # a reply is announced by `learn`; this also frees a place
-            await self._announce()
+            await self.announce()
             raise
 
     async def inject(self, ref: HostRef, fault: Mapping[str, Any]) -> None:
@@ -249,7 +256,7 @@ class Routing:
             self._statuses[status.ref] = replace(status, ref=known.ref)
             self._distrusted.pop(status.ref, None)
             self._heard[status.ref] = asyncio.get_running_loop().time()
-        await self._announce()
+        await self.announce()
 
     async def distrust(self, ref: HostRef) -> None:
         """This incarnation failed; leave it alone until the supervisor has replaced it.
@@ -259,8 +266,18 @@ class Routing:
         if ref in self._statuses:
             self._distrusted[ref] = asyncio.get_running_loop().time() + _DISTRUST_SECONDS
 
-    async def change(self, seconds: float) -> None:
-        """Wait until something may have changed, at most `seconds`."""
+    def shun(self, ref: HostRef) -> None:
+        """Leave this incarnation alone, whatever it says of itself: it was outvoted."""
+        if ref in self._statuses:
+            self._shunned.add(ref)
+
+    def pardon(self, ref: HostRef) -> None:
+        self._shunned.discard(ref)
+
+    async def change(self, seconds: float, seen: int | None = None) -> None:
+        """Wait until something may have changed (since `changes` was `seen`), at most `seconds`."""
+        if seen is not None and seen != self.changes:
+            return
         full = [status.ref for status in self._statuses.values() if status.full]
         news = [*map(self._news_left, full), *map(self._distrust_left, self._distrusted)]
         for status in self._statuses.values():

@@ -81,8 +81,12 @@ class Caretaker:
         own = [r for r in state.browsers.values() if r.kind is kind and not r.stands_in_for]
         ready = [r for r in own if r.phase is Phase.READY]
         queues = [loads[r.id].queue for r in ready if r.id in loads]
-        coming = sum(r.phase in COMING or r.recycling for r in own)
+        # One that was given up keeps its place: else it would be started over and over.
+        lost = sum(r.phase is Phase.GIVEN_UP and not r.replaced_by for r in own)
+        coming = lost + sum(r.phase in COMING or r.recycling for r in own)
         busy = sum(queue > 0 for queue in queues)
+        if kind in state.missing:
+            return []
         scaled.readings.append(Reading(now, len(ready), coming, sum(queues), busy))
         change = scale(scaled.limits, scaled.readings, scaled.changed_at, now)
         if not change.delta:
@@ -101,8 +105,11 @@ def _queue(record: BrowserRecord, loads: Mapping[str, BrowserLoad]) -> int:
 
 
 def free_names(state: PoolState, kind: BrowserType, count: int) -> list[str]:
-    """Names for `count` new browsers: the first numbers that no living one of that kind has."""
-    taken = {record.id for record in state.browsers.values() if record.phase in ALIVE}
+    """Names for `count` new browsers: the first numbers that none of that kind has, unless it was
+    stopped in order."""
+    taken = {
+        record.id for record in state.browsers.values() if record.phase in (*ALIVE, Phase.GIVEN_UP)
+    }
     names: list[str] = []
     number = 0
     while len(names) < count:

@@ -55,6 +55,7 @@ class BrowserLoad:
     idle_seconds: float  # since its last operation, or its start
     ready: bool
     models: Mapping[str, float]  # name -> seconds since its last use here, or since it was loaded
+    kind: str = ""  # its engine
 
 
 @dataclass(frozen=True)
@@ -173,15 +174,17 @@ def _recycle_swollen(
     limits: ResourceLimits, short: Mapping[str, NodeLoad], browsers: Sequence[BrowserLoad]
 ) -> Recycle | None:
     """Recycle the largest browser where memory is short, if it is much larger than others."""
-    sizes = [load.memory_bytes for load in browsers if load.ready and load.memory_bytes > 0]
-    if len(sizes) < 2:
-        return None
-    usual = median(sizes)
+    sizes: dict[str, list[int]] = {}  # engines differ by more than that
+    for load in browsers:
+        if load.ready and load.memory_bytes > 0:
+            sizes.setdefault(load.kind, []).append(load.memory_bytes)
+    usual = {kind: median(each) for kind, each in sizes.items() if len(each) > 1}
     swollen = [
         browser
         for browser in browsers
         if browser.node in short
-        and browser.memory_bytes > SWOLLEN_RATIO * usual
+        and browser.kind in usual
+        and browser.memory_bytes > SWOLLEN_RATIO * usual[browser.kind]
         # One that is so large when it is new would be recycled again and again.
         and browser.age_seconds >= limits.idle_seconds
         and _may_be_recycled(limits, browser, browsers)
@@ -190,7 +193,7 @@ def _recycle_swollen(
         return None
     browser = min(swollen, key=lambda browser: (-browser.memory_bytes, browser.browser_id))
     why = (
-        f"holds {_mib(browser.memory_bytes)} where {_mib(usual)} are usual, and "
+        f"holds {_mib(browser.memory_bytes)} where {_mib(usual[browser.kind])} are usual, and "
         f"{_shortage(short[browser.node])}"
     )
     return Recycle(browser.browser_id, browser.epoch, why)

@@ -161,10 +161,11 @@ async def test_high_moves_on_at_once_when_a_browser_dies_or_hangs(
             await ask()
         launch = (await pool.state()).launches["chrome-0"]
         with stopped(pages_of(launch, BrowserType.CHROME)):
-            results = [await ask() for _ in range(8)]
+            results = [await ask()]
+            while not any(step.what == "hedged" for step in results[-1].recovery):
+                results.append(await ask())  # of two that have nothing to do, any is asked first
+            results += [await ask() for _ in range(4)]
         assert {result.browser_id for result in results} == {"firefox-0"}
-        hedged = [r for r in results if any(step.what == "hedged" for step in r.recovery)]
-        assert hedged  # of two that have nothing to do, any is asked first
         assert all(result.metrics["duration_ms"] < 500 for result in results)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import random
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,13 +15,13 @@ from actors.supervisor import Supervisor, SupervisorConfig
 from pool.answering import Answering, Question, Rules
 from pool.results import Result
 from pool.routing import Routing
-from recovery.errors import OperationFailed, PoolBusy, PoolClosed
+from recovery.errors import OperationFailed, PageError, PoolBusy, PoolClosed
 from recovery.failures import Category
 from recovery.kinds import Backend, BrowserType, Level
 from recovery.plan import STRATEGIES
 from recovery.records import HostRef
 from recovery.supervision import RestartLimit
-from tests.fakes import FakeHosts, eventually, host_status, order
+from tests.fakes import FakeHosts, eventually, host_status, order, until
 
 X = {"x": np.arange(3, dtype=np.float32)}
 LIMIT = RestartLimit(restarts_max=1000)
@@ -265,7 +266,7 @@ async def test_pool_that_closes_ends_what_waits():
         asked = asyncio.create_task(pool.ask())
         await asyncio.sleep(0)
         pool.routing.gone = PoolClosed("the pool is closed")
-        await pool.routing._announce()
+        await pool.routing.announce()
         result = await asked
         assert not result.success
         assert "closed" in result.error
@@ -334,7 +335,29 @@ async def test_late_answer_at_high_is_not_waited_for():
         assert result.browser_id == other.ref.browser_id
         assert [step.what for step in result.recovery] == ["hedged", "resubmitted"]
         assert result.level_effective is Level.HIGH
-        assert not slow.in_flight  # what is not wanted any more is let go
+        assert slow.in_flight  # until it ends it counts as busy, and others are asked first
+        for number in range(5):
+            result = await pool.ask(f"next{number}", level=Level.HIGH)
+            assert result.browser_id == other.ref.browser_id
+            assert result.level_effective is Level.HIGH
+        slow.run_gate.set()
+        await asyncio.gather(*pool.audits)
+
+
+async def test_first_browser_may_still_win_and_neither_is_held_against_it():
+    async with serving("b-0", "b-1") as pool:
+        for host in pool.hosts.all:
+            host.run_gate.clear()
+        asked = asyncio.create_task(pool.ask(level=Level.HIGH, late_seconds=0.01))
+        await eventually(lambda: any(host.in_flight for host in pool.hosts.all))
+        (first,) = [host for host in pool.hosts.all if host.in_flight]
+        await until(lambda: all(host.in_flight for host in pool.hosts.all))
+        first.run_gate.set()
+        assert (await asked).browser_id == first.ref.browser_id
+        for host in pool.hosts.all:
+            host.run_gate.set()
+        await asyncio.gather(*pool.audits)
+        assert (await pool.ask("next", level=Level.HIGH)).level_effective is Level.HIGH
 
 
 async def test_late_answer_at_medium_is_waited_for():
@@ -414,6 +437,57 @@ async def test_answers_of_which_no_two_agree_are_an_error_that_shows_the_spread(
         assert "differ by up to 1000" in result.error
         with pytest.raises(OperationFailed):
             _ = result.outputs
+
+
+@pytest.mark.parametrize("browsers", [3, 5])
+async def test_answers_that_never_agree_end_the_operation_long_before_its_deadline(browsers):
+    names = [f"b-{n}" for n in range(browsers)]
+    async with serving(*names) as pool:
+        for number, host in enumerate(pool.hosts.all):
+            answer = host.run
+
+            async def other(*call: Any, answer: Any = answer, number: int = number) -> Any:
+                reply = await answer(*call)
+                outputs = {name: array + number for name, array in reply.outputs.items()}
+                return dataclasses.replace(reply, outputs=outputs)
+
+            host.run = other
+        async with asyncio.timeout(2):
+            result = await pool.ask(level=Level.CRITICAL, seconds=600)
+        assert not result.success
+        assert f"no two of {browsers} answers agree" in result.error
+
+
+async def test_what_is_in_vain_is_not_waited_for():
+    async with serving("b-0") as pool:
+        await pool.supervisor.unload("m")
+        await pool.routing.until(lambda table: not table.models, 5.0)
+        answering = Answering(
+            Question("op", "m", "inference", Level.MEDIUM),
+            Rules(),
+            pool.routing,
+            random.Random(0),
+            on_stuck=lambda: "memory is short",
+        )
+        async with asyncio.timeout(2):
+            result, _ = await answering.run(X, 600)
+        assert not result.success
+        assert "memory is short" in result.error
+
+
+async def test_native_answer_that_fails_leaves_time_for_a_browser():
+    async def simulate(tensors, seconds):
+        raise PageError("the native runtime failed")
+
+    async with serving("b-0") as pool:
+        pool.hosts["b-0"].launch_gate.clear()
+        pool.hosts["b-0"].crash()
+        asked = asyncio.create_task(pool.ask(simulate=simulate, seconds=1.0))
+        await asyncio.sleep(0.6)
+        pool.hosts["b-0"].launch_gate.set()
+        result = await asked
+        assert result.success
+        assert not result.simulated
 
 
 async def test_fourth_browser_decides_where_three_do_not_agree():

@@ -94,3 +94,17 @@ def test_names_of_the_living_are_not_given_again(count, names):
     assert free_names(pool(2), CHROME, count) == names
     gone = pool(2, b0=Phase.STOPPED)
     assert free_names(gone, CHROME, 1) == ["chrome-0"]
+
+
+def test_browser_that_was_given_up_is_not_started_over_and_over():
+    caretaker = Caretaker(ResourceLimits(), {CHROME: ScalingLimits(2, 3)})
+    state = pool(2, b1=Phase.GIVEN_UP)
+    for n in range(50):
+        assert caretaker.look(state, [load(0)], ROOMY, float(n)) == ()
+    assert free_names(state, CHROME, 1) == ["chrome-2"]
+
+
+def test_kind_that_is_not_installed_is_left_alone():
+    caretaker = Caretaker(ResourceLimits(), {CHROME: ScalingLimits(2, 3)})
+    state = PoolState(browsers=pool(1).browsers, missing=(CHROME,))
+    assert caretaker.look(state, [load(0)], ROOMY, 0.0) == ()

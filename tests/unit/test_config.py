@@ -134,3 +134,23 @@ def test_hosts_are_told_what_concerns_them():
 def test_forced_back_end_is_the_only_one_tried():
     assert backend_order("wasm") == (Backend.WASM,)
     assert set(backend_order("auto")) == {Backend.WASM, Backend.WEBGPU, Backend.WEBNN}
+
+
+@pytest.mark.parametrize(
+    ("level", "browsers", "scaling"),
+    [
+        ("critical", {"chrome": 3}, {"chrome": (1, 4)}),  # might shrink below its level
+        ("medium", {"chrome": 1}, {"firefox": (1, 64)}),  # might outgrow the pool
+        ("medium", {"chrome": 1}, {"chrome": (3, 2)}),
+        ("medium", {"chrome": 1}, {"chrome": 3}),
+    ],
+)
+def test_scaling_that_can_not_be_is_bad_input(level, browsers, scaling):
+    with pytest.raises(BadInput, match="adaptive_scaling"):
+        PoolConfig(browsers=browsers, level=level, adaptive_scaling=scaling).checked()
+
+
+def test_scaling_within_level_and_size_is_taken():
+    scaling = {"chrome": (3, 5)}
+    config = PoolConfig(browsers={"chrome": 3}, level="critical", adaptive_scaling=scaling)
+    assert config.checked().scaling()[BrowserType.CHROME].maximum == 5

@@ -807,9 +807,14 @@ async def test_parked_model_is_loaded_again_when_somebody_asks():
         caring.cancel()
         assert (await pool.supervisor.watch("client", -1, 0.0)).models.keys() == {"m"}
         host.available_bytes = 1 << 33
+        big = dataclasses.replace(order().spec, load_peak_bytes=1 << 40)
+        pool.supervisor._models["m"] = dataclasses.replace(order(), spec=big)
+        with pytest.raises(SetupError, match="is not loaded"):
+            await pool.supervisor.wake("m")
+        pool.supervisor._models["m"] = order()
         await pool.supervisor.wake("m")
         assert pool.state.parked == {}
-        assert pool.state.browsers["b-0"].models == {"m": ModelPhase.LOADED}
+        await pool.loaded("b-0", epoch=0)
 
 
 @in_virtual_time
