@@ -187,7 +187,9 @@ async def _repaired(pool: BrowserPool, repairs: int = 2) -> PoolView:
         while True:
             view = await pool.state()
             records = view.control.browsers.values()
-            back = all(r.phase is Phase.READY or r.replaced_by for r in records)
+            # One that was to replace another and could not (not installed, say) has stopped.
+            over = (Phase.READY, Phase.STOPPED)
+            back = all(r.phase in over or r.replaced_by for r in records)
             if back and len(view.control.repairs) >= repairs:
                 return view
             await pool.changed()
