@@ -20,7 +20,7 @@ PACKAGES = ROOMS[1:]
 DOORS = {
     "selenium": {"actors/session.py"},
     "ray": {"actors/ray_actors.py", "actors/ray_metrics.py"},
-    "onnx": {"sharding/signature.py"},
+    "onnx": {"sharding/cut.py", "sharding/graph.py", "sharding/signature.py"},
     "onnxruntime": {"sharding/native.py"},
     "duckdb": {"recovery/history.py"},
     "tokenizers": {"pool/tokens.py"},
