@@ -163,7 +163,7 @@ async def _level(
     options: dict[str, Any],
     progress: Progress,
 ) -> None:
-    rounds = 2 if quick else 7
+    rounds = 4 if quick else 10
     faults: Sequence[Fault] = (*_KINDS, _HANG, _WRONG)
     task = progress.add_task(level, total=rounds * len(faults))
     async with BrowserPool(_BROWSERS[level], level=level, **options) as pool:
@@ -216,7 +216,7 @@ def _report(report: Report, level: str, fault: Fault, cell: _Cell, normal: float
 
 async def _plain(report: Report, quick: bool, question: Question, progress: Progress) -> None:
     kind = BrowserType.CHROME
-    rounds = 2 if quick else 7
+    rounds = 4 if quick else 10
     task = progress.add_task("plain script", total=rounds * len(_KINDS))
 
     def ask() -> Any:
