@@ -72,6 +72,7 @@ from sharding.signature import ModelSpec
 _OUTAGE_JUDGED_SECONDS = 0.15  # after which an outage is one, and no death
 _SOCKET_TO_EXIT_SECONDS = 0.005  # a process's sockets close a moment before its exit is visible
 _PAGE_EXIT_SECONDS = 1.0  # a page process that ended within so much before a close explains it
+_NAME_AGAIN_SECONDS = 0.5  # between two looks at which process serves the page
 _PING_AGAIN_SECONDS = 0.005
 _EVENTS_MAX = 256  # not yet acknowledged
 _CHECKED_MAX = 1024  # files of models that are known to be unchanged
@@ -147,6 +148,8 @@ class BrowserHost:
         self._probing: asyncio.Task[None] | None = None
         self._page_pids: tuple[int, ...] = ()  # processes that may serve the page
         self._page_pid = 0  # the one that does, once it has shown by its work
+        self._cpu_used: dict[int, float] = {}  # by each of them, when last looked at
+        self._named_at = -math.inf
         self._memory_bytes = 0
         self._cause: Failure | None = None  # why the present incarnation is over
         self._ended_by: Category | None = None  # the incarnation before it
@@ -520,8 +523,7 @@ class BrowserHost:
             )
         self._probes.learn(spec, numeric, asked, reply.tensors if known and warmed else {})
         # Whichever process loaded and warmed the model is the page's: its end is the page's.
-        # The first load is the best evidence, as it compiles the runtime, too.
-        self._page_pid = self._page_pid or busiest(used, cpu_seconds(self._page_pids))
+        self._name_page(used)
         self._models[spec.name], self._specs[spec.name] = numeric, spec
         self._model_used_at[spec.name] = self._clock()
         return numeric
@@ -583,9 +585,23 @@ class BrowserHost:
             running.add_done_callback(lambda _: self._run_ended(key, request.model))
         return replace(await asyncio.shield(running), status=self.status())
 
+    def _name_page(self, used: Mapping[int, float]) -> None:
+        """Find out which process serves the page: the one that has worked since `used`.
+
+        The first load is the best evidence, as it compiles the runtime, too; where another
+        process was busy meanwhile, the operations that follow tell.
+        """
+        if self._page_pid or not self._page_pids:
+            return
+        now = cpu_seconds(self._page_pids)
+        self._page_pid = busiest(used, now)
+        self._cpu_used, self._named_at = now, self._clock()
+
     def _run_ended(self, key: str, model: str) -> None:
         self._in_flight.pop(key, None)
         self._used_at = self._model_used_at[model] = self._clock()
+        if not self._page_pid and self._used_at - self._named_at > _NAME_AGAIN_SECONDS:
+            self._name_page(self._cpu_used)
 
     def _refusal(self, request: RunRequest) -> RunReply | None:
         status = self.status()
