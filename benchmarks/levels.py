@@ -105,7 +105,7 @@ async def _strike(
     victims = {
         name: Victim(BrowserType(name.split("-")[0]), report.pids, report.pids["warden"])
         for name, report in launches.items()
-        if name in {host.ref.browser_id for host in pool.hosts()}
+        if name in {host.ref.browser_id for host in pool.hosts() if host.can_take("minilm")}
     }
     pids = {name: list(fault.find(victim)) for name, victim in victims.items()}
     if fault is _WRONG:
