@@ -37,6 +37,7 @@ from benchmarks.plain_selenium import PlainSelenium
 from benchmarks.report import Report, quantile, run
 from pool import BrowserPool
 from pool.results import Result
+from recovery.errors import BadInput, BrowserError
 from recovery.kinds import BrowserType, Level
 from recovery.pool_state import ModelPhase, Phase
 from recovery.supervision import RestartLimit
@@ -109,7 +110,7 @@ async def _strike(
     }
     pids = {name: list(fault.find(victim)) for name, victim in victims.items()}
     if fault is _WRONG:
-        await pool.inject(random.choice(sorted(victims)), wrong_answers(1))
+        await _make_one_lie(pool)
     running = asyncio.create_task(pool.run_with_recovery("minilm", "embed", question.inputs))
     target = await _busy(pool)
     await asyncio.sleep(0.1)
@@ -124,6 +125,16 @@ async def _strike(
             for pid in pids[target]:
                 _signal(pid, signal.SIGCONT)
     _judge(cell, result, question, took)
+
+
+async def _make_one_lie(pool: BrowserPool) -> None:
+    """One that serves; one whose last lie is only now being compared may be gone in a moment."""
+    while True:
+        able = sorted(host.ref.browser_id for host in pool.hosts() if host.can_take("minilm"))
+        with contextlib.suppress(BrowserError, BadInput):
+            await pool.inject(random.choice(able), wrong_answers(1))
+            return
+        await pool.changed(0.2)
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
