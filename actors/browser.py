@@ -495,7 +495,7 @@ class BrowserHost:
             "warm": {"warmRuns": self._warm_runs, "warmMs": self._config.warm_ms},
         }
         await asyncio.to_thread(_check_unchanged, spec, self._checked)
-        used = cpu_seconds(self._page_pids)
+        used = {} if self._page_pid else cpu_seconds(self._page_pids)
         asked = question(spec, known)
         try:
             async with asyncio.timeout(self._config.load_seconds):

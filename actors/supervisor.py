@@ -79,7 +79,7 @@ from recovery.pool_state import (
 )
 from recovery.reconcile import Seen, reconcile
 from recovery.records import HostRef, HostStatus, NumericId
-from recovery.resources import ResourceLimits, refuse_load
+from recovery.resources import BrowserLoad, NodeLoad, ResourceLimits, refuse_load
 from recovery.scaling import ScalingLimits
 from recovery.segments import LogUnavailable
 from recovery.supervision import RestartLimit
@@ -856,17 +856,15 @@ class Supervisor:
         caretaker = Caretaker(self._config.resources, self._config.scaling)
         while not self._state.closing:
             await asyncio.sleep(self._config.care_seconds)
-            wears = await self._wears()
-            nodes = {wear.node.node: wear.node for wear in wears}.values()
-            loads = [wear.browser for wear in wears]
+            loads, nodes = await self._carried()
             for body in caretaker.look(self._state, loads, nodes, self._clock()):
                 try:
                     await self._happen(body, ordered=True)
                 except PoolError as error:  # the log is full, say: it can wait
                     self.faults.append(f"care: {type(error).__name__}: {error}")
 
-    async def _wears(self) -> list[Wear]:
-        """What the hosts in service report of themselves; who does not answer is left out."""
+    async def _carried(self) -> tuple[list[BrowserLoad], list[NodeLoad]]:
+        """What the hosts in service, and their nodes, carry. Who does not answer is left out."""
         found: list[Wear] = []
 
         async def ask(host: Host) -> None:
@@ -880,18 +878,14 @@ class Supervisor:
             if self._state.browsers[browser_id].phase is Phase.READY
         ]
         await asyncio.gather(*map(ask, serving))
-        return sorted(found, key=lambda wear: wear.browser.browser_id)
+        found.sort(key=lambda wear: wear.browser.browser_id)
+        nodes = {wear.node.node: wear.node for wear in found}
+        return [wear.browser for wear in found], list(nodes.values())
 
     async def _refuse_if_full(self, order: ModelOrder) -> None:
         """Raises `SetupError` if the memory of a machine is too small for a model's load."""
-        wears = await self._wears()
-        nodes = {wear.node.node: wear.node for wear in wears}.values()
-        why = refuse_load(
-            self._config.resources,
-            nodes,
-            [wear.browser for wear in wears],
-            order.spec.load_peak_bytes,
-        )
+        loads, nodes = await self._carried()
+        why = refuse_load(self._config.resources, nodes, loads, order.spec.load_peak_bytes)
         if why:
             raise SetupError(f"{order.spec.name} is not loaded: {why}")
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,9 +33,17 @@ from recovery.answering import (
 from recovery.errors import BrowserError, PoolBusy
 from recovery.failures import Category, Failure, Scope, categorize_browser_failure
 from recovery.kinds import Backend, Level, Readiness
-from recovery.levels import COPIES, COPIES_MAX, copies_wanted, held
+from recovery.levels import COPIES, COPIES_MAX, REDUNDANT, copies_wanted, held
 from recovery.records import HostRef, HostStatus, NumericId
-from recovery.voting import QUORUM, Ballot, Closeness, Elected, count_votes
+from recovery.voting import (
+    QUORUM,
+    Ballot,
+    Closeness,
+    Elected,
+    Undecided,
+    Verdict,
+    count_votes,
+)
 
 Tensors: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
 Simulate: TypeAlias = Callable[[Tensors, float], Awaitable[RunReply]]
@@ -119,7 +128,7 @@ class Answering:
         self._steps: list[RecoveryStep] = []
         self._copies: list[_Copy] = []
         self._answers: list[_Answer] = []
-        self._late = False  # whether a copy was sent because another took long
+        self._verdict: Verdict = Undecided("")  # on the answers that have come
         copies = COPIES[question.level]
         self._policy = AnsweringPolicy(
             question.level, rules.attempts_max * copies, rules.wait_when_full
@@ -181,8 +190,7 @@ class Answering:
                 return action
             if not self._sent:
                 self._begin()
-            if self._is_late() and not self._late:
-                self._late = True
+            if self._is_late() and not self._recorded("hedged"):
                 ref, at = self._copies[0].status.ref, self._elapsed()
                 why = f"no answer within {self._rules.late_seconds:.3f} s"
                 self._steps.append(RecoveryStep("hedged", str(ref), at, 0.0, why))
@@ -226,7 +234,7 @@ class Answering:
             return None
         if reply.busy:
             return None
-        if any(step.what in ("failed", "hedged") for step in self._steps):
+        if self._recorded("failed", "hedged"):
             took = self._elapsed() - began
             self._steps.append(RecoveryStep("resubmitted", str(ref), began, took, "answered"))
         return reply
@@ -270,9 +278,11 @@ class Answering:
             reply = copy.task.result()
             if reply is not None:
                 self._answers.append(self._answer(copy.status, reply))
+                if self._quorum > 1:
+                    self._verdict = self._count()
 
     def _until_late(self) -> float | None:
-        if self._is_late() or self._question.level not in (Level.HIGH, Level.CRITICAL):
+        if self._is_late() or self._question.level not in REDUNDANT:
             return None  # each copy has a limit of its own
         return self._copies[0].began + self._rules.late_seconds - self._elapsed()
 
@@ -352,40 +362,35 @@ class Answering:
         if len(self._answers) < self._quorum:
             return None
         if self._quorum == 1:
-            (first, *_) = self._answers
-            self._leave()
+            first = self._answers[0]
+            self._release(_ended)
             return self._answered(first.status, first.reply), first.reply
-        verdict = count_votes([answer.ballot for answer in self._answers], self._question.closeness)
+        verdict = self._verdict
         if not isinstance(verdict, Elected):
             return None
         for ref in verdict.outvoted:
             self._outvoted(ref, verdict.winner.voter)
         winner = next(a for a in self._answers if a.ballot is verdict.winner)
-        self._audit(verdict)
+        self._release(partial(self._compare, verdict))
         result = self._answered(winner.status, winner.reply)
         votes = {"votes": float(len(verdict.supporters)), "doubtful": float(len(verdict.doubtful))}
         return replace(result, metrics={**result.metrics, **votes}), winner.reply
 
-    def _leave(self) -> None:
-        """Let copies that are late come to their end: until then their hosts count as busy."""
+    def _release(self, follow: Callable[[_Copy], Coroutine[Any, Any, None]]) -> None:
+        """Let copies under way come to their end: until then their hosts count as busy.
+
+        Nobody waits for it; `follow` sees what comes of each.
+        """
         rest, self._copies = self._copies, []
         for copy in rest:
-            self._on_audit(asyncio.create_task(_ended(copy.task), name="late"))
+            self._on_audit(asyncio.create_task(follow(copy), name="audit"))
 
-    def _audit(self, verdict: Elected) -> None:
-        """Compare also those that are still under way, when they come. Nobody waits for it."""
-        rest, self._copies = self._copies, []
-        for copy in rest:
-            task = asyncio.create_task(self._compare(copy, verdict), name="audit")
-            self._on_audit(task)
-
-    async def _compare(self, copy: _Copy, verdict: Elected) -> None:
+    async def _compare(self, verdict: Elected, copy: _Copy) -> None:
         reply = await copy.task
         if reply is None:
             return
         late = self._answer(copy.status, reply)
-        counted = [*(answer.ballot for answer in self._answers), late.ballot]
-        again = count_votes(counted, self._question.closeness)
+        again = self._count(late)
         if isinstance(again, Elected) and copy.status.ref in again.outvoted:
             self._outvoted(copy.status.ref, verdict.winner.voter)
 
@@ -410,12 +415,13 @@ class Answering:
             return why
         if len(self._answers) == 1:
             return f"only one browser answered, which at level critical is no answer: {why}"
-        verdict = count_votes([answer.ballot for answer in self._answers], self._question.closeness)
-        return (
-            f"no two of {len(self._answers)} answers agree: {verdict.spread}; {why}"
-            if not (isinstance(verdict, Elected))
-            else why
-        )
+        if isinstance(self._verdict, Elected):
+            return why
+        return f"no two of {len(self._answers)} answers agree: {self._verdict.spread}; {why}"
+
+    def _count(self, *late: _Answer) -> Verdict:
+        ballots = [answer.ballot for answer in (*self._answers, *late)]
+        return count_votes(ballots, self._question.closeness)
 
     # -- the account ------------------------------------------------------------------------------
 
@@ -431,6 +437,9 @@ class Answering:
             self._question.model, NumericId("", reply.backend or Backend.WASM)
         )
         return _Answer(status, reply, Ballot(status.ref, numeric, reply.outputs or {}))
+
+    def _recorded(self, *what: str) -> bool:
+        return any(step.what in what for step in self._steps)
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._begun
@@ -480,5 +489,5 @@ class Answering:
         )
 
 
-async def _ended(task: asyncio.Task[RunReply | None]) -> None:
-    await task
+async def _ended(copy: _Copy) -> None:
+    await copy.task

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import random
 import secrets
@@ -38,6 +39,7 @@ from pool.routing import Routing
 from pool.state_folders import hold, new_folder, state_root
 from pool.telemetry import telemetry
 from pool.tokens import TextEncoder, encoder_for
+from recovery.caretaking import first_names
 from recovery.errors import (
     BadInput,
     CallerError,
@@ -53,7 +55,7 @@ from recovery.errors import (
 )
 from recovery.failures import Failure
 from recovery.kinds import BrowserType, Level, ModelType, RecoveryLevel
-from recovery.levels import BROWSERS_NEEDED, ORDER, held
+from recovery.levels import BROWSERS_NEEDED, ORDER, REDUNDANT, held
 from recovery.plan import strategy_order
 from recovery.pool_state import (
     ALIVE,
@@ -506,6 +508,7 @@ class BrowserPool:
         self._in_flight += 1
         self._counts["asked"] += 1
         tolerance, kind = entry.spec.tolerance, (entry.spec.digest, op, wanted, size)
+        late = self._latencies.late_after(kind) if wanted in REDUNDANT else math.inf
         try:
             answering = Answering(
                 Question(
@@ -521,7 +524,7 @@ class BrowserPool:
                     self._config.max_recovery_attempts,
                     self._config.when_full == "wait",
                     self._config.strict,
-                    min(self._latencies.late_after(kind), seconds / 2),
+                    min(late, seconds / 2),
                 ),
                 routing,
                 self._rng,
@@ -829,14 +832,7 @@ def _browser_ids(
     kinds: Mapping[BrowserType, int], taken: tuple[str, ...]
 ) -> dict[str, BrowserType]:
     """Names for new slots: the type and the first numbers that no living slot has."""
-    found: dict[str, BrowserType] = {}
-    for kind, count in kinds.items():
-        number = 0
-        for _ in range(count):
-            while f"{kind}-{number}" in taken or f"{kind}-{number}" in found:
-                number += 1
-            found[f"{kind}-{number}"] = kind
-    return found
+    return {name: kind for kind, count in kinds.items() for name in first_names(kind, count, taken)}
 
 
 def _settled(state: PoolState, model: str) -> bool:

@@ -64,7 +64,6 @@ class Routing:
         self._opening: dict[str, asyncio.Lock] = {}  # one link to a worker, however many ask
         self._changed = asyncio.Condition()
         self.changes = 0  # counts announcements, so that none is missed
-        self._shunned: set[HostRef] = set()
         self._task: asyncio.Task[None] | None = None
         self.table: Table | None = None
         self.gone: PoolClosed | None = None
@@ -125,7 +124,6 @@ class Routing:
             del self._statuses[ref], self._hosts[ref]
             self._heard.pop(ref, None)
             self._distrusted.pop(ref, None)
-            self._shunned.discard(ref)
         await self.announce()
 
     async def announce(self) -> None:
@@ -142,14 +140,11 @@ class Routing:
             replace(
                 status,
                 queue=max(self._queue_heard(status), self._outstanding.get(ref, 0)),
-                readiness=status.readiness if self._is_trusted(ref) else Readiness.DEAD,
+                readiness=Readiness.DEAD if self._distrust_left(ref) > 0 else status.readiness,
                 blocked=self._blocked(status),
             )
             for ref, status in self._statuses.items()
         ]
-
-    def _is_trusted(self, ref: HostRef) -> bool:
-        return ref not in self._shunned and self._distrust_left(ref) <= 0
 
     def _distrust_left(self, ref: HostRef) -> float:
         return self._distrusted.get(ref, -math.inf) - asyncio.get_running_loop().time()
@@ -254,7 +249,8 @@ class Routing:
         known = self._statuses.get(status.ref)
         if known is not None:  # a host doesn't know its own address: keep the table's
             self._statuses[status.ref] = replace(status, ref=known.ref)
-            self._distrusted.pop(status.ref, None)
+            if self._distrusted.get(status.ref) != math.inf:  # one that was outvoted stays so
+                self._distrusted.pop(status.ref, None)
             self._heard[status.ref] = asyncio.get_running_loop().time()
         await self.announce()
 
@@ -264,15 +260,16 @@ class Routing:
         For a while only: should the supervisor not agree that it failed, it is asked again.
         """
         if ref in self._statuses:
-            self._distrusted[ref] = asyncio.get_running_loop().time() + _DISTRUST_SECONDS
+            until = asyncio.get_running_loop().time() + _DISTRUST_SECONDS
+            self._distrusted[ref] = max(until, self._distrusted.get(ref, until))
 
     def shun(self, ref: HostRef) -> None:
         """Leave this incarnation alone, whatever it says of itself: it was outvoted."""
         if ref in self._statuses:
-            self._shunned.add(ref)
+            self._distrusted[ref] = math.inf
 
     def pardon(self, ref: HostRef) -> None:
-        self._shunned.discard(ref)
+        self._distrusted.pop(ref, None)
 
     async def change(self, seconds: float, seen: int | None = None) -> None:
         """Wait until something may have changed (since `changes` was `seen`), at most `seconds`."""

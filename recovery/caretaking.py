@@ -7,9 +7,10 @@ hosts, and must not act.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from recovery.kinds import BrowserType
@@ -107,13 +108,11 @@ def _queue(record: BrowserRecord, loads: Mapping[str, BrowserLoad]) -> int:
 def free_names(state: PoolState, kind: BrowserType, count: int) -> list[str]:
     """Names for `count` new browsers: the first numbers that none of that kind has, unless it was
     stopped in order."""
-    taken = {
-        record.id for record in state.browsers.values() if record.phase in (*ALIVE, Phase.GIVEN_UP)
-    }
-    names: list[str] = []
-    number = 0
-    while len(names) < count:
-        if f"{kind}-{number}" not in taken:
-            names.append(f"{kind}-{number}")
-        number += 1
-    return names
+    kept = (*ALIVE, Phase.GIVEN_UP)
+    return first_names(kind, count, {r.id for r in state.browsers.values() if r.phase in kept})
+
+
+def first_names(kind: BrowserType, count: int, taken: Collection[str]) -> list[str]:
+    """The type with the first `count` numbers that are not `taken`."""
+    names = (f"{kind}-{number}" for number in itertools.count())
+    return list(itertools.islice((name for name in names if name not in taken), count))

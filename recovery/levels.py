@@ -22,13 +22,13 @@ BROWSERS_NEEDED: Mapping[Level, int] = {
 }
 
 COPIES: Mapping[Level, int] = {**dict.fromkeys(ORDER, 1), Level.CRITICAL: 3}
-_REDUNDANT = (Level.HIGH, Level.CRITICAL)
+REDUNDANT = (Level.HIGH, Level.CRITICAL)
 COPIES_MAX = 5  # of one operation at `critical`, while no two of its answers agree
 
 
 def held(level: Level, ready: int) -> Level:
     """The level that `ready` browsers hold, if `level` is what was asked for."""
-    while level in _REDUNDANT and ready < BROWSERS_NEEDED[level]:
+    while level in REDUNDANT and ready < BROWSERS_NEEDED[level]:
         level = ORDER[ORDER.index(level) - 1]
     return level
 
@@ -40,7 +40,7 @@ def copies_wanted(level: Level, answers: int, under_way: int, *, late: bool) -> 
     it should; then one more is sent, at the levels that keep another browser ready for that.
     """
     copies = COPIES[level]
-    if level in _REDUNDANT and late:
+    if level in REDUNDANT and late:
         copies += 1
     if answers and not under_way:
         copies = max(copies, answers + 1)

@@ -8,7 +8,7 @@ not know how an answer came about, and must not act on a verdict.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -72,50 +72,51 @@ def count_votes(ballots: Sequence[Ballot], closeness: Closeness) -> Verdict:
     The one that most others repeat bit for bit, then the one that most agree with, then the one
     that came first.
     """
-    kin = {b.voter: _others(ballots, b, _repeats) for b in ballots}
-    friends = {b.voter: _others(ballots, b, lambda x, y: agree(x, y, closeness)) for b in ballots}
-    if not any(friends.values()):
+    friends, kin, rivals = _relations(ballots, closeness)
+    if not any(friends):
         return Undecided(describe_spread(ballots))
-    winner = max(ballots, key=lambda b: (len(kin[b.voter]), len(friends[b.voter])))
-    supporters = (winner.voter, *(b.voter for b in friends[winner.voter]))
+    first = max(range(len(ballots)), key=lambda n: (len(kin[n]), len(friends[n])))
+    supporters = [first, *sorted(friends[first])]
     outvoted, doubtful = [], []
-    for ballot in ballots:
-        off = _disputed(ballot, ballots) and not kin[ballot.voter]
-        if not friends[ballot.voter] or (off and _others_repeat(ballot, ballots)):
-            outvoted.append(ballot.voter)
-        elif off or ballot.voter not in supporters:
-            doubtful.append(ballot.voter)
-    kept = tuple(voter for voter in supporters if voter not in outvoted)
-    return Elected(winner, kept, tuple(outvoted), tuple(doubtful))
+    for n in range(len(ballots)):
+        off = bool(rivals[n]) and not kin[n]
+        if not friends[n] or (off and any(kin[rival] for rival in rivals[n])):
+            outvoted.append(n)
+        elif off or n not in supporters:
+            doubtful.append(n)
+    kept = [n for n in supporters if n not in outvoted]
+    names = [tuple(ballots[n].voter for n in some) for some in (kept, outvoted, doubtful)]
+    return Elected(ballots[first], *names)
 
 
-def _others(
-    ballots: Sequence[Ballot], one: Ballot, alike: Callable[[Ballot, Ballot], bool]
-) -> list[Ballot]:
-    return [ballot for ballot in ballots if ballot is not one and alike(one, ballot)]
+_Relation: TypeAlias = list[set[int]]  # of each ballot: the numbers of others
 
 
-def _repeats(a: Ballot, b: Ballot) -> bool:
-    return a.numeric == b.numeric and a.numeric.exact and same_bits(a.outputs, b.outputs)
+def _relations(
+    ballots: Sequence[Ballot], closeness: Closeness
+) -> tuple[_Relation, _Relation, _Relation]:
+    """Who agrees with whom, who repeats whom bit for bit, and who should and does not.
+
+    Each pair is compared once: answers may be large.
+    """
+    friends, kin, rivals = ([set[int]() for _ in ballots] for _ in range(3))
+    for a, b in itertools.combinations(range(len(ballots)), 2):
+        met = [friends] if agree(ballots[a], ballots[b], closeness) else []
+        if _must_repeat(ballots[a], ballots[b]):
+            met.append(kin if met else rivals)
+        for relation in met:
+            relation[a].add(b)
+            relation[b].add(a)
+    return friends, kin, rivals
 
 
-def _disputed(ballot: Ballot, ballots: Sequence[Ballot]) -> bool:
-    """Whether one that should repeat it bit for bit does not."""
-    return ballot.numeric.exact and any(
-        other.numeric == ballot.numeric and not same_bits(other.outputs, ballot.outputs)
-        for other in ballots
-    )
-
-
-def _others_repeat(ballot: Ballot, ballots: Sequence[Ballot]) -> bool:
-    """Whether two of its `NumericId` repeat each other, so that they outvote it in low bits."""
-    equals = [b for b in ballots if b.numeric == ballot.numeric and b is not ballot]
-    return any(_repeats(a, b) for a, b in itertools.combinations(equals, 2))
+def _must_repeat(a: Ballot, b: Ballot) -> bool:
+    return a.numeric == b.numeric and a.numeric.exact
 
 
 def agree(a: Ballot, b: Ballot, closeness: Closeness) -> bool:
     """Whether two answers are the same, as far as their hosts can be expected to agree."""
-    if a.numeric == b.numeric and a.numeric.exact:
+    if _must_repeat(a, b):
         return same_bits(a.outputs, b.outputs)
     return close(a.outputs, b.outputs, closeness)
 

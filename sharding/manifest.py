@@ -6,14 +6,13 @@ needed to load the shards, so this module must not import onnx, and must not cut
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from recovery.errors import NotAModel
-from sharding.signature import TensorSpec
+from sharding.signature import TensorSpec, digest_of
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1  # of the JSON; another number is refused
@@ -114,13 +113,6 @@ def read_manifest(folder: str | Path, *, verify: bool = True) -> Manifest:
             for file in shard.files:
                 _verify(path.parent, file)
     return manifest
-
-
-def digest_of(path: Path) -> tuple[int, str]:
-    """Bytes and SHA-256 of a file, which is read in pieces. Raises `OSError`."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return stream.tell(), digest
 
 
 def _refuse(path: Path, expected: str, got: str) -> NotAModel:

@@ -285,9 +285,7 @@ def _external_files(path: Path, needed: dict[str, int]) -> Iterator[ModelFile]:
     for name, bytes_min in needed.items():
         file = path.parent / name
         try:
-            with file.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-                size = stream.tell()
+            size, digest = digest_of(file)
         except OSError as error:
             raise _refuse(
                 path,
@@ -301,6 +299,13 @@ def _external_files(path: Path, needed: dict[str, int]) -> Iterator[ModelFile]:
                 f"at least {bytes_min:,} bytes of external data in {name!r}",
             )
         yield ModelFile(str(file), name, size, digest)
+
+
+def digest_of(path: Path) -> tuple[int, str]:
+    """Bytes and SHA-256 of a file, which is read in pieces. Raises `OSError`."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return stream.tell(), digest
 
 
 def _digest(files: tuple[ModelFile, ...]) -> str:
