@@ -6,9 +6,12 @@ import glob
 import os
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -16,9 +19,13 @@ from actors import ray_actors
 from actors.binaries import find_binaries
 from actors.browser import BrowserHost
 from actors.messages import HostConfig, LaunchOrder, LaunchReport
+from pool import BrowserPool
+from pool.demo_models import silero_vad_path
 from recovery.errors import BrowserMissing
 from recovery.kinds import BrowserType
+from recovery.pool_state import ModelPhase, Phase
 from recovery.records import HostRef
+from recovery.supervision import RestartLimit
 
 GONE_SECONDS = 5.0  # the promise: nothing outlives its owner by more
 ENGINES = (BrowserType.CHROME, BrowserType.FIREFOX, BrowserType.SAFARI)
@@ -113,3 +120,49 @@ async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = 
     deadline = time.monotonic() + seconds
     while not await condition():
         assert time.monotonic() < deadline, "it never became so"
+
+
+LIMIT = RestartLimit(restarts_max=100)
+FRAME = {  # Silero VAD: 32 ms of noise at 16 kHz, and no memory of what was before
+    "input": np.random.default_rng(5).standard_normal((1, 512), dtype=np.float32),
+    "state": np.zeros((2, 1, 128), np.float32),
+    "sr": np.array(16000, np.int64),
+}
+
+
+@asynccontextmanager
+async def pool_of(
+    browsers: dict[str, int],
+    tmp_path: Path,
+    example: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> AsyncIterator[BrowserPool]:
+    """A pool that has loaded Silero VAD as `vad`."""
+    for kind in browsers:
+        require(BrowserType(kind))
+    settings = {"backend": "wasm", "restart_limit": LIMIT, "state_dir": str(tmp_path), **options}
+    async with BrowserPool(browsers, **settings) as pool:
+        await pool.load("vad", silero_vad_path(), example=example)
+        yield pool
+
+
+async def repaired(pool: BrowserPool, count: int = 1) -> None:
+    """So many repairs are over: a small operation may be answered before a kill takes effect."""
+
+    async def holds() -> bool:
+        return len((await pool.control()).repairs) >= count
+
+    await eventually(holds, 60.0)
+
+
+async def settled(pool: BrowserPool, count: int = 0, seconds: float = 30.0) -> None:
+    """Every repair is over, and all browsers in service, at least `count`, have the model."""
+
+    async def holds() -> bool:
+        records = (await pool.control()).browsers.values()
+        serving = [r for r in records if r.phase is Phase.READY]
+        loaded = [r for r in serving if r.models.get("vad") is ModelPhase.LOADED]
+        whole = len(serving) == len(loaded) >= count
+        return whole and all(r.repair is None for r in records)
+
+    await eventually(holds, seconds)

@@ -18,14 +18,10 @@ from ray.cluster_utils import Cluster
 from pool import BrowserPool
 from pool.demo_models import silero_vad_path
 from recovery.pool_state import Phase
+from tests.browser.conftest import FRAME
 
 LEASE = 8.0  # shorter ones are lost on a busy machine while browsers start
 OPERATIONS = 300
-FRAME = {
-    "input": np.random.default_rng(5).standard_normal((1, 512), dtype=np.float32),
-    "state": np.zeros((2, 1, 128), np.float32),
-    "sr": np.array(16000, np.int64),
-}
 
 
 async def story(cluster: Cluster, second: Any, folder: str) -> dict[str, Any]:

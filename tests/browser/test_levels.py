@@ -6,8 +6,8 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,15 @@ from actors.messages import LaunchReport
 from actors.processes import page_processes
 from pool import BrowserPool, Result
 from pool.demo_models import silero_vad_path
+from recovery.breaker import BreakerConfig
 from recovery.errors import LevelUnavailable
 from recovery.failures import Category
 from recovery.kinds import Backend, BrowserType, Level, Readiness
-from recovery.pool_state import ModelPhase, Phase
-from recovery.supervision import RestartLimit
 from sharding.native import NativeSession
-from tests.browser.conftest import eventually, require
+from tests.browser.conftest import FRAME, eventually, pool_of, repaired, settled
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.chaos]
 MIXED = {"chrome": 1, "firefox": 1, "safari": 1}
-LIMIT = RestartLimit(restarts_max=100)
-FRAME = {
-    "input": np.random.default_rng(5).standard_normal((1, 512), dtype=np.float32),
-    "state": np.zeros((2, 1, 128), np.float32),
-    "sr": np.array(16000, np.int64),
-}
 ATOL = 1e-5  # WASM against native kernels, float32: measured 1e-7
 
 
@@ -46,38 +39,10 @@ def right() -> np.ndarray[Any, Any]:
     return native.run(FRAME)["output"]
 
 
-@asynccontextmanager
-async def pool_of(
-    browsers: dict[str, int], tmp_path: Path, **options: Any
-) -> AsyncIterator[BrowserPool]:
-    for kind in browsers:
-        require(BrowserType(kind))
-    settings = {"backend": "wasm", "restart_limit": LIMIT, "state_dir": str(tmp_path), **options}
-    async with BrowserPool(browsers, **settings) as pool:
-        await pool.load("vad", silero_vad_path(), example=FRAME)
-        yield pool
-
-
-async def settled(pool: BrowserPool, count: int) -> None:
-    """So many browsers serve the model, and nothing is being repaired."""
-
-    async def holds() -> bool:
-        records = (await pool.control()).browsers.values()
-        serving = [
-            r
-            for r in records
-            if r.phase is Phase.READY and r.models.get("vad") is ModelPhase.LOADED
-        ]
-        return len(serving) >= count and all(r.repair is None for r in records)
-
-    await eventually(holds, 60.0)
-
-
-async def repaired(pool: BrowserPool, count: int) -> None:
-    async def holds() -> bool:
-        return len((await pool.control()).repairs) >= count
-
-    await eventually(holds, 60.0)
+async def known(pool: BrowserPool, count: int) -> None:
+    """The client itself knows of so many that can be asked: it hears a little later."""
+    while sum(host.can_take("vad") for host in pool.hosts()) != count:
+        await pool.changed(0.05)
 
 
 @contextmanager
@@ -101,7 +66,7 @@ def pages_of(launch: LaunchReport, kind: BrowserType) -> list[int]:
 async def test_critical_outvotes_wrong_answers_and_survives_deaths_and_hangs(
     tmp_path: Path, right: np.ndarray[Any, Any]
 ) -> None:
-    async with pool_of(MIXED, tmp_path, level="critical", faults=True) as pool:
+    async with pool_of(MIXED, tmp_path, FRAME, level="critical", faults=True) as pool:
 
         async def ask() -> Result:
             began = time.monotonic()
@@ -116,25 +81,31 @@ async def test_critical_outvotes_wrong_answers_and_survives_deaths_and_hangs(
             await ask()
         kill_process(launches["firefox-0"], "browser")
         await ask()
-        await settled(pool, 3)
+        await repaired(pool)  # before that nobody may have noticed
+        await settled(pool, 3, 60.0)
+        await known(pool, 3)
         for liar, bit in (("chrome-0", 30), ("firefox-0", 0)):
             before = len((await pool.control()).repairs)
             await pool.inject(liar, wrong_answers(1000, bit=bit))
             for _ in range(5):
                 assert (await ask()).browser_id != liar
             await repaired(pool, before + 1)
-            await settled(pool, 3)
+            await settled(pool, 3, 60.0)
+            await known(pool, 3)
             repair = (await pool.control()).repairs[-1]
             assert repair.browser_id == liar
             assert repair.failure.category is Category.WRONG_ANSWER
             assert repair.ready is not None
+        await known(pool, 3)
         assert (await ask()).level_effective is Level.CRITICAL
 
 
 async def test_high_moves_on_at_once_when_a_browser_dies_or_hangs(
     tmp_path: Path, right: np.ndarray[Any, Any]
 ) -> None:
-    async with pool_of({"chrome": 1, "firefox": 1}, tmp_path, level="high") as pool:
+    # So many deaths in a row would open its circuit, and have another kind take its place.
+    options = {"level": "high", "breaker": BreakerConfig(failure_threshold=100)}
+    async with pool_of({"chrome": 1, "firefox": 1}, tmp_path, FRAME, **options) as pool:
 
         async def ask() -> Result:
             result = await pool.run_with_recovery("vad", "inference", FRAME)
@@ -142,8 +113,11 @@ async def test_high_moves_on_at_once_when_a_browser_dies_or_hangs(
             assert result.metrics["duration_ms"] < 1500  # a restart alone takes longer
             return result
 
+        async def epoch() -> int:
+            return (await pool.control()).browsers["chrome-0"].epoch
+
         for number, fault in enumerate(("tab", "browser", "driver", "worker"), 1):
-            launch = (await pool.state()).launches["chrome-0"]
+            launch, before = (await pool.state()).launches["chrome-0"], await epoch()
             asked = [asyncio.create_task(ask()) for _ in range(8)]
             await asyncio.sleep(0)
             if fault == "tab":
@@ -151,11 +125,18 @@ async def test_high_moves_on_at_once_when_a_browser_dies_or_hangs(
             else:
                 kill_process(launch, fault)
             await asyncio.gather(*asked)
+            await known(pool, 1)  # all may have been answered before the death was noticed
             result = await ask()
             assert result.browser_id == "firefox-0"
             assert result.level_effective is Level.MEDIUM  # there is nothing left to lose
             await repaired(pool, number)
-            await settled(pool, 2)
+
+            async def restarted(before: int = before) -> bool:
+                return await epoch() > before
+
+            await eventually(restarted, 60.0)
+            await settled(pool, 2, 60.0)
+            await known(pool, 2)
             assert (await ask()).level_effective is Level.HIGH
         for _ in range(25):  # what is late is known from here on
             await ask()
@@ -172,8 +153,10 @@ async def test_high_moves_on_at_once_when_a_browser_dies_or_hangs(
 async def test_medium_does_not_see_a_wrong_answer_a_probe_does_and_simulation_says_so(
     tmp_path: Path, right: np.ndarray[Any, Any]
 ) -> None:
-    options = {"faults": True, "probe_seconds": 0.5, "simulation": True}
-    async with pool_of({"chrome": 1}, tmp_path, **options) as pool:
+    options = {"faults": True, "probe_seconds": 2.0, "simulation": True}
+    async with pool_of({"chrome": 1}, tmp_path, FRAME, **options) as pool:
+        # It has just been used, so that no probe can come before the next operation.
+        await pool.run_with_recovery("vad", "inference", FRAME)
         await pool.inject("chrome-0", wrong_answers(1000))
         result = await pool.run_with_recovery("vad", "inference", FRAME)
         assert result.success
@@ -184,7 +167,7 @@ async def test_medium_does_not_see_a_wrong_answer_a_probe_does_and_simulation_sa
         assert "known answer" in repair.failure.message
 
         async def ask_while_it_dies(**more: Any) -> Result:
-            await settled(pool, 1)
+            await settled(pool, 1, 60.0)
             (host,) = [h for h in pool.hosts() if h.readiness is Readiness.READY]
             kind = host.browser or BrowserType.CHROME
             launch = (await pool.state()).launches[host.ref.browser_id]

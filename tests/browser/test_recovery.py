@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +18,15 @@ import pytest
 
 from actors.faults import kill_network, kill_process
 from pool import BrowserPool, ProgressiveRecoveryManager, recover_browser
-from pool.demo_models import silero_vad_path
 from recovery import log
 from recovery.failures import Category, Failure, Scope, Severity
 from recovery.kinds import BrowserType, Readiness, RecoveryLevel
 from recovery.plan import register_strategy
-from recovery.pool_state import ModelPhase, Phase
-from recovery.supervision import RestartLimit
-from tests.browser.conftest import ENGINES, eventually, require
+from recovery.pool_state import Phase
+from tests.browser.conftest import ENGINES, FRAME, eventually, pool_of, repaired, settled
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.chaos]
 _SUPERVISOR_KILLS = 20
-LIMIT = RestartLimit(restarts_max=100)
-FRAME = {
-    "input": np.random.default_rng(5).standard_normal((1, 512), dtype=np.float32),
-    "state": np.zeros((2, 1, 128), np.float32),
-    "sr": np.array(16000, np.int64),
-}
-
-
-@asynccontextmanager
-async def pool_of(
-    browsers: dict[str, int], tmp_path: Path, **options: Any
-) -> AsyncIterator[BrowserPool]:
-    for kind in browsers:
-        require(BrowserType(kind))
-    settings = {"backend": "wasm", "restart_limit": LIMIT, "state_dir": str(tmp_path), **options}
-    async with BrowserPool(browsers, **settings) as pool:
-        await pool.load("vad", silero_vad_path())
-        yield pool
 
 
 async def ask(pool: BrowserPool) -> np.ndarray[Any, Any]:
@@ -57,28 +35,6 @@ async def ask(pool: BrowserPool) -> np.ndarray[Any, Any]:
     assert not result.simulated
     answer: np.ndarray[Any, Any] = result.outputs["output"]
     return answer
-
-
-async def repaired(pool: BrowserPool, count: int = 1) -> None:
-    """So many repairs are over: a small operation may be answered before a kill takes effect."""
-
-    async def holds() -> bool:
-        return len((await pool.control()).repairs) >= count
-
-    await eventually(holds, 60.0)
-
-
-async def settled(pool: BrowserPool) -> None:
-    """Every repair is over and every browser in service has the model."""
-
-    async def holds() -> bool:
-        records = (await pool.control()).browsers.values()
-        serving = [r for r in records if r.phase is Phase.READY]
-        return all(r.repair is None for r in records) and all(
-            r.models.get("vad") is ModelPhase.LOADED for r in serving
-        )
-
-    await eventually(holds)
 
 
 def seen(category: Category, scope: Scope = Scope.BROWSER) -> Failure:
