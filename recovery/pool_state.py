@@ -635,9 +635,13 @@ def _stand_in(
     verdict = record_restart(record.restarts, at, state.limit)
     if isinstance(verdict, GiveUp):
         return state, ()
-    state = replace(_without_long_dead(state, at), stand_ins=state.stand_ins + 1)
+    state = _without_long_dead(state, at)
+    number = state.stand_ins + 1
+    while f"{kind}-r{number}" in state.browsers:  # a caller may have named a browser so
+        number += 1
+    state = replace(state, stand_ins=number)
     fresh = BrowserRecord(
-        f"{kind}-r{state.stand_ins}",
+        f"{kind}-r{number}",
         kind,
         0,
         Phase.STARTING,

@@ -492,6 +492,16 @@ def test_rung_that_has_nothing_to_adjust_is_no_second_plain_restart():
     assert launch.kind is not BrowserType.SAFARI, "it went on to the next rung"
 
 
+def test_stand_in_never_takes_the_name_of_a_browser_that_is_there():
+    story = Story(strategy="failover")
+    for name in ("b", "edge-r1"):
+        story.tell(BrowserWanted(name, CHROME))
+        story.ready(name)
+    story.failed(0)
+    assert story.state.browsers["edge-r1"].phase is Phase.READY
+    assert story.state.browsers["edge-r2"].stands_in_for == "b"
+
+
 def test_drained_stand_in_lets_the_repair_climb_on():
     story = serving_with(strategy="failover")
     story.failed(0)
