@@ -79,13 +79,29 @@ class ModelFile:
 
 
 @dataclass(frozen=True)
+class CacheSpec:
+    """A tensor that a host keeps for a sequence, from one step to the next.
+
+    `past` is the graph's input, `present` the output that becomes the next step's `past`. A
+    sequence begins with zeros of `shape`, which has none of them if the cache grows: by a
+    position per token, along `axis`. A ring does not grow: its `axis` is -1.
+    """
+
+    past: str
+    present: str
+    dtype: str
+    shape: tuple[int, ...]
+    axis: int
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """All that the pool knows of a model without running it. Picklable.
 
     `digest` names the content: of a model in one file it is the SHA-256 of that file; external
     data files enter it with their names. `files` begins with the graph file. `span` is the
     range of layers `[start, end)` if this is a piece of a larger model. `load_peak_bytes` is an
-    estimate, see `read_signature`.
+    estimate, see `read_signature`; what it reads knows no `caches` (`sharding.stages` does).
     """
 
     name: str
@@ -98,6 +114,7 @@ class ModelSpec:
     tolerance: Tolerance
     opset: int
     span: tuple[int, int] | None = None
+    caches: tuple[CacheSpec, ...] = ()  # of a decoder, or of a piece of one
 
     @property
     def bytes(self) -> int:

@@ -1,0 +1,650 @@
+"""A sequence at work over the stages of a model: step by step, whatever becomes of the browsers.
+
+`Generation` is the coordinator of one sequence. It lives in the caller and holds all that is needed
+to go on: the tokens, and of each stage the inputs it has had (`StageMemory`). When a stage is
+lost, it is built again in the browser that `recovery.sequences` says and brought to the same
+position, by copies of its caches or by its inputs in their original steps; then the sequence goes
+on. A stage may be at work in several browsers at once, whose answers are compared. This module must
+not know how a browser is reached (`StageHosts` does), and must not repair one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from recovery.errors import PoolError
+from recovery.failures import Failure, Scope, categorize_browser_failure
+from recovery.kinds import Level
+from recovery.levels import COPIES_MAX
+from recovery.records import HostRef, HostStatus, NumericId
+from recovery.sequences import ELSEWHERE, QUORUM, Cure, choose_stage_host, copies_of_stage, cure
+from recovery.voting import Ballot, Closeness, Elected, Undecided, count_votes
+from sharding.decoding import Decoding, choose
+from sharding.frames import Array
+from sharding.stages import (
+    CHOICE_IDS,
+    CHOICE_SCORES,
+    Line,
+    Stage,
+    StageMemory,
+    StepOrder,
+    Taken,
+)
+
+_ASK_AGAIN_SECONDS = 0.05  # before the same page is asked again
+_LAG_MAX = 4  # steps that a copy of a stage may be behind the others, before it is let go
+
+
+@dataclass(frozen=True)
+class StepReply:
+    """A host's answer to an order: tensors, or why there are none. `busy`: ask again."""
+
+    tensors: Mapping[str, Array] | None = None
+    failure: Failure | None = None
+    busy: bool = False
+    in_page_ms: float = 0.0
+
+
+class StageHosts(Protocol):
+    """The browsers, as a sequence sees them."""
+
+    def hosts(self) -> Sequence[HostStatus]:
+        """All that are known of."""
+
+    async def take(
+        self,
+        ref: HostRef,
+        model: str,
+        order: StepOrder,
+        tensors: Mapping[str, Array],
+        seconds: float,
+    ) -> StepReply:
+        """Have `ref` carry out an order on its stage `model`. Raises no `BrowserError`."""
+
+    async def change(self, seconds: float) -> None:
+        """Return when something about the hosts may have changed, or after `seconds`."""
+
+    async def distrust(self, ref: HostRef) -> None:
+        """This incarnation failed; it is not to be chosen until it is replaced."""
+
+    def outvoted(self, ref: HostRef, failure: Failure) -> None:
+        """This incarnation gave a wrong answer."""
+
+
+@dataclass(frozen=True)
+class PipelineRules:
+    """How a sequence is to be kept alive.
+
+    `step_seconds`: within which each step must have an answer, repairs included. `late_seconds`:
+    after which a step that is still under way is begun elsewhere, too (`high` and above).
+    `copy_bytes_max`: of the caches of one stage that are copied out of the browser (`high` and
+    above); beyond it, inputs are kept instead. `history_bytes_max`: of the inputs kept for one
+    sequence.
+    """
+
+    level: Level = Level.MEDIUM
+    failures_max: int = 5  # of one step
+    step_seconds: float = 60.0
+    late_seconds: float = math.inf
+    copy_bytes_max: int = 256 << 20
+    history_bytes_max: int = 512 << 20
+    closeness: Closeness = field(default_factory=Closeness)
+    strict: bool = True
+
+
+@dataclass(frozen=True)
+class SequenceStep:
+    """Something that happened to a sequence besides its steps; `at` and `seconds` since it began.
+
+    `what`: "failed", "asked again", "restored" (from copies), "replayed" (from inputs), "hedged",
+    "outvoted".
+    """
+
+    what: str
+    stage: int
+    where: str
+    position: int
+    at: float
+    seconds: float
+    outcome: str
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token. `scores` (vocabulary,) if they were asked for."""
+
+    id: int
+    position: int
+    scores: Array | None = None
+
+
+@dataclass
+class Account:
+    """What a sequence has cost so far, in milliseconds and bytes; and what happened to it."""
+
+    in_page_ms: float = 0.0
+    steps: int = 0
+    copied_bytes: int = 0
+    history_bytes: int = 0
+    happened: list[SequenceStep] = field(default_factory=list)
+
+
+class SequenceLost(PoolError):
+    """A stage had no answer, and what the level allows did not help. `failure` is the first."""
+
+
+class Rendezvous:
+    """Where the sequences of one model wait while a stage is rebuilt, if they are coordinated.
+
+    All stages then stand at one position of every sequence, between two tokens.
+    """
+
+    def __init__(self) -> None:
+        self._rebuilding = 0
+        self._free = asyncio.Event()
+        self._free.set()
+
+    @contextlib.contextmanager
+    def rebuilding(self) -> Iterator[None]:
+        self._rebuilding += 1
+        self._free.clear()
+        try:
+            yield
+        finally:
+            self._rebuilding -= 1
+            if not self._rebuilding:
+                self._free.set()
+
+    async def passable(self) -> None:
+        await self._free.wait()
+
+
+@dataclass
+class _Copy:
+    """A stage in one browser. `position`: how many the page is known to hold of this sequence."""
+
+    ref: HostRef
+    numeric: NumericId
+    fence: int
+    position: int = 0
+    built: bool = False  # whether it has answered a step
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # its steps go one after the other
+    behind: int = 0
+
+
+class Generation:
+    """One sequence of one model, from its prompt to its last token."""
+
+    def __init__(
+        self,
+        sequence: str,
+        line: Line,
+        hosts: StageHosts,
+        rules: PipelineRules,
+        decoding: Decoding,
+        *,
+        rendezvous: Rendezvous | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._sequence = sequence
+        self._line = line
+        self._decoding = decoding
+        self._rendezvous = rendezvous
+        self.account = Account()
+        began = clock()
+        self.clock = clock
+        load: Counter[HostRef] = Counter()  # stages of this sequence, by browser
+        self._workers = [
+            _StageWorker(
+                index, stage, sequence, hosts, rules, self.account, clock, began, rendezvous, load
+            )
+            for index, stage in enumerate(line.stages)
+        ]
+
+    async def tokens(self, prompt: Sequence[int]) -> AsyncIterator[Token]:
+        """The new tokens, each as soon as it is chosen. Raises `SequenceLost`.
+
+        Ends after `max_new_tokens`, or with the first token of `decoding.stop`. However it ends,
+        the browsers are told to forget the sequence.
+        """
+        ids, position = list(prompt), 0
+        try:
+            for _ in range(self._decoding.max_new_tokens):
+                if self._rendezvous is not None:
+                    await self._rendezvous.passable()
+                answer = await self._step(ids, position)
+                position += len(ids)
+                scores = answer[CHOICE_SCORES]
+                token = choose(answer[CHOICE_IDS], scores, self._decoding, position)
+                row = _in_order(answer) if self._decoding.logits else None
+                yield Token(token, position, row)
+                if token in self._decoding.stop:
+                    return
+                ids = [token]
+        finally:
+            for worker in self._workers:
+                worker.end()
+
+    async def _step(self, ids: Sequence[int], position: int) -> Mapping[str, Array]:
+        inputs = self._line.inputs_of_step(ids, position)
+        handed: Mapping[str, Array] = {}
+        for worker in self._workers:
+            tensors = {spec.name: inputs[spec.name] for spec in worker.stage.shared}
+            tensors |= {spec.name: handed[spec.name] for spec in worker.stage.receives}
+            choice = self._decoding.candidates if worker.stage.last else None
+            handed = await worker.take(Taken(position, len(ids), tensors), choice)
+        self.account.steps += 1
+        return handed
+
+
+def _in_order(answer: Mapping[str, Array]) -> Array:
+    """All scores by token id, from all candidates."""
+    row = answer[CHOICE_SCORES].copy()
+    row[answer[CHOICE_IDS]] = answer[CHOICE_SCORES]
+    return row
+
+
+class _StageWorker:
+    """One stage of one sequence: where it runs, and what it takes to have its answer."""
+
+    def __init__(
+        self,
+        index: int,
+        stage: Stage,
+        sequence: str,
+        hosts: StageHosts,
+        rules: PipelineRules,
+        account: Account,
+        clock: Callable[[], float],
+        began: float,
+        rendezvous: Rendezvous | None,
+        load: Counter[HostRef],
+    ) -> None:
+        self.stage = stage
+        self._load = load
+        self.index = index
+        self._sequence = sequence
+        self.hosts = hosts
+        self.rules = rules
+        self.account = account
+        self.clock = clock
+        self._began = began
+        self._rendezvous = rendezvous
+        copying = rules.level in (Level.HIGH, Level.CRITICAL)
+        self._memory = StageMemory(stage, copies=copying, copy_bytes_max=rules.copy_bytes_max)
+        self._replaying = rules.level not in (Level.NONE, Level.LOW)
+        self.copies: list[_Copy] = []
+        self._held = self._copied = 0  # bytes in the memory, as last added to the account
+        self._fence = 0
+        self.numeric: NumericId | None = None  # of the copy whose answers were taken
+        self.first_failure: Failure | None = None
+        self._background: set[asyncio.Task[None]] = set()
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    async def take(self, step: Taken, choice: int | None) -> Mapping[str, Array]:
+        """The answer to a step: what the stage sends on, or its choice. Raises `SequenceLost`."""
+        if self._replaying:
+            self._note(step)
+        contest = _Contest(self, step, choice)
+        try:
+            answer = await contest.run()
+        finally:
+            contest.release()
+        if self._replaying:
+            self._memory.copy(answer)
+            self._tally()
+        return answer
+
+    def _note(self, step: Taken) -> None:
+        self._memory.note(step)
+        self._tally()
+        if self.account.history_bytes > self.rules.history_bytes_max:
+            raise SequenceLost(
+                f"the inputs kept of this sequence take {self.account.history_bytes:,} bytes; the "
+                f"limit is {self.rules.history_bytes_max:,}. Ask for fewer tokens.",
+            )
+
+    def _tally(self) -> None:
+        held, copied = self._memory.step_bytes, self._memory.copy_bytes
+        self.account.history_bytes += held - self._held
+        self.account.copied_bytes += copied - self._copied
+        self._held, self._copied = held, copied
+
+    def end(self) -> None:
+        """Have every browser forget the sequence; nobody waits for that."""
+        for copy in self.copies:
+            self._let_go(copy)
+        self.copies = []
+
+    def _let_go(self, copy: _Copy) -> None:
+        order = StepOrder(self._sequence, "forget", copy.fence)
+
+        async def forget() -> None:
+            await self.hosts.take(copy.ref, self.stage.model, order, {}, self.rules.step_seconds)
+
+        self.keep(asyncio.create_task(forget(), name="forget"))
+
+    def keep(self, task: asyncio.Task[None]) -> None:
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    # -- one copy ----------------------------------------------------------------------------------
+
+    def new_copy(self, avoid: set[HostRef]) -> _Copy | None:
+        status = choose_stage_host(
+            self.hosts.hosts(),
+            self.stage.model,
+            taken=[copy.ref for copy in self.copies],
+            avoid=avoid,
+            numeric=self.numeric,
+            load=self._load,
+        )
+        if status is None:
+            return None
+        self._fence += 1
+        copy = _Copy(status.ref, status.models[self.stage.model], self._fence)
+        self.copies.append(copy)
+        self._load[copy.ref] += 1
+        return copy
+
+    def drop(self, copy: _Copy, *, forget: bool) -> None:
+        if copy in self.copies:
+            self.copies.remove(copy)
+            self._load[copy.ref] -= 1
+            if forget:
+                self._let_go(copy)
+
+    async def advance(
+        self, copy: _Copy, step: Taken, choice: int | None, seconds: float, pause: float = 0.0
+    ) -> StepReply:
+        """The copy's answer to a step, after it was brought to where the step begins."""
+        copy.behind += 1
+        try:
+            await asyncio.sleep(pause)
+            async with copy.lock:
+                if copy.position < step.position:
+                    lost = await self._catch_up(copy, step.position, seconds)
+                    if lost is not None:
+                        return lost
+                order = self._order(copy, step, choice)
+                reply = await self.hosts.take(
+                    copy.ref, self.stage.model, order, step.tensors, seconds
+                )
+                if reply.tensors is not None:
+                    copy.position, copy.built = step.position + step.tokens, True
+                return reply
+        finally:
+            copy.behind -= 1
+
+    def _order(self, copy: _Copy, step: Taken, choice: int | None) -> StepOrder:
+        return StepOrder(
+            self._sequence,
+            "step",
+            copy.fence,
+            step.position,
+            step.tokens,
+            choice,
+            self._memory.copying,
+        )
+
+    async def _catch_up(self, copy: _Copy, position: int, seconds: float) -> StepReply | None:
+        """Bring a new copy to `position`. Returns the reply that failed, if one did."""
+        began, covered = self.clock(), self._memory.covered
+        with self._rendezvous.rebuilding() if self._rendezvous else contextlib.nullcontext():
+            if covered:
+                caches = self._memory.caches()
+                order = StepOrder(self._sequence, "restore", copy.fence, covered)
+                reply = await self.hosts.take(copy.ref, self.stage.model, order, caches, seconds)
+                if reply.tensors is None:
+                    return reply
+                copy.position = covered
+            rest = self._memory.rest(position)
+            for step in rest:
+                if step.position < copy.position:
+                    continue
+                order = StepOrder(self._sequence, "step", copy.fence, step.position, step.tokens)
+                reply = await self.hosts.take(
+                    copy.ref, self.stage.model, order, step.tensors, seconds
+                )
+                if reply.tensors is None:
+                    return reply
+                copy.position = step.position + step.tokens
+        what = "restored" if covered else "replayed"
+        outcome = f"{covered} positions copied, {len(rest)} steps replayed"
+        self.tell(what, copy.ref, position, began, outcome)
+        return None
+
+    def tell(
+        self,
+        what: str,
+        where: HostRef,
+        position: int,
+        began: float,
+        outcome: str,
+        failure: Failure | None = None,
+    ) -> None:
+        now = self.clock()
+        self.account.happened.append(
+            SequenceStep(
+                what,
+                self.index,
+                str(where),
+                position,
+                began - self._began,
+                now - began,
+                outcome,
+                failure,
+            )
+        )
+
+
+class _Contest:
+    """One step of a stage, in as many browsers as it takes."""
+
+    def __init__(self, worker: _StageWorker, step: Taken, choice: int | None) -> None:
+        self._worker = worker
+        self._step = step
+        self._choice = choice
+        self._tasks: dict[asyncio.Task[StepReply], _Copy] = {}
+        self._answers: list[tuple[_Copy, Mapping[str, Array]]] = []
+        self._avoid: set[HostRef] = set()
+        self._failures = 0
+        self._first: Failure | None = None
+        self._began = worker.clock()
+        self._hedged = False
+
+    async def run(self) -> Mapping[str, Array]:
+        """The answer that may be believed. Raises `SequenceLost`."""
+        worker = self._worker
+        end = self._began + worker.rules.step_seconds
+        for copy in worker.copies:
+            self._send(copy, end)
+        while True:
+            answer = self._settled()
+            if answer is not None:
+                return answer
+            self._reinforce(end)
+            left = end - worker.clock()
+            if left <= 0:
+                raise self._lost(f"no answer within {worker.rules.step_seconds:g} s")
+            if not self._tasks:
+                self._give_up_if_vain()
+                await worker.hosts.change(left)
+                continue
+            await asyncio.wait(
+                self._tasks,
+                timeout=min(left, self._until_late()),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            for task in [task for task in self._tasks if task.done()]:
+                await self._take_in(self._tasks.pop(task), task.result(), end)
+
+    def release(self) -> None:
+        """Stop what is still under way: those copies are in no known state."""
+        for task, copy in self._tasks.items():
+            task.cancel()
+            self._worker.drop(copy, forget=True)
+        self._tasks = {}
+
+    def _send(self, copy: _Copy, end: float, pause: float = 0.0) -> None:
+        seconds = max(end - self._worker.clock(), 0.0)
+        work = self._worker.advance(copy, self._step, self._choice, seconds, pause)
+        self._tasks[asyncio.create_task(work, name="stage")] = copy
+
+    def _is_late(self) -> bool:
+        """By the time; a new copy, which has to be built first, is given as long again."""
+        return self._until_late() <= 0
+
+    def _until_late(self) -> float:
+        rules = self._worker.rules
+        if self._hedged or rules.level not in (Level.HIGH, Level.CRITICAL):
+            return math.inf
+        return self._began + rules.late_seconds - self._worker.clock()
+
+    def _reinforce(self, end: float) -> None:
+        """Have the step taken by as many browsers as it should be, as far as there are any."""
+        late = self._hedged or self._is_late()
+        wanted = copies_of_stage(
+            self._worker.rules.level, len(self._answers), len(self._tasks), late=late
+        )
+        while len(self._answers) + len(self._tasks) < wanted:
+            waited_for = [copy.ref for copy in self._tasks.values()]
+            copy = self._worker.new_copy(self._avoid)
+            if copy is None:
+                break
+            if late and waited_for and not self._hedged:
+                began = self._began
+                why = f"no answer of {waited_for[0]} within {self._worker.clock() - began:.3f} s"
+                self._worker.tell("hedged", copy.ref, self._step.position, began, why)
+            self._send(copy, end)
+        self._hedged = late
+
+    async def _take_in(self, copy: _Copy, reply: StepReply, end: float) -> None:
+        worker, failure = self._worker, reply.failure
+        if reply.tensors is not None:
+            worker.account.in_page_ms += reply.in_page_ms
+            self._answers.append((copy, reply.tensors))
+        elif failure is None:
+            self._send(copy, end, _ASK_AGAIN_SECONDS)
+        else:
+            await self._failed(copy, failure, end)
+
+    async def _failed(self, copy: _Copy, failure: Failure, end: float) -> None:
+        worker, elsewhere = self._worker, failure.evidence.get("what") in ELSEWHERE
+        self._failures += not elsewhere
+        self._first = self._first or failure
+        worker.first_failure = worker.first_failure or failure
+        rules = worker.rules
+        decision = cure(rules.level, failure, self._failures, rules.failures_max)
+        worker.tell(
+            "failed", copy.ref, self._step.position, self._began, str(failure.category), failure
+        )
+        if decision is Cure.ASK_AGAIN:
+            self._send(copy, end, _ASK_AGAIN_SECONDS)
+            return
+        lives = elsewhere or failure.scope is Scope.OPERATION
+        worker.drop(copy, forget=lives)
+        self._avoid.add(copy.ref)
+        if not lives:
+            await worker.hosts.distrust(copy.ref)
+        if decision is Cure.GIVE_UP and not self._tasks and not self._answers:
+            raise self._lost(f"level {rules.level} does not survive that")
+
+    def _give_up_if_vain(self) -> None:
+        """With nobody at work: is there anything to wait for?"""
+        if len(self._answers) >= COPIES_MAX:
+            raise self._lost(f"no two of {len(self._answers)} answers agree: {self._spread()}")
+        if self._avoid and self._failures > self._worker.rules.failures_max:
+            raise self._lost(f"{self._failures} attempts failed")
+        self._avoid = {ref for ref in self._avoid if ref in {c.ref for c, _ in self._answers}}
+
+    # -- what is believed --------------------------------------------------------------------------
+
+    def _settled(self) -> Mapping[str, Array] | None:
+        worker = self._worker
+        few = len(self._answers) < QUORUM.get(worker.rules.level, 1)
+        more = worker.rules.strict or not self._answers or self._tasks
+        if few and (more or self._others()):
+            return None
+        if len(self._answers) == 1:
+            winner, answer = self._answers[0]
+            for copy in [copy for copy in worker.copies if copy is not winner]:
+                worker.drop(copy, forget=True)
+            for task in self._tasks:
+                task.cancel()
+            self._tasks = {}
+            worker.numeric = winner.numeric
+            return answer
+        verdict = self._count()
+        if isinstance(verdict, Undecided):
+            return None
+        self._charge(verdict)
+        winner, answer = next(
+            (copy, answer) for copy, answer in self._answers if copy.ref == verdict.winner.voter
+        )
+        worker.numeric = winner.numeric
+        for task, copy in self._tasks.items():
+            if copy.behind > _LAG_MAX:
+                task.cancel()
+                worker.drop(copy, forget=True)
+            else:
+                worker.keep(asyncio.create_task(self._audit(task, copy), name="audit"))
+        self._tasks = {}
+        return answer
+
+    def _others(self) -> bool:
+        taken = [copy.ref for copy in self._worker.copies]
+        hosts, model = self._worker.hosts.hosts(), self._worker.stage.model
+        return choose_stage_host(hosts, model, taken=taken, avoid=self._avoid) is not None
+
+    def _count(self) -> Elected | Undecided:
+        ballots = [Ballot(copy.ref, copy.numeric, answer) for copy, answer in self._answers]
+        return count_votes(ballots, self._worker.rules.closeness)
+
+    def _spread(self) -> str:
+        verdict = self._count()
+        return verdict.spread if isinstance(verdict, Undecided) else ""
+
+    def _charge(self, verdict: Elected) -> None:
+        worker = self._worker
+        for copy in [copy for copy, _ in self._answers if copy.ref in verdict.outvoted]:
+            failure = categorize_browser_failure(
+                f"{copy.ref} was outvoted: its answer is not that of {verdict.winner.voter} and "
+                "another",
+                {"what": "wrong_answer", "ref": copy.ref, "model": worker.stage.model},
+            )
+            worker.first_failure = worker.first_failure or failure
+            worker.tell(
+                "outvoted", copy.ref, self._step.position, self._began, "wrong_answer", failure
+            )
+            worker.drop(copy, forget=True)
+            worker.hosts.outvoted(copy.ref, failure)
+
+    async def _audit(self, task: asyncio.Task[StepReply], copy: _Copy) -> None:
+        """Compare an answer that came after the vote; without one, the copy is let go."""
+        reply = await task
+        if reply.tensors is None:
+            self._worker.drop(copy, forget=False)
+            return
+        self._answers.append((copy, reply.tensors))
+        verdict = self._count()
+        if isinstance(verdict, Elected) and copy.ref in verdict.outvoted:
+            self._charge(Elected(verdict.winner, (), (copy.ref,)))
+
+    def _lost(self, why: str) -> SequenceLost:
+        worker = self._worker
+        return SequenceLost(
+            f"stage {worker.index} of {worker.stage.model} had no answer at position "
+            f"{self._step.position}: {why}"
+            + (f" (first failure: {self._first})" if self._first else ""),
+            failure=self._first,
+        )

@@ -1,0 +1,129 @@
+"""Browsers without browsers: stages in the native runtime that die, hang and lie on request.
+
+Each host has every stage. Faults are scripted by count: `script(ref, when, fault)` strikes as the
+host takes its `when`-th order from then on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from recovery.errors import PageError
+from recovery.failures import categorize_browser_failure
+from recovery.kinds import Backend, BrowserType, Readiness
+from recovery.records import HostRef, HostStatus, NumericId
+from sharding.native_stages import NativeStage
+from sharding.pipeline import StepReply
+from sharding.stages import Line, SequenceCaches, StepOrder
+
+NUMERIC = NumericId("native", Backend.NATIVE)
+
+
+class NativeHosts:
+    """Hosts named a, b, c ... that share the sessions and have caches of their own."""
+
+    def __init__(self, line: Line, specs, count: int = 3) -> None:
+        self._stages = {
+            stage.model: NativeStage(stage, spec)
+            for stage, spec in zip(line.stages, specs, strict=True)
+        }
+        for stage in self._stages.values():
+            stage.open()
+        self._line = line
+        self.refs = [HostRef("abcdefgh"[n]) for n in range(count)]
+        self.caches: dict[HostRef, dict[str, SequenceCaches]] = {}
+        for ref in self.refs:
+            self._begin(ref)
+        self.orders: list[tuple[HostRef, str, StepOrder]] = []
+        self.charged: list[HostRef] = []
+        self._script: dict[str, dict[int, str]] = defaultdict(dict)
+        self._count: dict[str, int] = defaultdict(int)
+        self._changed = asyncio.Event()
+        self.restart = True  # whether a host that dies comes back, as its next epoch
+        self.frozen: set[HostRef] = set()
+
+    def _begin(self, ref: HostRef) -> None:
+        self.caches[ref] = {
+            stage.model: SequenceCaches(stage.caches) for stage in self._line.stages
+        }
+
+    def script(self, name: str, when: int, fault: str) -> None:
+        self._script[name][self._count[name] + when] = fault
+
+    def kill(self, ref: HostRef) -> None:
+        self.refs.remove(ref)
+        del self.caches[ref]
+        if self.restart:
+            again = replace(ref, epoch=ref.epoch + 1)
+            self.refs.append(again)
+            self._begin(again)
+        self._changed.set()
+
+    # -- what a pipeline sees ----------------------------------------------------------------------
+
+    def hosts(self):
+        models = dict.fromkeys(self._stages, NUMERIC)
+        return [
+            HostStatus(ref, BrowserType.CHROME, Readiness.READY, queue_max=16, models=models)
+            for ref in self.refs
+            if ref not in self.frozen
+        ]
+
+    async def take(self, ref, model, order, tensors: Mapping, seconds: float) -> StepReply:
+        await asyncio.sleep(0)
+        self.orders.append((ref, model, order))
+        if ref not in self.caches:
+            return self._fails("replaced", ref)
+        if order.what == "forget":
+            self.caches[ref][model].forget(order.sequence)
+            return StepReply({})
+        self._count[ref.browser_id] += 1
+        fault = self._script[ref.browser_id].pop(self._count[ref.browser_id], "")
+        if fault == "dies":
+            self.kill(ref)
+            return self._fails("process_ended", ref, "browser_exited")
+        if fault == "lost before":
+            return self._fails("socket_closed", ref)
+        if fault == "hangs":
+            await asyncio.sleep(seconds + 1)
+        stage = self._stages[model]
+        stage.caches = self.caches[ref][model]
+        try:
+            answer = stage.take(order, tensors)
+        except PageError as error:
+            return self._fails(error.fields["what"], ref)
+        if fault == "lost after":
+            return self._fails("socket_closed", ref)
+        if fault == "dies after":
+            self.kill(ref)
+            return self._fails("browser_exited", ref)
+        if fault == "lies":
+            name = next(iter(answer))
+            wrong = answer[name].copy()
+            wrong.reshape(-1)[:1] += 1
+            answer = {**answer, name: np.asarray(wrong)}
+        return StepReply(answer)
+
+    def _fails(self, what: str, ref: HostRef, other: str = "") -> StepReply:
+        facts = {"what": other or what, "ref": ref}
+        return StepReply(failure=categorize_browser_failure(what, facts))
+
+    async def change(self, seconds: float) -> None:
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        except TimeoutError:
+            pass
+
+    async def distrust(self, ref: HostRef) -> None:
+        pass
+
+    def outvoted(self, ref: HostRef, failure) -> None:
+        self.charged.append(ref)
+        self.kill(ref)
