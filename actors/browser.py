@@ -20,7 +20,7 @@ import time
 import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ from recovery.failures import Category, Failure, Scope, categorize_browser_failu
 from recovery.kinds import Backend, BrowserType, Readiness
 from recovery.records import BrowserFacts, HostRef, HostStatus, NumericId
 from recovery.resources import BrowserLoad, NodeLoad
+from recovery.sequences import ELSEWHERE
 from sharding.frames import Frame
 from sharding.known_answers import KnownAnswer, difference, question
 from sharding.signature import ModelSpec
@@ -492,6 +493,7 @@ class BrowserHost:
                 if number
             ],
             "backends": [str(backend) for backend in self._worth_trying(backends)],
+            "caches": [asdict(cache) for cache in spec.caches],
             "warm": {"warmRuns": self._warm_runs, "warmMs": self._config.warm_ms},
         }
         await asyncio.to_thread(_check_unchanged, spec, self._checked)
@@ -629,15 +631,10 @@ class BrowserHost:
         if admission.on_trial and (wrong := await self._probe(ref, request.model)) is not None:
             admission.failed(wrong, cured=not request.last)
             return RunReply(self.status(), failure=replace(wrong, op_id=request.op_id))
-        frame = Frame(
-            "run",
-            key,
-            ref.epoch,
-            request.step,
-            request.position,
-            {"model": request.model},
-            tensors,
-        )
+        stage = request.stage
+        body = {"model": request.model, **({"stage": asdict(stage)} if stage else {})}
+        position = stage.position if stage else 0
+        frame = Frame("run", key, ref.epoch, position=position, body=body, tensors=tensors)
         try:
             async with asyncio.timeout(request.seconds):
                 answer = await self._require_bridge().request(frame, self._config.hang_seconds)
@@ -723,7 +720,7 @@ class BrowserHost:
         facts = {**error.fields, "model": request.model}
         facts.pop("what", None)
         failure = self._failure(str(error), what, request.op_id, request.ref, **facts)
-        if what == "not_loaded":  # it was unloaded meanwhile
+        if what in ELSEWHERE:  # it was unloaded meanwhile, say: nothing has failed
             admission.abandoned()
         else:
             admission.failed(failure, cured=not request.last)

@@ -15,6 +15,7 @@ from recovery.failures import Failure
 from recovery.kinds import Backend, Readiness
 from recovery.records import BrowserFacts, HostRef, HostStatus, NumericId
 from recovery.resources import BrowserLoad, NodeLoad
+from sharding.stages import StepOrder
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,8 @@ class RunRequest:
     model: str
     seconds: float
     digest: str = ""  # of the model that is meant; empty: whichever has the name
-    step: int = 0
-    position: int = 0
     last: bool = False  # the caller will not try again: should this fail, the operation has
+    stage: StepOrder | None = None  # a step of a sequence; None: one run without caches
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from recovery.errors import (
 )
 from recovery.failures import Failure, categorize_browser_failure
 from recovery.kinds import Backend, BrowserType, Level, Readiness, RecoveryLevel
+from recovery.placement import Placing
 from recovery.plan import StrategyOrder
 from recovery.pool_state import (
     ALIVE,
@@ -195,6 +196,7 @@ class ModelOrder:
     backends: tuple[Backend, ...]
     entry: Mapping[str, Any]
     known: KnownAnswer | None = None
+    placing: Placing | None = None  # None: on every browser
 
 
 class OrderStore(Protocol):
@@ -396,8 +398,9 @@ class Supervisor:
         )
 
     async def load(self, order: ModelOrder) -> None:
-        """Have every browser load a model; returns when each has, or has failed to.
+        """Have every browser, or those that `placing` chooses, load a model.
 
+        Returns when each has, or has failed to.
         The table says which is which.
         """
         self._require_open()
@@ -418,7 +421,7 @@ class Supervisor:
             before = self._models.get(name)
             self._models[name] = order
             try:
-                wanted = ModelWanted(name, order.spec.digest, order.spec.type)
+                wanted = _wanted(order)
                 await self._happen(wanted, ordered=True)
             except PoolError:
                 if before is None:
@@ -438,8 +441,7 @@ class Supervisor:
             order = self._models.get(model)
             if order is not None and model in self._state.parked:
                 await self._refuse_if_full(order)
-                wanted = ModelWanted(model, order.spec.digest, order.spec.type)
-                await self._happen(wanted, ordered=True)
+                await self._happen(_wanted(order), ordered=True)
 
     async def unload(self, model: str) -> None:
         self._require_open()
@@ -946,3 +948,7 @@ _ROUTED = {
     Phase.RECONNECTING: Readiness.STARTING,  # it may be back in a moment, with all it had
     Phase.DRAINING: Readiness.DRAINING,
 }
+
+
+def _wanted(order: ModelOrder) -> ModelWanted:
+    return ModelWanted(order.spec.name, order.spec.digest, order.spec.type, order.placing)

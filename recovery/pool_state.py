@@ -20,6 +20,7 @@ from recovery.errors import IllegalTransition
 from recovery.failures import Category, Failure, Scope
 from recovery.frozen import replace
 from recovery.kinds import BrowserType, Level, ModelType, RecoveryLevel
+from recovery.placement import Placing, Slot, place
 from recovery.plan import STRATEGIES, Plan, StrategyOrder, Tally, plan
 from recovery.records import BrowserFacts, NumericId
 from recovery.supervision import GiveUp, RestartLimit, record_restart
@@ -148,6 +149,8 @@ class PoolState:
     browsers: Mapping[str, BrowserRecord] = field(default_factory=dict)
     models: Mapping[str, str] = field(default_factory=dict)  # wanted: name -> digest
     model_types: Mapping[str, ModelType] = field(default_factory=dict)
+    # Of the wanted ones, those that not every browser loads.
+    placed: Mapping[str, Placing] = field(default_factory=dict)
     parked: Mapping[str, str] = field(default_factory=dict)  # unloaded until somebody asks again
     missing: tuple[BrowserType, ...] = ()  # kinds that are not installed, as launches have shown
     repairs: tuple[Repair, ...] = ()  # that are over
@@ -255,6 +258,7 @@ class ModelWanted:
     model: str
     digest: str
     type: ModelType = ModelType.UNKNOWN
+    placing: Placing | None = None  # None: every browser loads it
 
 
 @dataclass(frozen=True)
@@ -389,6 +393,14 @@ def decide(state: PoolState, event: Event) -> Decision:
 
     News of an incarnation that has been replaced changes nothing: it is not illegal, only late.
     """
+    state, orders = _decide(state, event)
+    if not state.placed or state.closing:
+        return state, orders
+    state, loads = _placed(state)
+    return state, (*orders, *loads)
+
+
+def _decide(state: PoolState, event: Event) -> Decision:
     match event.body:
         case PoolOpened(name, level, strategy, limit, term):
             opened = replace(
@@ -461,7 +473,7 @@ def _ready(state: PoolState, body: BrowserReady, at: float) -> Decision:
         served=True,
         models={
             model: ModelPhase.FAILED if _hopeless(record, model) else ModelPhase.LOADING
-            for model in state.models
+            for model in _everywhere(state)
         },
     )
     state = _with(state, record)
@@ -481,7 +493,7 @@ def _reconnected(state: PoolState, body: BrowserReconnected, at: float) -> Decis
     record = _record(state, body.browser_id)
     if record.epoch != body.epoch or record.phase is not Phase.RECONNECTING:
         return state, ()  # it failed in some other way meanwhile
-    models = {**dict.fromkeys(state.models, ModelPhase.LOADING), **record.models}
+    models = {**dict.fromkeys(_everywhere(state), ModelPhase.LOADING), **record.models}
     record = replace(record, phase=Phase.READY, since=at, models=models)
     loads = _loads(record)
     state, stops = _repaired(_with(state, record), record, RecoveryLevel.MINIMAL, at, by=record)
@@ -858,14 +870,43 @@ def _model_wanted(state: PoolState, body: ModelWanted) -> Decision:
     model, loads = body.model, []
     for record in state.browsers.values():
         record = _without_model(record, model)  # of that name, another file perhaps
-        if record.phase is Phase.READY:
+        if record.phase is Phase.READY and body.placing is None:
             loads.append(Load(record.id, record.epoch, model))
             record = replace(record, models={**record.models, model: ModelPhase.LOADING})
         state = _with(state, record)
     models = {**state.models, model: body.digest}
     types = {**state.model_types, model: body.type}
-    parked = _without(state.parked, model)
-    return replace(state, models=models, model_types=types, parked=parked), tuple(loads)
+    placed, parked = _without(state.placed, model), _without(state.parked, model)
+    if body.placing is not None:
+        placed[model] = body.placing
+    state = replace(state, models=models, model_types=types, parked=parked, placed=placed)
+    return state, tuple(loads)
+
+
+def _everywhere(state: PoolState) -> list[str]:
+    return [model for model in state.models if model not in state.placed]
+
+
+def _placed(state: PoolState) -> Decision:
+    """Have models of which there are too few copies loaded by whoever should."""
+    slots = [
+        Slot(
+            record.id,
+            str(record.kind),
+            record.phase is Phase.READY,
+            {model for model, phase in record.models.items() if phase is not ModelPhase.FAILED},
+            {model for model in state.placed if _hopeless(record, model)},
+        )
+        for record in state.browsers.values()
+        if record.phase in (Phase.READY, *COMING) and not record.stands_in_for
+    ]
+    loads = []
+    for browser_id, model in place(state.placed, slots):
+        record = state.browsers[browser_id]
+        record = replace(record, models={**record.models, model: ModelPhase.LOADING})
+        state = _with(state, record)
+        loads.append(Load(browser_id, record.epoch, model))
+    return state, tuple(loads)
 
 
 def _model_parked(state: PoolState, model: str) -> Decision:
@@ -885,8 +926,9 @@ def _model_unwanted(state: PoolState, model: str) -> Decision:
         breakers = _without(record.breakers, model)  # as its worker forgets it
         state = _with(state, replace(_without_model(record, model), breakers=breakers))
     models, types = _without(state.models, model), _without(state.model_types, model)
-    parked = _without(state.parked, model)
-    return replace(state, models=models, model_types=types, parked=parked), tuple(unloads)
+    placed, parked = _without(state.placed, model), _without(state.parked, model)
+    state = replace(state, models=models, model_types=types, parked=parked, placed=placed)
+    return state, tuple(unloads)
 
 
 def _model_loaded(state: PoolState, body: ModelLoaded) -> PoolState:

@@ -126,13 +126,13 @@ def _models(state: PoolState, record: BrowserRecord, seen: Seen) -> Reconciliati
     """Of a browser that is ready: models that have arrived, are missing, or are too many."""
     events: list[Body] = []
     orders: list[Instruction] = []
-    for model, digest in state.models.items():
-        has = seen.digests.get(model) == digest
+    for model, phase in record.models.items():
+        has = seen.digests.get(model) == state.models[model]
         if not has:
             orders.append(Load(record.id, record.epoch, model))
-        elif record.models.get(model) is not ModelPhase.LOADED:
+        elif phase is not ModelPhase.LOADED:
             events.append(ModelLoaded(record.id, record.epoch, model, seen.numeric[model]))
-    for model in seen.digests.keys() - state.models.keys():
+    for model in seen.digests.keys() - record.models.keys():
         orders.append(Unload(record.id, record.epoch, model))
     return Reconciliation(tuple(events), tuple(orders))
 

@@ -509,7 +509,7 @@ def _broken(
     principal = state.browsers.get(record.stands_in_for)
     if before is not None and record.epoch < before.epoch:
         return f"epoch {record.epoch} after {before.epoch}"
-    if phase is Phase.READY and record.models.keys() != state.models.keys():
+    if phase is Phase.READY and (record.models.keys() ^ state.models.keys()) - state.placed.keys():
         return f"it has {sorted(record.models)}, and {sorted(state.models)} are wanted"
     if phase in (Phase.STARTING, Phase.REPLACING, Phase.STOPPED, Phase.GIVEN_UP) and record.models:
         return f"it has models while {phase}"

@@ -112,9 +112,166 @@ async function run(ort, session, tensors) {
   const results = await session.run(feeds);
   const outputs = {};
   for (const [name, tensor] of Object.entries(results)) {
-    outputs[name] = { type: tensor.type, data: await tensor.getData(), dims: tensor.dims };
+    outputs[name] = { type: tensor.type, data: await tensor.getData(true), dims: tensor.dims };
   }
   return { outputs, inPageMs: performance.now() - begun };
+}
+
+// -- stages: caches that stay here between the steps of a sequence ---------------------------------
+
+// The same rules as `SequenceCaches` in sharding/stages.py: a step of an older fence, or one for
+// which the caches hold another number of positions, is refused; the last step again is answered
+// again, and not computed.
+const SEQUENCES_MAX = 64; // of one model
+
+class Refusal extends Error {
+  constructor(what, message, facts = {}) {
+    super(message);
+    this.body = { what, message, ...facts };
+  }
+}
+
+const outOfStep = ({ sequence, position }, expected) => new Refusal("out_of_step",
+  `${sequence}: the caches hold ${expected} positions, not ${position}`, { expected });
+
+function fenced(entry, order) {
+  const kept = entry.sequences.get(order.sequence);
+  if (kept && order.fence < kept.fence) {
+    throw new Refusal("stale_step", `${order.sequence}: fence ${order.fence} is older than ${kept.fence}`);
+  }
+  if (!kept && entry.sequences.size >= SEQUENCES_MAX) {
+    throw new Refusal("too_many_sequences", `${SEQUENCES_MAX} sequences are kept here already`);
+  }
+  return kept;
+}
+
+const ARRAYS = { float32: Float32Array, float64: Float64Array, float16: Uint16Array, uint8: Uint8Array, int8: Int8Array };
+const count = (dims) => dims.reduce((a, b) => a * b, 1);
+
+function emptyCache(ort, { dtype, shape }) {
+  const Kind = dtype === "float16" && typeof Float16Array !== "undefined" ? Float16Array : ARRAYS[dtype];
+  return new ort.Tensor(dtype, new Kind(count(shape)), shape);
+}
+
+function dispose(caches) {
+  for (const tensor of Object.values(caches)) tensor.dispose();
+}
+
+function keep(entry, sequence, kept) {
+  const before = entry.sequences.get(sequence);
+  entry.sequences.set(sequence, kept);
+  if (before) dispose(before.caches);
+}
+
+function forget(entry, sequence) {
+  const kept = entry.sequences.get(sequence);
+  entry.sequences.delete(sequence);
+  if (kept) dispose(kept.caches);
+}
+
+const restoredDims = ({ shape, axis }, position) => shape.map((dim, at) => (at === axis ? position : dim));
+
+function restore(ort, entry, order, tensors) {
+  const kept = fenced(entry, order);
+  if (kept && kept.fence === order.fence) throw outOfStep(order, kept.position);
+  const caches = {};
+  for (const cache of entry.caches) {
+    const { type, data, dims } = tensors[cache.past] ?? {};
+    if (!dims || String(dims) !== String(restoredDims(cache, order.position))) {
+      throw new Refusal("out_of_step", `${cache.past} is not whole`, { expected: 0 });
+    }
+    caches[cache.past] = new ort.Tensor(type, data.slice(), dims);
+  }
+  keep(entry, order.sequence, { fence: order.fence, position: order.position, caches, last: null });
+}
+
+// The positions that a step added to a cache, which held `position` of them.
+function added({ axis }, { data, dims }, position) {
+  const inner = count(dims.slice(axis + 1)), length = dims[axis];
+  const outer = count(dims.slice(0, axis)), more = length - position;
+  const out = new data.constructor(outer * more * inner);
+  for (let row = 0; row < outer; row++) {
+    const begin = (row * length + position) * inner;
+    out.set(data.subarray(begin, begin + more * inner), row * more * inner);
+  }
+  return { data: out, dims: dims.map((dim, at) => (at === axis ? more : dim)) };
+}
+
+// The `most` highest scores of the last position and their ids (0: all of them), highest first, of
+// equals the lowest id first.
+function choice({ type, data, dims }, most) {
+  const width = dims[dims.length - 1];
+  const row = data.subarray(data.length - width);
+  let ids;
+  if (most === 1 && type === "float32") {
+    let best = 0;
+    for (let id = 1; id < width; id++) if (row[id] > row[best] || (row[best] !== row[best] && row[id] === row[id])) best = id;
+    ids = Int32Array.of(best);
+  } else {
+    ids = Int32Array.from({ length: width }, (_, id) => id);
+    if (type === "float32" && most) ids = ids.sort((a, b) => row[b] - row[a] || a - b).slice(0, most);
+  }
+  const scores = ids.length === width ? row.slice() : row.constructor.from(ids, (id) => row[id]);
+  return {
+    "choice/ids": { type: "int32", data: ids, dims: [ids.length] },
+    "choice/scores": { type, data: scores, dims: [ids.length] },
+  };
+}
+
+async function step(ort, entry, order, tensors) {
+  const kept = fenced(entry, order);
+  const fresh = !kept || order.fence > kept.fence;
+  if (fresh && order.position) throw outOfStep(order, 0);
+  if (!fresh) {
+    if (kept.last && kept.last.position === order.position && order.position + order.tokens === kept.position) {
+      return kept.last.answer;
+    }
+    if (order.position !== kept.position) throw outOfStep(order, kept.position);
+  }
+  const past = fresh
+    ? Object.fromEntries(entry.caches.map((cache) => [cache.past, emptyCache(ort, cache)])) : kept.caches;
+  const feeds = { ...past };
+  for (const [name, { type, data, dims }] of Object.entries(tensors)) feeds[name] = new ort.Tensor(type, data, dims);
+  const begun = performance.now();
+  const results = await entry.session.run(feeds);
+  const caches = {}, outputs = {};
+  const presents = new Map(entry.caches.map((cache) => [cache.present, cache]));
+  for (const [name, tensor] of Object.entries(results)) {
+    const cache = presents.get(name);
+    if (cache) caches[cache.past] = tensor;
+    else if (name !== "logits" || order.choice !== null) {
+      outputs[name] = { type: tensor.type, data: await tensor.getData(true), dims: tensor.dims };
+    }
+  }
+  if (order.choice !== null && outputs.logits) {
+    const { logits } = outputs;
+    delete outputs.logits;
+    Object.assign(outputs, choice(logits, order.choice));
+  }
+  if (order.deltas) {
+    for (const cache of entry.caches) {
+      const { type, dims } = caches[cache.past];
+      const data = await caches[cache.past].getData(true); // it leaves the device with that
+      outputs[`delta/${cache.past}`] = { type, ...added(cache, { data, dims }, order.position) };
+    }
+  }
+  const answer = { outputs, inPageMs: performance.now() - begun };
+  const position = order.position + order.tokens;
+  keep(entry, order.sequence, { fence: order.fence, position, caches, last: { position: order.position, answer } });
+  return answer;
+}
+
+async function take(entry, { what, ...order }, tensors) {
+  if (what === "forget") {
+    forget(entry, order.sequence);
+    return { outputs: {}, inPageMs: 0 };
+  }
+  const ort = await runtime(entry.backend);
+  if (what === "restore") {
+    restore(ort, entry, order, tensors);
+    return { outputs: {}, inPageMs: 0 };
+  }
+  return step(ort, entry, order, tensors);
 }
 
 // A lost device never comes back by itself, and every session on it is lost, too.
@@ -128,12 +285,15 @@ async function watchDevice(ort) {
 }
 
 // Create a session and run it on the warm-up inputs until its time settles or the budget is spent.
-async function create({ url, externalData }, backend, { warmRuns, warmMs }, tensors) {
+async function create({ url, externalData, caches }, backend, { warmRuns, warmMs }, tensors) {
   const asked = performance.now();
   const [ort, bytes] = await Promise.all([ready(backend), fetchBytes(url)]);
   const begun = performance.now();
   const session = await ort.InferenceSession.create(bytes, {
     executionProviders: [backend], graphOptimizationLevel: "all", externalData,
+    // Caches stay on the device, where there is one.
+    ...(backend === "webgpu" && caches.length
+      ? { preferredOutputLocation: Object.fromEntries(caches.map((c) => [c.present, "gpu-buffer"])) } : {}),
   });
   const createMs = performance.now() - begun;
   if (backend === "webgpu") watchDevice(ort);
@@ -174,7 +334,7 @@ async function load({ model, digest, backends, ...source }, tensors) {
   }
   if (!best) throw new Error(backends.map((b) => `${b}: ${tried[b].error}`).join("; "));
   const { answer, warmError, ...kept } = best;
-  models.set(model, { ...kept, digest });
+  models.set(model, { ...kept, digest, caches: source.caches, sequences: new Map() });
   const build = `${config.ortVersion}/${BUNDLES[best.backend][0]}`;
   return { body: { backend: best.backend, build, tried, warmError }, tensors: lied(model, answer) };
 }
@@ -182,6 +342,7 @@ async function load({ model, digest, backends, ...source }, tensors) {
 async function unload({ model }) {
   const entry = models.get(model);
   models.delete(model);
+  for (const { caches } of entry?.sequences.values() ?? []) dispose(caches);
   await entry?.session.release();
   return {};
 }
@@ -189,7 +350,7 @@ async function unload({ model }) {
 // A fault on purpose, of a pool that allows them: some bits of the next answers are flipped.
 let lie = null;
 function lied(model, outputs) {
-  if (!lie || lie.left <= 0 || (lie.model && lie.model !== model)) return outputs;
+  if (!lie || lie.left <= 0 || (lie.model && lie.model !== model) || !Object.keys(outputs).length) return outputs;
   lie.left -= 1;
   for (const tensor of Object.values(outputs)) {
     const { buffer, byteOffset, byteLength } = tensor.data;
@@ -214,8 +375,9 @@ async function handle(frame) {
     case "run": {
       const entry = models.get(body.model);
       if (!entry) return { kind: "error", body: { what: "not_loaded", message: body.model } };
-      const ort = await runtime(entry.backend);
-      const { outputs, inPageMs } = await run(ort, entry.session, tensors);
+      const { outputs, inPageMs } = body.stage
+        ? await take(entry, body.stage, tensors)
+        : await run(await runtime(entry.backend), entry.session, tensors);
       return { kind: "result", tensors: lied(body.model, outputs), body: { inPageMs } };
     }
     case "fault":
@@ -262,6 +424,10 @@ function receive(buffer, socket) {
     try {
       reply = await handle(frame);
     } catch (error) {
+      if (error instanceof Refusal) {
+        send(socket, { kind: "error", body: error.body, op: frame.op, step: frame.step, position: frame.position });
+        return;
+      }
       const what = isAborted(error) ? "runtime_aborted" : `${frame.kind}_failed`;
       reply = { kind: "error", body: { what, message: describe(error) } };
     }

@@ -14,6 +14,7 @@ from recovery.errors import BrowserLost, CallerError, MessageTooLarge
 from recovery.kinds import Backend
 from recovery.records import HostRef
 from sharding.frames import Frame, encode
+from sharding.stages import StepOrder
 from tests.fakes import failure, host_status
 
 LIMIT = 1 << 20
@@ -21,7 +22,14 @@ X = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "ids": np.array([1, 2], 
 
 
 def request(op_id: str = "op") -> RunRequest:
-    return RunRequest(op_id, HostRef("chrome-0", 2), "m", 5.0, "digest", 3, 4)
+    return RunRequest(
+        op_id,
+        HostRef("chrome-0", 2),
+        "m",
+        5.0,
+        "digest",
+        stage=StepOrder("s", fence=1, position=3, tokens=4, choice=0, deltas=True),
+    )
 
 
 async def double(request: RunRequest, tensors: Mapping[str, Any]) -> RunReply:

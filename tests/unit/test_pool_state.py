@@ -10,6 +10,7 @@ from recovery.breaker import CircuitBreaker
 from recovery.errors import IllegalTransition
 from recovery.failures import Category, Scope
 from recovery.kinds import BrowserType, Level, ModelType, RecoveryLevel
+from recovery.placement import Placing
 from recovery.plan import HOPELESS_ATTEMPTS, STRATEGIES
 from recovery.pool_state import (
     COMING,
@@ -520,7 +521,7 @@ def test_drain_in_the_middle_of_a_repair_ends_it():
 # -- whatever happens, in whatever order -----------------------------------------------------------
 
 _IDS = st.sampled_from(["a", "b", "edge-r1", "firefox-r2", "chrome-r1"])
-_MODELS = st.sampled_from(["m", "n"])
+_MODELS = st.sampled_from(["m", "n", "m@1"])
 _EPOCHS = st.integers(-1, 0)  # the present one, or the one before
 _STEPS = st.one_of(
     st.tuples(st.just("want"), _IDS),
@@ -531,6 +532,7 @@ _STEPS = st.one_of(
     st.tuples(st.just("unwant"), _IDS),
     st.tuples(st.just("stop"), _IDS),
     st.tuples(st.just("model"), _MODELS),
+    st.tuples(st.just("shard"), st.sampled_from(["m@0", "m@1", "m@2"]), st.integers(1, 3)),
     st.tuples(st.just("no model"), _MODELS),
     st.tuples(st.just("loaded"), _IDS, _EPOCHS, _MODELS),
     st.tuples(st.just("not loaded"), _IDS, _EPOCHS, _MODELS),
@@ -560,6 +562,8 @@ def _body(state: PoolState, step: tuple) -> Body:
             return BrowserStopped(browser_id)
         case "model", model:
             return ModelWanted(model, f"digest of {model}")
+        case "shard", model, copies:
+            return ModelWanted(model, f"digest of {model}", placing=Placing(copies, "m"))
         case "no model", model:
             return ModelUnwanted(model)
         case "loaded", browser_id, back, model:
@@ -577,7 +581,9 @@ def _check(before: PoolState, after: PoolState, instructions: tuple[Instruction,
         if record.phase in (Phase.STARTING, Phase.STOPPED, Phase.GIVEN_UP):
             assert record.models == record.numeric == {}
         if record.phase is Phase.READY:
-            assert record.models.keys() == after.models.keys()
+            here = record.models.keys()
+            assert here - after.placed.keys() == after.models.keys() - after.placed.keys()
+            assert here <= after.models.keys()
         loaded = {m for m, phase in record.models.items() if phase is ModelPhase.LOADED}
         assert record.numeric.keys() == loaded
         repair = record.repair
@@ -589,6 +595,13 @@ def _check(before: PoolState, after: PoolState, instructions: tuple[Instruction,
         if record.phase is Phase.REPLACING and not after.closing:
             helpers = [b for b in after.browsers.values() if b.stands_in_for == record.id]
             assert any(b.phase in COMING for b in helpers)
+    for model, placing in () if after.closing else after.placed.items():
+        ready = [r for r in after.browsers.values() if r.phase is Phase.READY]
+        alive = [r for r in after.browsers.values() if r.phase in (Phase.READY, *COMING)]
+        has = [r for r in alive if r.models.get(model) not in (None, ModelPhase.FAILED)]
+        free = [r for r in ready if model not in r.models and model not in r.load_failures]
+        if len(alive) == len(ready) and len(has) < placing.copies:
+            assert not free, f"{model} has too few copies, and there is room"
     assert len(after.repairs) <= HISTORY_MAX
     for instruction in instructions:
         record = after.browsers[instruction.browser_id]
