@@ -31,13 +31,18 @@ _LOCKS = ("SingletonLock", "SingletonCookie", "SingletonSocket", "lock", ".paren
 _RUN_PREFIX = "tabpool-profile-"
 
 
-def templates_root() -> Path:
-    """Where templates live: `$TABPOOL_CACHE`, else the user's cache directory."""
+def cache_root() -> Path:
+    """Where what can be made again is kept: `$TABPOOL_CACHE`, else the user's cache directory."""
     override = os.environ.get("TABPOOL_CACHE")
     if override:
-        return Path(override) / "profiles"
+        return Path(override)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "tabpool" / "profiles"
+    return Path(base) / "tabpool"
+
+
+def templates_root() -> Path:
+    """Where templates live."""
+    return cache_root() / "profiles"
 
 
 def template_path(binaries: Binaries, gpu: str) -> Path:

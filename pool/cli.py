@@ -13,6 +13,8 @@ from rich.table import Table
 
 from pool import doctor as examination
 from pool.log_view import logged_line
+from pool.shard_command import EPILOG as SHARD_EPILOG
+from pool.shard_command import shard
 from pool.state_folders import newest_folder, state_root
 from recovery import log
 from recovery.errors import PoolError
@@ -94,6 +96,9 @@ def demo() -> None:
     from pool.demo import main as demonstrate
 
     raise typer.Exit(demonstrate())
+
+
+app.command(epilog=SHARD_EPILOG)(shard)
 
 
 logs = typer.Typer(

@@ -14,7 +14,7 @@ import os
 import random
 import secrets
 from collections import deque
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -30,10 +30,18 @@ from actors.ray_metrics import ClientMetrics
 from actors.supervisor import ModelOrder, SupervisorConfig, Table
 from pool.answering import Answering, Question, Rules, Simulate, Tensors
 from pool.config import PoolConfig, backend_order
+from pool.generating import (
+    GENERATE,
+    GeneratedToken,
+    Generating,
+    RoutedStages,
+    prepare_generate,
+)
 from pool.latency import Latencies
+from pool.loading import Part, read_parts
 from pool.operations import OperationRegistry
 from pool.recorder import Recorder
-from pool.registry import ModelEntry, ModelRegistry, entry_from_plain, entry_to_plain, read_model
+from pool.registry import ModelEntry, ModelRegistry, entry_from_plain, entry_to_plain
 from pool.results import Result
 from pool.routing import Routing
 from pool.state_folders import hold, new_folder, state_root
@@ -54,8 +62,9 @@ from recovery.errors import (
     UnknownModel,
 )
 from recovery.failures import Failure
-from recovery.kinds import BrowserType, Level, ModelType, RecoveryLevel
+from recovery.kinds import Backend, BrowserType, Level, ModelType, RecoveryLevel, Strategy
 from recovery.levels import BROWSERS_NEEDED, ORDER, REDUNDANT, held
+from recovery.placement import Placing
 from recovery.plan import strategy_order
 from recovery.pool_state import (
     ALIVE,
@@ -70,7 +79,7 @@ from recovery.records import HostRef, HostStatus
 from recovery.voting import Closeness
 from sharding.frames import Frame, encoded_size
 from sharding.inputs import check_inputs
-from sharding.known_answers import record
+from sharding.pipeline import PipelineRules, Rendezvous
 
 _OP_ID_MAX = 128
 _WATCH_SECONDS_MAX = 5.0
@@ -138,6 +147,7 @@ class BrowserPool:
         self._audits: deque[asyncio.Task[None]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._waking: dict[str, asyncio.Task[str]] = {}
+        self._rendezvous: dict[str, Rendezvous] = {}  # of coordinated models
         counted = ("asked", "answered", "recovered", "simulated", "failed", "refused")
         self._counts = dict.fromkeys(counted, 0)
 
@@ -355,19 +365,27 @@ class BrowserPool:
         type: str | ModelType | None = None,  # noqa: A002
         backend: str | None = None,
         example: Mapping[str, Any] | None = None,
+        shards: int | None = None,
+        strategy: str = "layer_based",
     ) -> ModelEntry:
         """Load the model at `path` (a folder or an .onnx file) on every browser, as `name`.
 
         `type` overrides what is detected, `backend` the pool's. `example` are inputs that suit
         the model: it is warmed with them, and probes compare what it makes of them; without,
-        inputs are made up. Returns when every browser has it, warm. Raises `NotAModel` or
-        `BadInput` before any browser is touched, and `PageError` when no browser can load it.
+        inputs are made up. With `shards` the model is cut by layer as `strategy` says (see
+        `sharding.partition`), and each browser loads a part; `path` may also be a folder that
+        `tabpool shard` made. Returns when every browser has what it should, warm. Raises
+        `NotAModel` or `BadInput` before any browser is touched, `PageError` when no browser can
+        load it, and `LevelUnavailable` when too few can.
         """
         self._require_open()
         backend = self._config.backend if backend is None else backend
         backends = backend_order(backend)
-        entry = await asyncio.to_thread(read_model, name, path, type)
-        tried = None if example is None else check_inputs(entry.spec, example)
+        entry, parts = await asyncio.to_thread(read_parts, name, path, type, shards, strategy)
+        if example is not None:
+            if entry.cut:
+                raise BadInput("example: a model that is cut takes none.", got="example")
+            parts = (replace(parts[0], tried=check_inputs(entry.spec, example)),)
         self._adopt()
         known = name in self._registry.names()
         self._registry.add(entry)
@@ -375,53 +393,74 @@ class BrowserPool:
         supervisor, routing = self._require_open()
         self._loading[name] = self._loading.get(name, 0) + 1
         try:
-            answer = await asyncio.to_thread(record, entry.spec, tried) if self._probes else None
-            order = ModelOrder(entry.spec, backends, entry_to_plain(entry), answer)
-            await routing.unless_gone(supervisor.load(order))
+            orders = [await self._order(entry, part, backends) for part in parts]
+            loads = asyncio.gather(*map(supervisor.load, orders))
+            await routing.unless_gone(loads)
             table = await self._table_when(
-                lambda table: _settled(table.state, name), self._config.load_seconds
+                lambda table: all(_settled(table.state, part) for part in entry.parts),
+                self._config.load_seconds,
             )
         except BaseException as error:
             if not known:
                 self._registry.remove(name)
                 if not isinstance(error, CallerError):  # what was ordered is not wanted any more
                     with contextlib.suppress(PoolError):  # the first error is the one that matters
-                        await routing.unless_gone(supervisor.unload(name))
+                        for part in entry.parts:
+                            await routing.unless_gone(supervisor.unload(part))
             raise
         finally:
             self._loading[name] -= 1
             if not self._loading[name]:
                 del self._loading[name]
-        records = [r for r in table.state.browsers.values() if name in r.models]
-        loaded = sum(r.models[name] is ModelPhase.LOADED for r in records)
-        needed = BROWSERS_NEEDED[self._level] if self._config.strict else 1
-        if loaded < needed:
-            if not known:
-                await self.unload(name)
-            why = "; ".join(
-                f"{r.id}: {r.load_failures.get(name, r.phase)}"
-                for r in records
-                if r.models[name] is not ModelPhase.LOADED
-            )
-            if loaded:
-                raise LevelUnavailable(
-                    f"level {self._config.level} needs {name} on {needed} browsers, and {loaded} "
-                    f"could load it ({why}). Pass strict=False to run below that level.",
-                    level=self._config.level,
-                )
-            raise PageError(
-                f"no browser could load {name}: {why or 'none is running'}", what="load_failed"
-            )
+        for part in entry.parts:
+            why = self._too_few(table.state, part)
+            if why is not None:
+                if not known:
+                    await self.unload(name)
+                raise why
         return entry
+
+    async def _order(
+        self, entry: ModelEntry, part: Part, backends: tuple[Backend, ...]
+    ) -> ModelOrder:
+        answer = await asyncio.to_thread(part.known_answer) if self._probes else None
+        placing = Placing(BROWSERS_NEEDED[self._level], entry.name) if entry.cut else None
+        return ModelOrder(part.spec, backends, entry_to_plain(entry), answer, placing)
+
+    def _too_few(self, state: PoolState, part: str) -> PoolError | None:
+        """Why a model, or a part of one, is not on as many browsers as the level takes."""
+        records = [r for r in state.browsers.values() if part in r.models]
+        loaded = sum(r.models[part] is ModelPhase.LOADED for r in records)
+        needed = BROWSERS_NEEDED[self._level] if self._config.strict else 1
+        if loaded >= needed:
+            return None
+        why = "; ".join(
+            f"{r.id}: {r.load_failures.get(part, r.phase)}"
+            for r in records
+            if r.models[part] is not ModelPhase.LOADED
+        )
+        if loaded:
+            return LevelUnavailable(
+                f"level {self._config.level} needs {part} on {needed} browsers, and {loaded} "
+                f"could load it ({why}). Pass strict=False to run below that level.",
+                level=self._config.level,
+            )
+        return PageError(
+            f"no browser could load {part}: {why or 'none is running'}", what="load_failed"
+        )
 
     async def unload(self, name: str) -> None:
         """Take a model out of every browser. Raises `UnknownModel`."""
         supervisor, _ = self._require_open()
-        self._entry(name)
+        parts = self._entry(name).parts
         self._registry.remove(name)
         self._encoders.pop(name, None)
-        await supervisor.unload(name)
-        await self._table_when(lambda table: name not in table.models, self._config.lease)
+        self._rendezvous.pop(name, None)
+        for part in parts:
+            await supervisor.unload(part)
+        await self._table_when(
+            lambda table: not table.models.keys() & set(parts), self._config.lease
+        )
 
     def models(self) -> tuple[str, ...]:
         """The names of the loaded models."""
@@ -432,17 +471,19 @@ class BrowserPool:
         """Know the models that clients of this pool have loaded, and forget what they unloaded."""
         if self._routing is None or self._routing.table is None:
             return
-        orders = self._routing.models()
+        plain = {
+            str(order.entry["spec"]["name"]): order for order in self._routing.models().values()
+        }
         for name in self._registry.names():
             known = self._registry.get(name).spec.digest
             if name not in self._loading and (
-                name not in orders or orders[name].spec.digest != known
+                name not in plain or plain[name].entry["spec"]["digest"] != known
             ):
                 self._registry.remove(name)
                 self._encoders.pop(name, None)
-        for name, order in orders.items():
+        for name, order in plain.items():
             if name not in self._registry.names():
-                entry = entry_from_plain(order.spec, order.entry)
+                entry = entry_from_plain(order.entry)
                 self._registry.add(entry)
                 self._encoders[name] = encoder_for(entry)
 
@@ -484,32 +525,33 @@ class BrowserPool:
         seconds = self._config.deadline if deadline is None else deadline
         if not seconds > 0:
             raise BadInput(f"deadline: expected seconds over 0, got {seconds!r}.", got=seconds)
-        given: Any = op_id
-        if given is not None and not (isinstance(given, str) and 0 < len(given) <= _OP_ID_MAX):
-            raise BadInput(
-                f"op_id: expected text of 1 to {_OP_ID_MAX} characters, got {op_id!r}.", got=op_id
-            )
+        self._check_op_id(op_id)
         wanted = self._level_of_call(level)
         if simulation and not self._config.simulation:
             raise BadInput(
                 "simulation: this pool forbids native answers; make it with simulation=True.",
                 got=simulation,
             )
-        spec = self._operations.get(op)
         entry = self._entry(model)
+        if op == GENERATE:
+            generating = self._generating(entry, inputs, op_id, wanted)
+            with self._counted():
+                result = await generating.run(deadline)
+            self._told(result, entry)
+            return result
+        spec = self._operations.get(op)
+        if entry.cut:
+            raise BadInput(
+                f"{model} is cut into {len(entry.parts)} shards, so it takes only {GENERATE!r}: "
+                "load it whole for other operations.",
+                expected=GENERATE,
+                got=op,
+            )
         tensors = spec.prepare(entry, inputs, self._encoders.get(model))
         size = self._check_size(model, tensors)
-        if self._in_flight >= self._config.waiting_max:
-            self._counts["refused"] += 1
-            raise PoolBusy(
-                f"{self._in_flight} operations are in flight in this client, its limit "
-                "(waiting_max). Await some of them first, or raise the limit."
-            )
-        self._in_flight += 1
-        self._counts["asked"] += 1
         tolerance, kind = entry.spec.tolerance, (entry.spec.digest, op, wanted, size)
         late = self._latencies.late_after(kind) if wanted in REDUNDANT else math.inf
-        try:
+        with self._counted():
             answering = Answering(
                 Question(
                     op_id or secrets.token_hex(8),
@@ -534,21 +576,100 @@ class BrowserPool:
                 simulate=self._simulation(entry) if simulation is not False else None,
             )
             result, reply = await answering.run(tensors, seconds)
-        except PoolBusy:
-            self._counts["refused"] += 1
-            raise
-        finally:
-            self._in_flight -= 1
         if result.success and reply is not None:
             values = spec.finish(entry, tensors, reply.outputs or {})
             result = replace(result, values=values)
             if result.original_error is None:  # of a late one, so long at least
                 self._latencies.note(kind, result.metrics["duration_ms"] / 1e3)
         result = replace(result, metrics={**result.metrics, "bytes_in": float(size)})
+        self._told(result, entry)
+        return result
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count an operation as in flight. Raises `PoolBusy` for one too many."""
+        if self._in_flight >= self._config.waiting_max:
+            self._counts["refused"] += 1
+            raise PoolBusy(
+                f"{self._in_flight} operations are in flight in this client, its limit "
+                "(waiting_max). Await some of them first, or raise the limit."
+            )
+        self._in_flight += 1
+        self._counts["asked"] += 1
+        try:
+            yield
+        except PoolBusy:
+            self._counts["refused"] += 1
+            raise
+        finally:
+            self._in_flight -= 1
+
+    def _told(self, result: Result, entry: ModelEntry) -> None:
         self._count(result)
         if self._recorder is not None:
             self._recorder.note(result, entry)
-        return result
+
+    # -- sequences --------------------------------------------------------------------------------
+
+    async def stream(
+        self,
+        model: str,
+        inputs: Mapping[str, Any],
+        *,
+        op_id: str | None = None,
+        level: str | None = None,
+        on_result: Callable[[Result], None] | None = None,
+    ) -> AsyncGenerator[GeneratedToken]:
+        """The tokens of `generate`, each as soon as there is one, whatever fails on the way.
+
+        `inputs` as for `run_with_recovery(model, "generate", inputs)`: `text` or `input_ids`, and
+        any of max_new_tokens, temperature, top_k, top_p, seed, stop, ignore_eos, logits. Stop the
+        iteration (`aclose`, or leave an `async with aclosing(...)`) to cancel. `on_result` gets
+        the account of it when it ends. Raises `SequenceLost` if it can't go on; it can be resumed
+        with the prompt's tokens and those that came as `input_ids`, and the same seed.
+        """
+        self._check_op_id(op_id)
+        entry = self._entry(model)
+        generating = self._generating(entry, inputs, op_id, self._level_of_call(level))
+        with self._counted():
+            try:
+                async with contextlib.aclosing(generating.stream()) as tokens:
+                    async for token in tokens:
+                        yield token
+            finally:
+                result = generating.result()
+                self._told(result, entry)
+                if on_result is not None:
+                    on_result(result)
+
+    def _generating(
+        self, entry: ModelEntry, inputs: Mapping[str, Any], op_id: str | None, level: Level
+    ) -> Generating:
+        _, routing = self._require_open()
+        encoder = self._encoders.get(entry.name)
+        prompt = prepare_generate(entry, inputs, encoder)
+        orders, tolerance = routing.models(), entry.spec.tolerance
+        stages = RoutedStages(
+            routing,
+            self._latencies,
+            self._client,
+            {part: orders[part].spec.digest for part in entry.parts if part in orders},
+            on_wrong=self._charge,
+            on_stuck=self._wake,
+        )
+        rules = PipelineRules(
+            level,
+            self._config.max_recovery_attempts,
+            self._config.deadline,
+            closeness=Closeness(tolerance.rtol, tolerance.atol),
+            strict=self._config.strict,
+        )
+        together = None
+        if self._config.strategy == Strategy.COORDINATED:
+            together = self._rendezvous.setdefault(entry.name, Rendezvous())
+        return Generating(
+            op_id or secrets.token_hex(8), entry, prompt, stages, rules, encoder, together
+        )
 
     def _wake(self, model: str) -> str:
         """If a model is parked, have it loaded again. Returns why that failed, if it did."""
@@ -589,6 +710,12 @@ class BrowserPool:
             return reply
 
         return simulate
+
+    def _check_op_id(self, op_id: Any) -> None:
+        if op_id is not None and not (isinstance(op_id, str) and 0 < len(op_id) <= _OP_ID_MAX):
+            raise BadInput(
+                f"op_id: expected text of 1 to {_OP_ID_MAX} characters, got {op_id!r}.", got=op_id
+            )
 
     def _level_of_call(self, level: str | None) -> Level:
         pools = self._level

@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from recovery.errors import BadInput, NotAModel, UnknownModel
 from recovery.kinds import ModelType
 from sharding.signature import ModelSpec, read_signature
+from sharding.stages import Line
 
 MODELS_MAX = 64  # in one pool
 CONFIG_BYTES_MAX = 16 << 20
@@ -124,28 +127,48 @@ def _by_task(architectures: list[str]) -> ModelType:
 class ModelEntry:
     """A model as the pool knows it: the graph's spec, and what lies beside the graph.
 
-    `config` is the content of `config.json` (empty without one). Picklable.
+    `config` is the content of `config.json` (empty without one). `line` are the stages of a
+    decoder, or of a model that was cut: then these are what browsers load. Picklable.
     """
 
     spec: ModelSpec
     tokenizer_path: Path | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    line: Line | None = None
 
     @property
     def name(self) -> str:
         return self.spec.name
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of what browsers load for it."""
+        return tuple(stage.model for stage in self.line.stages) if self.line else (self.name,)
+
+    @property
+    def cut(self) -> bool:
+        """Whether it was cut, so that no browser has the whole of it."""
+        return self.parts != (self.name,)
+
+    @property
+    def positions_max(self) -> int | None:
+        """How many tokens a sequence may have, prompt included; None: nothing is said of it."""
+        limit = self.config.get("max_position_embeddings")
+        return limit if type(limit) is int and limit > 0 else None
+
 
 def entry_to_plain(entry: ModelEntry) -> dict[str, Any]:
-    """What an entry adds to its spec, as JSON can carry it."""
-    path = entry.tokenizer_path
-    return {"tokenizer_path": None if path is None else str(path), "config": dict(entry.config)}
+    """An entry as JSON can carry it."""
+    plain: dict[str, Any] = _ENTRY.dump_python(entry, mode="json")
+    return plain
 
 
-def entry_from_plain(spec: ModelSpec, plain: Mapping[str, Any]) -> ModelEntry:
+def entry_from_plain(plain: Mapping[str, Any]) -> ModelEntry:
     """The entry that `entry_to_plain` described."""
-    path = plain.get("tokenizer_path")
-    return ModelEntry(spec, None if path is None else Path(path), plain.get("config", {}))
+    return _ENTRY.validate_python(dict(plain))
+
+
+_ENTRY = TypeAdapter(ModelEntry)
 
 
 def read_model(

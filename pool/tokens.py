@@ -94,6 +94,21 @@ class TextEncoder:
                 arrays[tensor.name] = array
         return arrays
 
+    def ids(self, text: str) -> list[int]:
+        """The token ids of one text, with the special tokens that the file adds; not truncated.
+
+        Raises `BadInput` as `encode` does.
+        """
+        (checked,) = _check_texts(text)
+        tokenizer = self._open()
+        limit = tokenizer.truncation
+        tokenizer.no_truncation()  # a prompt that is too long is refused, not cut short
+        try:
+            return list(tokenizer.encode(checked).ids)
+        finally:
+            if limit is not None:
+                tokenizer.enable_truncation(**limit)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
         return self._open().decode(list(ids), skip_special_tokens=True)

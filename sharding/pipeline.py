@@ -15,7 +15,7 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -77,13 +77,15 @@ class StageHosts(Protocol):
     def outvoted(self, ref: HostRef, failure: Failure) -> None:
         """This incarnation gave a wrong answer."""
 
+    def late_after(self, model: str, tokens: int) -> float:
+        """Seconds after which a step of so many tokens is begun elsewhere, too."""
+
 
 @dataclass(frozen=True)
 class PipelineRules:
     """How a sequence is to be kept alive.
 
-    `step_seconds`: within which each step must have an answer, repairs included. `late_seconds`:
-    after which a step that is still under way is begun elsewhere, too (`high` and above).
+    `step_seconds`: within which each step must have an answer, repairs included.
     `copy_bytes_max`: of the caches of one stage that are copied out of the browser (`high` and
     above); beyond it, inputs are kept instead. `history_bytes_max`: of the inputs kept for one
     sequence.
@@ -92,7 +94,6 @@ class PipelineRules:
     level: Level = Level.MEDIUM
     failures_max: int = 5  # of one step
     step_seconds: float = 60.0
-    late_seconds: float = math.inf
     copy_bytes_max: int = 256 << 20
     history_bytes_max: int = 512 << 20
     closeness: Closeness = field(default_factory=Closeness)
@@ -209,7 +210,7 @@ class Generation:
             for index, stage in enumerate(line.stages)
         ]
 
-    async def tokens(self, prompt: Sequence[int]) -> AsyncIterator[Token]:
+    async def tokens(self, prompt: Sequence[int]) -> AsyncGenerator[Token]:
         """The new tokens, each as soon as it is chosen. Raises `SequenceLost`.
 
         Ends after `max_new_tokens`, or with the first token of `decoding.stop`. However it ends,
@@ -232,6 +233,16 @@ class Generation:
         finally:
             for worker in self._workers:
                 worker.end()
+
+    def where(self) -> list[HostRef]:
+        """The browser of each stage, as far as the sequence has come."""
+        return [worker.at for worker in self._workers if worker.at is not None]
+
+    @property
+    def first_failure(self) -> Failure | None:
+        """The earliest failure that the sequence has met, whatever stage it struck."""
+        met = [step.failure for step in self.account.happened if step.failure is not None]
+        return met[0] if met else None
 
     async def _step(self, ids: Sequence[int], position: int) -> Mapping[str, Array]:
         inputs = self._line.inputs_of_step(ids, position)
@@ -285,7 +296,7 @@ class _StageWorker:
         self._held = self._copied = 0  # bytes in the memory, as last added to the account
         self._fence = 0
         self.numeric: NumericId | None = None  # of the copy whose answers were taken
-        self.first_failure: Failure | None = None
+        self.at: HostRef | None = None  # where its last answer is from
         self._background: set[asyncio.Task[None]] = set()
 
     # -- one step ----------------------------------------------------------------------------------
@@ -460,6 +471,7 @@ class _Contest:
         self._failures = 0
         self._first: Failure | None = None
         self._began = worker.clock()
+        self._late_seconds = worker.hosts.late_after(worker.stage.model, step.tokens)
         self._hedged = False
 
     async def run(self) -> Mapping[str, Array]:
@@ -508,7 +520,7 @@ class _Contest:
         rules = self._worker.rules
         if self._hedged or rules.level not in (Level.HIGH, Level.CRITICAL):
             return math.inf
-        return self._began + rules.late_seconds - self._worker.clock()
+        return self._began + self._late_seconds - self._worker.clock()
 
     def _reinforce(self, end: float) -> None:
         """Have the step taken by as many browsers as it should be, as far as there are any."""
@@ -542,7 +554,6 @@ class _Contest:
         worker, elsewhere = self._worker, failure.evidence.get("what") in ELSEWHERE
         self._failures += not elsewhere
         self._first = self._first or failure
-        worker.first_failure = worker.first_failure or failure
         rules = worker.rules
         decision = cure(rules.level, failure, self._failures, rules.failures_max)
         worker.tell(
@@ -582,7 +593,7 @@ class _Contest:
             for task in self._tasks:
                 task.cancel()
             self._tasks = {}
-            worker.numeric = winner.numeric
+            worker.numeric, worker.at = winner.numeric, winner.ref
             return answer
         verdict = self._count()
         if isinstance(verdict, Undecided):
@@ -591,7 +602,7 @@ class _Contest:
         winner, answer = next(
             (copy, answer) for copy, answer in self._answers if copy.ref == verdict.winner.voter
         )
-        worker.numeric = winner.numeric
+        worker.numeric, worker.at = winner.numeric, winner.ref
         for task, copy in self._tasks.items():
             if copy.behind > _LAG_MAX:
                 task.cancel()
@@ -622,7 +633,6 @@ class _Contest:
                 "another",
                 {"what": "wrong_answer", "ref": copy.ref, "model": worker.stage.model},
             )
-            worker.first_failure = worker.first_failure or failure
             worker.tell(
                 "outvoted", copy.ref, self._step.position, self._began, "wrong_answer", failure
             )

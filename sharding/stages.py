@@ -64,11 +64,31 @@ class Stage:
 
 @dataclass(frozen=True)
 class Line:
-    """All stages of a decoder, first to last, and the inputs of the uncut model."""
+    """All stages of a model, first to last, and the inputs and outputs of the uncut one."""
 
     model: str
     stages: tuple[Stage, ...]
     inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def decoder(self) -> bool:
+        """Whether it keeps caches, and so goes step by step."""
+        return any(stage.caches for stage in self.stages)
+
+    def check_generates(self) -> None:
+        """Raises `NotAModel` if no text can be made with it: no decoder, or no known inputs."""
+        if not self.decoder:
+            raise _no_decoder(self.model, "caches", "none")
+        names = [spec.name for spec in self.inputs]
+        if unknown := [name for name in names if name not in _MADE]:
+            raise _no_decoder(self.model, f"inputs among {', '.join(sorted(_MADE))}", unknown)
+        if _IDS not in names:
+            raise _no_decoder(self.model, _IDS, names)
+        if LOGITS not in [spec.name for spec in self.outputs]:
+            raise _no_decoder(
+                self.model, f"an output {LOGITS!r}", [spec.name for spec in self.outputs]
+            )
 
     def inputs_of_step(self, ids: Sequence[int], position: int) -> dict[str, Array]:
         """The uncut model's inputs for `ids`, which follow `position` others: a batch of one."""
@@ -93,31 +113,19 @@ def inputs_of_step(
 
 
 def line_of_manifest(model: str, manifest: Manifest) -> Line:
-    """The stages of a cut model that is loaded as `model`. Raises `NotAModel`: no decoder."""
+    """The stages of a cut model that is loaded as `model`."""
     stages = tuple(
         _stage(stage_name(model, index), shard) for index, shard in enumerate(manifest.shards)
     )
-    return _checked(Line(model, stages, manifest.inputs), manifest.shards[-1].outputs)
+    outputs = tuple(spec for shard in manifest.shards for spec in shard.outputs)
+    return Line(model, stages, manifest.inputs, outputs)
 
 
 def line_of_map(model: str, layers: LayerMap) -> Line:
-    """An uncut decoder as its own only stage. Raises `NotAModel`: no decoder."""
+    """An uncut model as its own only stage."""
     caches = tuple(_cache(cache) for layer in layers.layers for cache in layer.caches)
     stage = Stage(model, (), (), layers.inputs, caches)
-    return _checked(Line(model, (stage,), layers.inputs), layers.outputs)
-
-
-def _checked(line: Line, outputs: Sequence[TensorSpec]) -> Line:
-    if not any(stage.caches for stage in line.stages):
-        raise _no_decoder(line.model, "caches", "none")
-    names = [spec.name for spec in line.inputs]
-    if unknown := [name for name in names if name not in _MADE]:
-        raise _no_decoder(line.model, f"inputs among {', '.join(sorted(_MADE))}", unknown)
-    if _IDS not in names:
-        raise _no_decoder(line.model, _IDS, names)
-    if LOGITS not in [spec.name for spec in outputs]:
-        raise _no_decoder(line.model, f"an output {LOGITS!r}", [spec.name for spec in outputs])
-    return line
+    return Line(model, (stage,), layers.inputs, layers.outputs)
 
 
 def _no_decoder(model: str, expected: str, got: Any) -> NotAModel:
@@ -164,11 +172,13 @@ def stage_specs(model: str, folder: Path, manifest: Manifest) -> tuple[ModelSpec
 
 
 def decoder_line(model: str, path: str | Path) -> Line | None:
-    """The ONNX file at `path` as a line of one stage; None if it is no decoder."""
+    """The ONNX file at `path` as a line of one stage; None if nothing can be made with it."""
     try:
-        return line_of_map(model, find_boundaries(path))
+        line = line_of_map(model, find_boundaries(path))
+        line.check_generates()
     except NotAModel:
         return None
+    return line
 
 
 def example(stage: Stage) -> dict[str, Array]:

@@ -7,6 +7,7 @@ host takes its `when`-th order from then on.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -46,6 +47,7 @@ class NativeHosts:
         self._changed = asyncio.Event()
         self.restart = True  # whether a host that dies comes back, as its next epoch
         self.frozen: set[HostRef] = set()
+        self.late_seconds = math.inf
 
     def _begin(self, ref: HostRef) -> None:
         self.caches[ref] = {
@@ -123,6 +125,9 @@ class NativeHosts:
 
     async def distrust(self, ref: HostRef) -> None:
         pass
+
+    def late_after(self, model: str, tokens: int) -> float:
+        return self.late_seconds
 
     def outvoted(self, ref: HostRef, failure) -> None:
         self.charged.append(ref)

@@ -202,7 +202,8 @@ async def test_at_high_a_hang_costs_the_hedging_delay_and_no_bit(three):
     line, specs, right = three
     hosts = NativeHosts(line, specs)
     hosts.script("a", 3, "hangs")
-    got = await generate(line, hosts, Level.HIGH, late_seconds=0.05)
+    hosts.late_seconds = 0.05
+    got = await generate(line, hosts, Level.HIGH)
     same(got, right)
     assert "hedged" in [step.what for step in got[2].happened]
 

@@ -1,0 +1,124 @@
+"""From a path to what browsers load: a model whole, or its shards, each with a known answer.
+
+A cut model's shards are written once, to the cache directory, and found there again; a folder that
+`tabpool shard` made is taken as it is. Blocks; this module must not talk to a browser.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from actors.profiles import cache_root
+from pool.registry import ModelEntry, read_model
+from recovery.errors import BadInput, NotAModel
+from recovery.kinds import ModelType
+from sharding.frames import Array
+from sharding.known_answers import KnownAnswer, record
+from sharding.manifest import MANIFEST_NAME, Manifest, read_manifest
+from sharding.signature import ModelSpec
+from sharding.stages import decoder_line, example, line_of_manifest, stage_specs
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one browser loads: a whole model, or a shard. `tried`: inputs that suit it."""
+
+    spec: ModelSpec
+    tried: Mapping[str, Array] | None = None
+
+    def known_answer(self) -> KnownAnswer | None:
+        """What the native runtime makes of inputs that suit it. Takes a moment."""
+        return record(self.spec, self.tried)
+
+
+def read_parts(
+    name: str,
+    path: str | Path,
+    type: str | ModelType | None = None,  # noqa: A002
+    shards: int | None = None,
+    strategy: str = "layer_based",
+) -> tuple[ModelEntry, tuple[Part, ...]]:
+    """The model at `path` and its parts: one, or `shards`.
+
+    A folder with a manifest is a model that was cut already; `shards` must then be as many as it
+    has, or None. Raises `BadInput` and `NotAModel` as `read_model` and the cutting do.
+    """
+    if (Path(path) / MANIFEST_NAME).is_file():
+        return _cut_before(name, Path(path), type, shards)
+    entry = read_model(name, path, type)
+    if shards is None:
+        return _whole(entry)
+    source = Path(entry.spec.files[0].path)
+    key = hashlib.sha256(f"{entry.spec.digest} {shards} {strategy}".encode()).hexdigest()[:24]
+    folder = cache_root() / "shards" / key
+    manifest = cut_once(source, folder, shards=shards, strategy=strategy)
+    return _parts(entry, folder, manifest)
+
+
+def _whole(entry: ModelEntry) -> tuple[ModelEntry, tuple[Part, ...]]:
+    line = None
+    if entry.spec.type in (ModelType.TEXT, ModelType.UNKNOWN):
+        line = decoder_line(entry.name, entry.spec.files[0].path)
+    if line is None:
+        return entry, (Part(entry.spec),)
+    (stage,) = line.stages
+    spec = replace(entry.spec, caches=stage.caches)
+    return replace(entry, spec=spec, line=line), (Part(spec, example(stage)),)
+
+
+def _parts(
+    entry: ModelEntry, folder: Path, manifest: Manifest
+) -> tuple[ModelEntry, tuple[Part, ...]]:
+    line = line_of_manifest(entry.name, manifest)
+    specs = stage_specs(entry.name, folder, manifest)
+    whole = "\n".join([manifest.source, *(f"{s.span} {s.digest}" for s in specs)])
+    spec = replace(
+        entry.spec,
+        digest=hashlib.sha256(whole.encode()).hexdigest(),
+        load_peak_bytes=max(spec.load_peak_bytes for spec in specs),
+    )
+    parts = tuple(
+        Part(spec, example(stage)) for spec, stage in zip(specs, line.stages, strict=True)
+    )
+    return replace(entry, spec=spec, line=line), parts
+
+
+def _cut_before(
+    name: str, folder: Path, type_: str | ModelType | None, shards: int | None
+) -> tuple[ModelEntry, tuple[Part, ...]]:
+    manifest = read_manifest(folder)
+    if shards is not None and shards != len(manifest.shards):
+        raise BadInput(
+            f"{folder} holds {len(manifest.shards)} shards, not {shards}: leave shards= out, or "
+            "cut the model anew.",
+            expected=len(manifest.shards),
+            got=shards,
+        )
+    first = read_model(name, folder / manifest.shards[0].graph_file, type_)
+    outputs = tuple(spec for shard in manifest.shards for spec in shard.outputs)
+    spec = replace(first.spec, inputs=manifest.inputs, outputs=outputs)
+    if type_ is None and spec.type is ModelType.UNKNOWN:
+        spec = replace(spec, type=ModelType.TEXT)
+    return _parts(replace(first, spec=spec), folder, manifest)
+
+
+def cut_once(source: Path, folder: Path, *, shards: int, strategy: str) -> Manifest:
+    """The shards of the model at `source` in `folder`, which are made if they aren't there."""
+    from sharding.cut import cut
+    from sharding.layers import find_boundaries
+
+    try:
+        return read_manifest(folder)
+    except NotAModel:
+        layers = len(find_boundaries(source))
+    if not 1 <= shards <= layers:
+        raise BadInput(
+            f"shards: expected 1 to {layers} (the model's layers), got {shards}.",
+            expected=f"1 to {layers}",
+            got=shards,
+        )
+    ends = [layers * (n + 1) // shards for n in range(shards)]
+    return cut(source, list(zip([0, *ends], ends, strict=False)), folder)
