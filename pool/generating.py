@@ -130,6 +130,8 @@ def _ids_of(
             ids = [begin, *ids]
         return tuple(ids)
     array = np.asarray(inputs["input_ids"])
+    if not array.size:
+        return ()
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or array.size != array.shape[-1]:
         raise BadInput(
             f"input_ids: expected whole numbers of shape (tokens,) or (1, tokens), got "

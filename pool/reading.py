@@ -87,13 +87,13 @@ async def read_page(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    return [line for _, line in sorted(lines.items()) if line.text]
+    return [line for _, line in sorted(lines.items()) if line.text.strip()]
 
 
 def prepare_page(image: Array, *, side_max: int = PAGE_SIDE_MAX) -> tuple[Array, PageScale]:
     """The detector's input, float32 (1, 3, height, width), and how it relates to the page.
 
-    Its sides are multiples of 32 and at most `side_max`; smaller pages are not enlarged.
+    Its sides are the nearest multiples of 32, with the longer one at most `side_max`.
     Raises `BadInput` for what is no uint8 image (height, width, 3), RGB.
     """
     _check_image(image)
