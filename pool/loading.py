@@ -6,17 +6,20 @@ A cut model's shards are written once, to the cache directory, and found there a
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actors.profiles import cache_root
 from pool.registry import ModelEntry, read_model
-from recovery.errors import BadInput, NotAModel
+from recovery.errors import BadInput, SetupError
 from recovery.kinds import ModelType
 from sharding.frames import Array
 from sharding.known_answers import KnownAnswer, record
+from sharding.manager import ModelShardingManager
 from sharding.manifest import MANIFEST_NAME, Manifest, read_manifest
 from sharding.signature import ModelSpec
 from sharding.stages import decoder_line, example, line_of_manifest, stage_specs
@@ -106,19 +109,20 @@ def _cut_before(
 
 
 def cut_once(source: Path, folder: Path, *, shards: int, strategy: str) -> Manifest:
-    """The shards of the model at `source` in `folder`, which are made if they aren't there."""
-    from sharding.cut import cut
-    from sharding.layers import find_boundaries
+    """The shards of the model at `source` in `folder`, which are made if they aren't there.
 
+    Pools may cut the same model at the same time: one does, and the others wait for it.
+    """
     try:
-        return read_manifest(folder)
-    except NotAModel:
-        layers = len(find_boundaries(source))
-    if not 1 <= shards <= layers:
-        raise BadInput(
-            f"shards: expected 1 to {layers} (the model's layers), got {shards}.",
-            expected=f"1 to {layers}",
-            got=shards,
-        )
-    ends = [layers * (n + 1) // shards for n in range(shards)]
-    return cut(source, list(zip([0, *ends], ends, strict=False)), folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder.parent / f".{folder.name}.lock", os.O_WRONLY | os.O_CREAT)
+    except OSError as error:
+        raise SetupError(
+            f"the shards of {source} can't be written to {folder.parent} ({error}): set "
+            "TABPOOL_CACHE to a folder that can, or cut the model with `tabpool shard`."
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return ModelShardingManager(source, folder).shard(shards, strategy=strategy)
+    finally:
+        os.close(lock)

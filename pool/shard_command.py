@@ -42,6 +42,7 @@ _UNITS |= {f"{letter}iB": 1 << 10 * (at + 1) for at, letter in enumerate("KMGT")
 _UNITS |= {f"{letter}B": 1000 ** (at + 1) for at, letter in enumerate("KMGT")}
 _SIZES = {unit.lower(): size for unit, size in _UNITS.items()}
 _POLL_SECONDS = 0.2  # between two looks at how much is written
+_CLOCK_SLACK_SECONDS = 0.1  # by which a file's time may lie before the clock's
 
 
 def shard(
@@ -206,7 +207,7 @@ def _written(
     console: Console, what: str, folder: Path, shards: int, expected: int
 ) -> Iterator[None]:
     """A bar that follows what is written into `folder`: the cutting itself reports nothing."""
-    begun = time.time()
+    begun = time.time() - _CLOCK_SLACK_SECONDS
     names = [f"shard-{at}.onnx{end}" for at in range(shards) for end in ("", ".data")]
     done = threading.Event()
 
