@@ -15,11 +15,13 @@ import secrets
 import struct
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from actors.messages import RunReply, RunRequest
+from actors.relay import ROUTE, STEP, TO_CALLER, Relay
 from recovery.errors import BadFrame, BrowserLost, PoolError
 from sharding.frames import Frame, decode, encode
 
@@ -57,6 +59,7 @@ class DataServer:
     def __init__(self, run: RunHost, bytes_max: int) -> None:
         self._run = run
         self._bytes_max = bytes_max
+        self._relay = Relay(run, lambda address, token: DataLink(address, token, bytes_max))
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._connections: set[asyncio.Task[Any]] = set()
@@ -73,6 +76,7 @@ class DataServer:
         if self._server is not None:
             self._server.close()
             self._server = None
+        await self._relay.close()
         for writer in list(self._writers):
             writer.close()
         if self._connections:
@@ -85,6 +89,11 @@ class DataServer:
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
         _set_limits(writer)
+
+        def say(frame: Frame) -> None:
+            if not writer.is_closing():
+                _write(writer, frame, self._bytes_max)
+
         try:
             async with asyncio.timeout(_GREETING_SECONDS):
                 greeting = await _read(reader, _OVERHEAD_BYTES)
@@ -93,16 +102,21 @@ class DataServer:
             _write(writer, Frame("welcome"), _OVERHEAD_BYTES)
             while True:
                 frame = await _read(reader, self._bytes_max)
-                answering = asyncio.create_task(self._answer(frame, writer))
-                self._tasks.add(answering)
-                answering.add_done_callback(self._tasks.discard)
-        except (BadFrame, EOFError, OSError, TimeoutError):
+                if frame.kind == ROUTE:
+                    say(self._relay.lay(frame, say))
+                    continue
+                work = self._relay.step if frame.kind == STEP else partial(self._answer, writer)
+                working = asyncio.create_task(work(frame))
+                self._tasks.add(working)
+                working.add_done_callback(self._tasks.discard)
+        except (BadFrame, EOFError, OSError, TimeoutError, ValueError):
             pass  # a client that is gone, or that does not speak the protocol, is let go
         finally:
+            self._relay.drop(say)
             self._writers.discard(writer)
             writer.close()
 
-    async def _answer(self, frame: Frame, writer: asyncio.StreamWriter) -> None:
+    async def _answer(self, writer: asyncio.StreamWriter, frame: Frame) -> None:
         told = False
         try:
             with contextlib.suppress(OSError):
@@ -132,6 +146,7 @@ class DataLink:
         self._writer: asyncio.StreamWriter | None = None
         self._reader_task: asyncio.Task[None] | None = None
         self._pending: dict[str, asyncio.Future[Frame]] = {}
+        self._listening: dict[tuple[str, int], Callable[[Frame | None], None]] = {}
         self._number = 0
 
     async def open(self) -> None:
@@ -156,6 +171,12 @@ class DataLink:
         try:
             while True:
                 frame = await _read(reader, self._bytes_max)
+                if frame.kind in TO_CALLER:
+                    key = (frame.op_id, int(frame.body.get("stage", -1)))
+                    hear = self._listening.get(key)
+                    if hear is not None:
+                        hear(frame)
+                    continue
                 waiting = self._pending.pop(frame.op_id, None)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(frame)
@@ -175,10 +196,12 @@ class DataLink:
                     BrowserLost("the connection to the worker is lost", what="socket_closed")
                 )
                 waiting.exception()  # whoever waited may have gone; that is no unseen error
+        for hear in list(self._listening.values()):
+            hear(None)
 
     @property
     def busy(self) -> bool:
-        return bool(self._pending)
+        return bool(self._pending or self._listening)
 
     @property
     def closed(self) -> bool:
@@ -186,31 +209,45 @@ class DataLink:
 
     async def run(self, request: RunRequest, tensors: Mapping[str, Any]) -> RunReply:
         """As `BrowserHost.run`. Raises `BrowserLost` when the worker dies meanwhile."""
-        if self._writer is None:
-            raise BrowserLost("the connection to the worker is lost", what="socket_closed")
         # The same operation may be under way twice (a caller gave up and asks again): the
         # number tells the two exchanges apart, the request holds the operation's own id.
         self._number += 1
         exchange = f"{request.op_id}:{self._number}"
         body = _REQUEST.dump_python(request, mode="json")
-        waiting: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
-        self._pending[exchange] = waiting
-        try:
-            _write(
-                self._writer, Frame("run", exchange, body=body, tensors=tensors), self._bytes_max
-            )
-            await self._writer.drain()
-            frame = await waiting
-        except OSError as error:
-            raise BrowserLost(
-                "the connection to the worker is lost", what="socket_closed"
-            ) from error
-        finally:
-            self._pending.pop(exchange, None)
+        frame = await self.ask(Frame("run", exchange, body=body, tensors=tensors))
         if frame.kind != "reply":
             raise BrowserLost(str(frame.body.get("refused", "refused")), what="refused")
         reply = _REPLY.validate_python(dict(frame.body))
         return replace(reply, outputs=frame.tensors) if reply.answered else reply
+
+    async def ask(self, frame: Frame) -> Frame:
+        """The worker's answer to a frame. Raises `BrowserLost`."""
+        waiting: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
+        self._pending[frame.op_id] = waiting
+        try:
+            await self.send(frame)
+            return await waiting
+        finally:
+            self._pending.pop(frame.op_id, None)
+
+    async def send(self, frame: Frame) -> None:
+        """Send a frame that nobody answers. Raises `BrowserLost`."""
+        if self._writer is None:
+            raise BrowserLost("the connection to the worker is lost", what="socket_closed")
+        try:
+            _write(self._writer, frame, self._bytes_max)
+            await self._writer.drain()
+        except OSError as error:
+            raise BrowserLost(
+                "the connection to the worker is lost", what="socket_closed"
+            ) from error
+
+    def listen(self, sequence: str, stage: int, hear: Callable[[Frame | None], None]) -> None:
+        """Have `hear` called with what the worker says of a sequence's stage; None: no more."""
+        self._listening[sequence, stage] = hear
+
+    def ignore(self, sequence: str, stage: int) -> None:
+        self._listening.pop((sequence, stage), None)
 
     async def close(self) -> None:
         if self._reader_task is not None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from actors.messages import RunRequest
+from actors.relay import Hop
 from pool.latency import Latencies
 from pool.registry import ModelEntry
 from pool.results import RecoveryStep, Result
@@ -31,8 +32,10 @@ from recovery.records import HostRef, HostStatus
 from sharding.decoding import OPTIONS, Decoding, decoding_from
 from sharding.frames import Array
 from sharding.pipeline import (
+    Chain,
     Generation,
     PipelineRules,
+    Place,
     Rendezvous,
     SequenceLost,
     StepReply,
@@ -65,6 +68,25 @@ class GeneratedToken:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True)
+class StageView:
+    """A stage of a sequence now; see `sharding.pipeline.Standing`. `layers`: None if unknown."""
+
+    model: str
+    layers: tuple[int, int] | None
+    where: tuple[HostRef, ...]
+    position: int
+    rebuilding: bool
+
+
+@dataclass(frozen=True)
+class SequenceView:
+    """A sequence under way: where its stages are, and what has happened to it so far."""
+
+    stages: tuple[StageView, ...] = ()
+    recovery: tuple[RecoveryStep, ...] = ()
 
 
 def prepare_generate(
@@ -220,6 +242,29 @@ class RoutedStages:
             error, {**facts, "ref": ref, "op_id": op_id, "at": time.time()}
         )
 
+    async def chain(
+        self, sequence: str, places: Sequence[Place], *, copies: bool, seconds: float
+    ) -> Chain | None:
+        hops = []
+        for number, place in enumerate(places):
+            later = {spec.name for other in places[number + 1 :] for spec in other.stage.shared}
+            hops.append(
+                Hop(
+                    number,
+                    place.ref,
+                    place.stage.model,
+                    self._digests.get(place.stage.model, ""),
+                    place.fence,
+                    tuple(spec.name for spec in (*place.stage.shared, *place.stage.receives)),
+                    tuple(sorted(later)),
+                    place.choice,
+                    place.deltas,
+                    copies,
+                    seconds,
+                )
+            )
+        return await self._routing.chain(sequence, hops)
+
     async def change(self, seconds: float) -> None:
         for model in self._digests:
             self._on_stuck(model)  # it may be parked
@@ -233,6 +278,11 @@ class RoutedStages:
 
     def late_after(self, model: str, tokens: int) -> float:
         return self._latencies.late_after(_kind(model, tokens))
+
+    def layers(self, model: str) -> tuple[int, int] | None:
+        """Which layers of the uncut model a stage has, from and to (exclusive)."""
+        order = self._routing.models().get(model)
+        return order.spec.span if order is not None else None
 
     def ready(self) -> int:
         """How many browsers each stage has at least."""
@@ -309,6 +359,36 @@ class Generating:
     def _text(self) -> str:
         return self._encoder.decode([t.id for t in self._tokens]) if self._encoder else ""
 
+    def view(self) -> SequenceView:
+        """How it is now: cheap, and asks nobody."""
+        standings = zip(self._prompt.line.stages, self.generation.standings(), strict=True)
+        return SequenceView(
+            tuple(
+                StageView(
+                    stage.model,
+                    self._stages.layers(stage.model),
+                    now.refs,
+                    now.position,
+                    now.rebuilding,
+                )
+                for stage, now in standings
+            ),
+            self._recovery(),
+        )
+
+    def _recovery(self) -> tuple[RecoveryStep, ...]:
+        return tuple(
+            RecoveryStep(
+                step.what,
+                f"{step.where} (stage {step.stage}, position {step.position})",
+                step.at,
+                step.seconds,
+                step.outcome,
+                step.failure,
+            )
+            for step in self.generation.account.happened
+        )
+
     def result(self) -> Result:
         """What has come of it so far. Of a failed one, the tokens that came are in its error."""
         account, ended = self.generation.account, time.monotonic()
@@ -335,17 +415,7 @@ class Generating:
             browser_type=last.browser if last else None,
             epoch=refs[-1].epoch if refs else 0,
             backend=last.models[model].backend if last and model in last.models else None,
-            recovery=tuple(
-                RecoveryStep(
-                    step.what,
-                    f"{step.where} (stage {step.stage}, position {step.position})",
-                    step.at,
-                    step.seconds,
-                    step.outcome,
-                    step.failure,
-                )
-                for step in account.happened
-            ),
+            recovery=self._recovery(),
             original_error=self.generation.first_failure,
             error="" if error is None else f"{error} ({len(tokens)} tokens had come)",
             metrics={

@@ -11,12 +11,13 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from actors.dataplane import DataLink
 from actors.messages import RunReply, RunRequest
+from actors.relay import Chain, Hop
 from actors.supervisor import Host, ModelOrder, Table
 from recovery.errors import BrowserLost, PoolClosed, PoolError
 from recovery.kinds import Readiness
@@ -222,6 +223,28 @@ class Routing:
                     raise BrowserLost(str(self.gone))
                 self._links[address] = link
             return link
+
+    async def chain(self, sequence: str, hops: Sequence[Hop]) -> Chain | None:
+        """A route for a sequence from worker to worker. None if not all are on this node, or if
+        one is gone; raises nothing of theirs."""
+        known = [self._statuses.get(hop.ref) for hop in hops]
+        refs = [status.ref for status in known if status is not None]
+        if len(refs) < len(hops) or any(r.node != self._node or not r.address for r in refs):
+            return None
+        ends = [*refs[1:], None]
+        whole = [
+            replace(hop, address=end.address, token=self._tokens.get(end.address, ""))
+            if end is not None
+            else hop
+            for hop, end in zip(hops, ends, strict=True)
+        ]
+        try:
+            links = [await self._link(ref.address) for ref in refs]
+            chain = Chain(sequence, whole, links)
+            await chain.lay()
+        except BrowserLost:
+            return None
+        return chain
 
     async def _drop_links(self, kept: set[str]) -> None:
         for address in self._links.keys() - kept:

@@ -22,7 +22,7 @@ from typing import Protocol
 from recovery.errors import PoolError
 from recovery.failures import Failure, Scope, categorize_browser_failure
 from recovery.kinds import Level
-from recovery.levels import COPIES_MAX
+from recovery.levels import COPIES_MAX, REDUNDANT
 from recovery.records import HostRef, HostStatus, NumericId
 from recovery.sequences import ELSEWHERE, QUORUM, Cure, choose_stage_host, copies_of_stage, cure
 from recovery.voting import Ballot, Closeness, Elected, Undecided, count_votes
@@ -39,6 +39,7 @@ from sharding.stages import (
 )
 
 _ASK_AGAIN_SECONDS = 0.05  # before the same page is asked again
+_CHAIN_MIN = 2  # stages: a single one is asked at once
 _LAG_MAX = 4  # steps that a copy of a stage may be behind the others, before it is let go
 
 
@@ -50,6 +51,33 @@ class StepReply:
     failure: Failure | None = None
     busy: bool = False
     in_page_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage is, for a chain: what `StepOrder` says of it but the position."""
+
+    stage: Stage
+    ref: HostRef
+    fence: int
+    choice: int | None
+    deltas: bool
+
+
+class Chain(Protocol):
+    """A way through all stages that a step goes by itself, from browser to browser."""
+
+    async def step(
+        self, position: int, tokens: int, tensors: Mapping[str, Array], seconds: float
+    ) -> tuple[list[Mapping[str, Array]], float] | None:
+        """What each stage answered, and the milliseconds in all pages. None: see `trouble`."""
+
+    @property
+    def trouble(self) -> tuple[str, Failure | None]:
+        """Why the last step was not answered, in words, and the failure if there was one."""
+
+    def leave(self) -> None:
+        """It is not used any more."""
 
 
 class StageHosts(Protocol):
@@ -76,6 +104,11 @@ class StageHosts(Protocol):
 
     def outvoted(self, ref: HostRef, failure: Failure) -> None:
         """This incarnation gave a wrong answer."""
+
+    async def chain(
+        self, sequence: str, places: Sequence[Place], *, copies: bool, seconds: float
+    ) -> Chain | None:
+        """A way through these places; None if there is none. `copies`: all answers are wanted."""
 
     def late_after(self, model: str, tokens: int) -> float:
         """Seconds after which a step of so many tokens is begun elsewhere, too."""
@@ -104,7 +137,8 @@ class PipelineRules:
 class SequenceStep:
     """Something that happened to a sequence besides its steps; `at` and `seconds` since it began.
 
-    `what`: "failed", "asked again", "restored" (from copies), "replayed" (from inputs), "hedged",
+    `what`: "failed", "interrupted" (a step that went from browser to browser, which the caller then
+    takes over; of no stage, -1), "restored" (from copies), "replayed" (from inputs), "hedged",
     "outvoted".
     """
 
@@ -125,6 +159,19 @@ class Token:
     id: int
     position: int
     scores: Array | None = None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a stage is now: the browsers at work on it, first the one whose answer was last taken.
+
+    `position`: how many positions its caches hold there. `rebuilding`: it had answered, and no
+    copy of it that there is now has.
+    """
+
+    refs: tuple[HostRef, ...] = ()
+    position: int = 0
+    rebuilding: bool = False
 
 
 @dataclass
@@ -197,11 +244,15 @@ class Generation:
     ) -> None:
         self._sequence = sequence
         self._line = line
+        self._hosts = hosts
+        self._rules = rules
         self._decoding = decoding
         self._rendezvous = rendezvous
+        self._chain: Chain | None = None
+        self._places: list[Place] | None = None  # that the chain leads through, if there is one
         self.account = Account()
-        began = clock()
-        self.clock = clock
+        self._began = began = clock()
+        self._clock = clock
         load: Counter[HostRef] = Counter()  # stages of this sequence, by browser
         self._workers = [
             _StageWorker(
@@ -231,12 +282,17 @@ class Generation:
                     return
                 ids = [token]
         finally:
+            self._leave()
             for worker in self._workers:
                 worker.end()
 
     def where(self) -> list[HostRef]:
         """The browser of each stage, as far as the sequence has come."""
         return [worker.at for worker in self._workers if worker.at is not None]
+
+    def standings(self) -> list[Standing]:
+        """Where every stage is now, for whoever looks on."""
+        return [worker.standing() for worker in self._workers]
 
     @property
     def first_failure(self) -> Failure | None:
@@ -246,14 +302,95 @@ class Generation:
 
     async def _step(self, ids: Sequence[int], position: int) -> Mapping[str, Array]:
         inputs = self._line.inputs_of_step(ids, position)
+        answer = await self._chained(inputs, position, len(ids))
+        if answer is None:
+            answer = await self._stage_by_stage(inputs, position, len(ids))
+        self.account.steps += 1
+        return answer
+
+    async def _stage_by_stage(
+        self, inputs: Mapping[str, Array], position: int, tokens: int
+    ) -> Mapping[str, Array]:
+        """Each stage is asked by the caller, and repaired if it must be.
+
+        A page that has taken this step already answers it again, and computes nothing.
+        """
         handed: Mapping[str, Array] = {}
         for worker in self._workers:
-            tensors = {spec.name: inputs[spec.name] for spec in worker.stage.shared}
-            tensors |= {spec.name: handed[spec.name] for spec in worker.stage.receives}
-            choice = self._decoding.candidates if worker.stage.last else None
-            handed = await worker.take(Taken(position, len(ids), tensors), choice)
-        self.account.steps += 1
+            tensors = _taken_by(worker.stage, inputs, handed)
+            choice = self._choice(worker.stage)
+            handed = await worker.take(Taken(position, tokens, tensors), choice)
         return handed
+
+    async def _chained(
+        self, inputs: Mapping[str, Array], position: int, tokens: int
+    ) -> Mapping[str, Array] | None:
+        """The step's answer by the chain, while every stage is in one place; None: not so."""
+        places = [
+            worker.place(position, self._choice(worker.stage))
+            for worker in (self._workers if QUORUM.get(self._rules.level, 1) == 1 else ())
+        ]
+        if not places or len(places) < _CHAIN_MIN:
+            return None
+        whole = [place for place in places if place is not None]
+        if len(whole) < len(places):
+            self._leave()
+            return None
+        keeping = self._rules.level not in (Level.NONE, Level.LOW)
+        if whole != self._places:
+            self._leave()
+            self._chain = await self._hosts.chain(
+                self._sequence, whole, copies=keeping, seconds=self._rules.step_seconds
+            )
+            self._places = whole
+        if self._chain is None:
+            return None
+        late = [self._hosts.late_after(place.stage.model, tokens) for place in whole]
+        patient = self._rules.level not in REDUNDANT
+        seconds = self._rules.step_seconds if patient else min(sum(late), self._rules.step_seconds)
+        began = self._clock()
+        found = await self._chain.step(position, tokens, inputs, seconds)
+        if found is None:
+            self._interrupted(position, began)
+            return None
+        answers, in_page_ms = found
+        self.account.in_page_ms += in_page_ms
+        handed: Mapping[str, Array] = {}
+        for worker, answer in zip(self._workers, answers, strict=True):
+            if keeping:
+                worker.absorb(
+                    Taken(position, tokens, _taken_by(worker.stage, inputs, handed)), answer
+                )
+            worker.moved(position + tokens)
+            handed = answer
+        return handed
+
+    def _interrupted(self, position: int, began: float) -> None:
+        assert self._chain is not None
+        why, failure = self._chain.trouble
+        now = self._clock()
+        where = str(failure.ref) if failure is not None else ""
+        step = SequenceStep(
+            "interrupted", -1, where, position, began - self._began, now - began, why, failure
+        )
+        self.account.happened.append(step)
+        self._leave()
+
+    def _choice(self, stage: Stage) -> int | None:
+        return self._decoding.candidates if stage.last else None
+
+    def _leave(self) -> None:
+        if self._chain is not None:
+            self._chain.leave()
+        self._chain = self._places = None
+
+
+def _taken_by(
+    stage: Stage, inputs: Mapping[str, Array], handed: Mapping[str, Array]
+) -> dict[str, Array]:
+    """A stage's inputs, caches left out."""
+    shared = {spec.name: inputs[spec.name] for spec in stage.shared}
+    return shared | {spec.name: handed[spec.name] for spec in stage.receives}
 
 
 def _in_order(answer: Mapping[str, Array]) -> Array:
@@ -289,7 +426,7 @@ class _StageWorker:
         self.clock = clock
         self._began = began
         self._rendezvous = rendezvous
-        copying = rules.level in (Level.HIGH, Level.CRITICAL)
+        copying = rules.level in REDUNDANT
         self._memory = StageMemory(stage, copies=copying, copy_bytes_max=rules.copy_bytes_max)
         self._replaying = rules.level not in (Level.NONE, Level.LOW)
         self.copies: list[_Copy] = []
@@ -314,6 +451,25 @@ class _StageWorker:
             self._memory.copy(answer)
             self._tally()
         return answer
+
+    def place(self, position: int, choice: int | None) -> Place | None:
+        """Where the stage is, if it is in one browser that stands at `position`."""
+        if len(self.copies) != 1 or not self.copies[0].built:
+            return None
+        copy = self.copies[0]
+        if copy.position != position or copy.behind:
+            return None
+        return Place(self.stage, copy.ref, copy.fence, choice, self._memory.copying)
+
+    def absorb(self, step: Taken, answer: Mapping[str, Array]) -> None:
+        """Keep a step that was taken by the chain. Raises `SequenceLost`: too much is kept."""
+        self._note(step)
+        self._memory.copy(answer)
+        self._tally()
+
+    def moved(self, position: int) -> None:
+        """The chain has brought the stage to `position`."""
+        self.copies[0].position = position
 
     def _note(self, step: Taken) -> None:
         self._memory.note(step)
@@ -347,6 +503,12 @@ class _StageWorker:
     def keep(self, task: asyncio.Task[None]) -> None:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    def standing(self) -> Standing:
+        refs = sorted((copy.ref for copy in self.copies), key=lambda ref: ref != self.at)
+        position = max((copy.position for copy in self.copies), default=0)
+        whole = any(copy.built for copy in self.copies)
+        return Standing(tuple(refs), position, self.at is not None and not whole)
 
     # -- one copy ----------------------------------------------------------------------------------
 
@@ -518,7 +680,7 @@ class _Contest:
 
     def _until_late(self) -> float:
         rules = self._worker.rules
-        if self._hedged or rules.level not in (Level.HIGH, Level.CRITICAL):
+        if self._hedged or rules.level not in REDUNDANT:
             return math.inf
         return self._began + self._late_seconds - self._worker.clock()
 

@@ -28,6 +28,8 @@ NUMERIC = NumericId("native", Backend.NATIVE)
 class NativeHosts:
     """Hosts named a, b, c ... that share the sessions and have caches of their own."""
 
+    chains_by_default = False  # whether steps may go from host to host by themselves
+
     def __init__(self, line: Line, specs, count: int = 3) -> None:
         self._stages = {
             stage.model: NativeStage(stage, spec)
@@ -48,6 +50,7 @@ class NativeHosts:
         self.restart = True  # whether a host that dies comes back, as its next epoch
         self.frozen: set[HostRef] = set()
         self.late_seconds = math.inf
+        self.chains = self.chains_by_default
 
     def _begin(self, ref: HostRef) -> None:
         self.caches[ref] = {
@@ -126,9 +129,49 @@ class NativeHosts:
     async def distrust(self, ref: HostRef) -> None:
         pass
 
+    async def chain(self, sequence, places, *, copies, seconds):
+        if not self.chains:
+            return None
+        return NativeChain(self, sequence, places, copies)
+
     def late_after(self, model: str, tokens: int) -> float:
         return self.late_seconds
 
     def outvoted(self, ref: HostRef, failure) -> None:
         self.charged.append(ref)
         self.kill(ref)
+
+
+class NativeChain:
+    """A chain whose stages are asked one after the other, by the same rules and faults."""
+
+    def __init__(self, hosts: NativeHosts, sequence: str, places, copies: bool) -> None:
+        self._hosts, self._sequence = hosts, sequence
+        self._places, self._copies = places, copies
+        self.trouble = ("", None)
+
+    async def step(self, position, tokens, tensors, seconds):
+        answers, handed = [], {}
+        for place in self._places:
+            taken = {spec.name: tensors[spec.name] for spec in place.stage.shared}
+            taken |= {spec.name: handed[spec.name] for spec in place.stage.receives}
+            order = StepOrder(
+                self._sequence, "step", place.fence, position, tokens, place.choice, place.deltas
+            )
+            try:
+                async with asyncio.timeout(seconds):
+                    reply = await self._hosts.take(
+                        place.ref, place.stage.model, order, taken, seconds
+                    )
+            except TimeoutError:
+                self.trouble = ("no answer in time", None)
+                return None
+            if reply.tensors is None:
+                self.trouble = (str(reply.failure), reply.failure)
+                return None
+            handed = reply.tensors
+            answers.append(handed if self._copies or place.stage.last else {})
+        return answers, 0.0
+
+    def leave(self) -> None:
+        pass
