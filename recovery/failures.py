@@ -127,6 +127,10 @@ _SEEN: Mapping[str, _Kind] = {
     "refused": (Category.INTERNAL_ERROR, Severity.MODERATE, Scope.OPERATION),
     "replaced": (Category.CONNECTION_FAILURE, Severity.MILD, Scope.OPERATION),
     "stale_frame": (Category.INTERNAL_ERROR, Severity.MILD, Scope.OPERATION),
+    # Steps of a sequence that don't fit what the page has of it.
+    "stale_step": (Category.CONNECTION_FAILURE, Severity.MILD, Scope.OPERATION),
+    "out_of_step": (Category.CONNECTION_FAILURE, Severity.MILD, Scope.OPERATION),
+    "too_many_sequences": (Category.RESOURCE_EXHAUSTION, Severity.MILD, Scope.OPERATION),
 }
 _UNEXPLAINED: _Kind = (Category.INTERNAL_ERROR, Severity.MODERATE, Scope.BROWSER)
 

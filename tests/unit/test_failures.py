@@ -66,6 +66,9 @@ FACTS = {
     "refused": "internal_error moderate operation",
     "replaced": "connection_failure mild operation",
     "stale_frame": "internal_error mild operation",
+    "stale_step": "connection_failure mild operation",
+    "out_of_step": "connection_failure mild operation",
+    "too_many_sequences": "resource_exhaustion mild operation",
 }
 
 
