@@ -102,6 +102,18 @@ def find_binaries(kind: BrowserType, *, headless: bool = True) -> Binaries:
     return Binaries(kind, browser, driver, xvfb)
 
 
+def installed_kinds() -> tuple[BrowserType, ...]:
+    """The browsers that this machine has, driver included, without a look at whether they work."""
+    found = []
+    for kind in BrowserType:
+        try:
+            find_binaries(kind)
+        except BrowserMissing:
+            continue
+        found.append(kind)
+    return tuple(found)
+
+
 def _find(variable: str, candidates: tuple[str, ...]) -> str | None:
     override = os.environ.get(variable)
     if override:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("transport", "recovery", "levels", "scaling", "breaker", "log")
+NAMES = ("transport", "recovery", "levels", "scaling", "sharding", "breaker", "log")
 
 
 def main() -> int:

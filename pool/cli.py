@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pool import doctor as examination
+from pool.generate_command import EPILOG as GENERATE_EPILOG
+from pool.generate_command import generate
 from pool.log_view import logged_line
 from pool.shard_command import EPILOG as SHARD_EPILOG
 from pool.shard_command import shard
@@ -92,13 +94,14 @@ def _show(console: Console, findings: list[examination.Finding]) -> None:
 
 @app.command()
 def demo() -> None:
-    """Embed some sentences in four browsers while one is killed and one tab crashes."""
+    """Embed sentences and write a passage in real browsers that are killed on the way."""
     from pool.demo import main as demonstrate
 
     raise typer.Exit(demonstrate())
 
 
 app.command(epilog=SHARD_EPILOG)(shard)
+app.command(epilog=GENERATE_EPILOG)(generate)
 
 
 logs = typer.Typer(

@@ -1,7 +1,10 @@
-"""The demonstration: real sentences, four real browsers, one killed, one crashed, one lying.
+"""The demonstration: real sentences, real browsers, some killed, one crashed, one lying.
 
 Two thirds are asked at level `high`, where a death costs no restart, the last at `critical`,
 where three browsers vote and one of them is made to answer wrong.
+
+Then three browsers of different engines write a passage together, with a llama that is cut into
+three, and one is killed in mid-sentence (`pool.demo_passage`).
 
 Every answer is held against native onnxruntime, and afterwards the machine is searched for
 anything left behind. Exit code 0 only if all is right. It uses the pool as any program would.
@@ -25,10 +28,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from actors import ray_actors
 from actors.faults import crash_tab, kill_process, wrong_answers
 from actors.messages import LaunchReport
 from pool import BrowserPool, PoolView, Result
 from pool.demo_models import minilm_folder
+from pool.demo_passage import Passage, write_passage
 from pool.operations import EMBED
 from pool.registry import ModelEntry
 from pool.tokens import encoder_for
@@ -75,6 +80,22 @@ async def _demonstrate(console: Console) -> int:
     launched: dict[str, LaunchReport] = {}
     with console.status(f"starting Ray and {wanted} ..."):
         await pool.open()
+    # One Ray for both pools: it ends with the last who uses it.
+    ray = await asyncio.to_thread(ray_actors.connect, None, dashboard=False)
+    try:
+        return await _both_acts(console, pool, launched, sentences, model, began)
+    finally:
+        await asyncio.to_thread(ray_actors.disconnect, ray)
+
+
+async def _both_acts(
+    console: Console,
+    pool: BrowserPool,
+    launched: dict[str, LaunchReport],
+    sentences: Sequence[str],
+    model: Path,
+    began: float,
+) -> int:
     try:
         with console.status("loading all-MiniLM-L6-v2 into every browser ..."):
             entry = await pool.load("minilm", model)
@@ -98,7 +119,9 @@ async def _demonstrate(console: Console) -> int:
     _print_timeline(console, view, results, faults, first)
     _print_levels(console, results)
     _print_nearest(console, sentences, vectors[: len(sentences)])
-    return _judge(console, results, difference, leftovers, view)
+    passage = await write_passage(console)
+    leftovers += await _leftovers(passage.launches)
+    return _judge(console, results, difference, passage, leftovers, view)
 
 
 async def _embed_all(
@@ -324,6 +347,7 @@ def _judge(
     console: Console,
     results: Sequence[Result],
     difference: float,
+    passage: Passage,
     leftovers: Sequence[str],
     view: PoolView,
 ) -> int:
@@ -339,6 +363,7 @@ def _judge(
         ),
         f"largest difference to native onnxruntime {difference:.2e} (goal: below "
         f"{DIFFERENCE_MAX:g})": difference < DIFFERENCE_MAX,
+        **passage.checks,
         "nothing left behind" if not leftovers else f"left behind: {', '.join(leftovers)}": (
             not leftovers
         ),

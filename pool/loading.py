@@ -1,4 +1,5 @@
-"""From a path to what browsers load: a model whole, or its shards, each with a known answer.
+"""From a path to what browsers load: a model whole, its shards, or its components, each with a
+known answer.
 
 A cut model's shards are written once, to the cache directory, and found there again; a folder that
 `tabpool shard` made is taken as it is. Blocks; this module must not talk to a browser.
@@ -14,20 +15,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actors.profiles import cache_root
-from pool.registry import ModelEntry, read_model
+from pool.components import example_for, with_dictionary
+from pool.registry import ModelEntry, read_components, read_model
 from recovery.errors import BadInput, SetupError
 from recovery.kinds import ModelType
 from sharding.frames import Array
 from sharding.known_answers import KnownAnswer, record
-from sharding.manager import ModelShardingManager
+from sharding.manager import COMPONENT_BASED, ModelShardingManager
 from sharding.manifest import MANIFEST_NAME, Manifest, read_manifest
 from sharding.signature import ModelSpec
-from sharding.stages import decoder_line, example, line_of_manifest, stage_specs
+from sharding.stages import Stage, decoder_line, example, line_of_manifest, stage_specs
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one browser loads: a whole model, or a shard. `tried`: inputs that suit it."""
+    """What one browser loads: a model, a shard or a component. `tried`: inputs that suit it."""
 
     spec: ModelSpec
     tried: Mapping[str, Array] | None = None
@@ -44,11 +46,13 @@ def read_parts(
     shards: int | None = None,
     strategy: str = "layer_based",
 ) -> tuple[ModelEntry, tuple[Part, ...]]:
-    """The model at `path` and its parts: one, or `shards`.
+    """The model at `path` and its parts: one, `shards`, or (`component_based`) its components.
 
     A folder with a manifest is a model that was cut already; `shards` must then be as many as it
     has, or None. Raises `BadInput` and `NotAModel` as `read_model` and the cutting do.
     """
+    if strategy == COMPONENT_BASED:
+        return _components(name, path, type, shards)
     if (Path(path) / MANIFEST_NAME).is_file():
         return _cut_before(name, Path(path), type, shards)
     entry = read_model(name, path, type)
@@ -84,9 +88,29 @@ def _parts(
         load_peak_bytes=max(spec.load_peak_bytes for spec in specs),
     )
     parts = tuple(
-        Part(spec, example(stage)) for spec, stage in zip(specs, line.stages, strict=True)
+        Part(spec, _example(stage)) for spec, stage in zip(specs, line.stages, strict=True)
     )
     return replace(entry, spec=spec, line=line), parts
+
+
+def _example(stage: Stage) -> Mapping[str, Array] | None:
+    try:
+        return example(stage)
+    except KeyError:
+        return None  # an encoder's, of something else than tokens
+
+
+def _components(
+    name: str, path: str | Path, type_: str | ModelType | None, shards: int | None
+) -> tuple[ModelEntry, tuple[Part, ...]]:
+    if shards is not None:
+        raise BadInput(
+            f"shards: {COMPONENT_BASED} loads the models of a folder as they are, and cuts none.",
+            expected="no shards",
+            got=shards,
+        )
+    entry = with_dictionary(read_components(name, path, type_))
+    return entry, tuple(Part(spec, example_for(entry, spec)) for spec in entry.components)
 
 
 def _cut_before(

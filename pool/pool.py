@@ -9,32 +9,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import os
 import random
 import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-
-import numpy as np
 
 from actors import ray_actors
 from actors.messages import LaunchReport, RunReply, RunRequest
 from actors.ray_actors import RayHistory, RayNative, RaySupervisor
 from actors.ray_metrics import ClientMetrics
 from actors.supervisor import ModelOrder, SupervisorConfig, Table
-from pool.answering import Answering, Question, Rules, Simulate, Tensors
+from pool.answering import Rules, Simulate, Tensors
+from pool.components import READ, prepare_read, run_stages
+from pool.composing import Asking, Composition
 from pool.config import PoolConfig, backend_order
 from pool.generating import (
     GENERATE,
     GeneratedToken,
     Generating,
     RoutedStages,
+    SequenceView,
     prepare_generate,
 )
 from pool.latency import Latencies
@@ -63,7 +62,7 @@ from recovery.errors import (
 )
 from recovery.failures import Failure
 from recovery.kinds import Backend, BrowserType, Level, ModelType, RecoveryLevel, Strategy
-from recovery.levels import BROWSERS_NEEDED, ORDER, REDUNDANT, held
+from recovery.levels import BROWSERS_NEEDED, ORDER, held
 from recovery.placement import Placing
 from recovery.plan import strategy_order
 from recovery.pool_state import (
@@ -77,9 +76,10 @@ from recovery.pool_state import (
 )
 from recovery.records import HostRef, HostStatus
 from recovery.voting import Closeness
-from sharding.frames import Frame, encoded_size
 from sharding.inputs import check_inputs
 from sharding.pipeline import PipelineRules, Rendezvous
+from sharding.signature import ModelSpec
+from sharding.stages import STAGE_MARK
 
 _OP_ID_MAX = 128
 _WATCH_SECONDS_MAX = 5.0
@@ -374,7 +374,9 @@ class BrowserPool:
         the model: it is warmed with them, and probes compare what it makes of them; without,
         inputs are made up. With `shards` the model is cut by layer as `strategy` says (see
         `sharding.partition`), and each browser loads a part; `path` may also be a folder that
-        `tabpool shard` made. Returns when every browser has what it should, warm. Raises
+        `tabpool shard` made. With `strategy="component_based"` it is a folder of several models
+        that work together: each is loaded as `name@ITS_NAME` on a browser of its own, and can be
+        asked by that name, too. Returns when every browser has what it should, warm. Raises
         `NotAModel` or `BadInput` before any browser is touched, `PageError` when no browser can
         load it, and `LevelUnavailable` when too few can.
         """
@@ -383,13 +385,12 @@ class BrowserPool:
         backends = backend_order(backend)
         entry, parts = await asyncio.to_thread(read_parts, name, path, type, shards, strategy)
         if example is not None:
-            if entry.cut:
-                raise BadInput("example: a model that is cut takes none.", got="example")
+            if entry.in_parts:
+                raise BadInput("example: a model in parts takes none.", got="example")
             parts = (replace(parts[0], tried=check_inputs(entry.spec, example)),)
         self._adopt()
         known = name in self._registry.names()
-        self._registry.add(entry)
-        self._encoders[name] = encoder_for(entry)
+        self._keep(entry)
         supervisor, routing = self._require_open()
         self._loading[name] = self._loading.get(name, 0) + 1
         try:
@@ -402,7 +403,7 @@ class BrowserPool:
             )
         except BaseException as error:
             if not known:
-                self._registry.remove(name)
+                self._forget(name)
                 if not isinstance(error, CallerError):  # what was ordered is not wanted any more
                     with contextlib.suppress(PoolError):  # the first error is the one that matters
                         for part in entry.parts:
@@ -424,7 +425,7 @@ class BrowserPool:
         self, entry: ModelEntry, part: Part, backends: tuple[Backend, ...]
     ) -> ModelOrder:
         answer = await asyncio.to_thread(part.known_answer) if self._probes else None
-        placing = Placing(BROWSERS_NEEDED[self._level], entry.name) if entry.cut else None
+        placing = Placing(BROWSERS_NEEDED[self._level], entry.name) if entry.in_parts else None
         return ModelOrder(part.spec, backends, entry_to_plain(entry), answer, placing)
 
     def _too_few(self, state: PoolState, part: str) -> PoolError | None:
@@ -452,9 +453,8 @@ class BrowserPool:
     async def unload(self, name: str) -> None:
         """Take a model out of every browser. Raises `UnknownModel`."""
         supervisor, _ = self._require_open()
-        parts = self._entry(name).parts
-        self._registry.remove(name)
-        self._encoders.pop(name, None)
+        parts = self._loaded(name).parts
+        self._forget(name)
         self._rendezvous.pop(name, None)
         for part in parts:
             await supervisor.unload(part)
@@ -479,13 +479,20 @@ class BrowserPool:
             if name not in self._loading and (
                 name not in plain or plain[name].entry["spec"]["digest"] != known
             ):
-                self._registry.remove(name)
-                self._encoders.pop(name, None)
+                self._forget(name)
         for name, order in plain.items():
             if name not in self._registry.names():
-                entry = entry_from_plain(order.entry)
-                self._registry.add(entry)
-                self._encoders[name] = encoder_for(entry)
+                self._keep(entry_from_plain(order.entry))
+
+    def _keep(self, entry: ModelEntry) -> None:
+        self._registry.add(entry)
+        for one in (entry, *entry.component_entries()):
+            self._encoders[one.name] = encoder_for(one)
+
+    def _forget(self, name: str) -> None:
+        entry = self._registry.remove(name)
+        for one in (entry, *entry.component_entries()):
+            self._encoders.pop(one.name, None)
 
     @property
     def _probes(self) -> bool:
@@ -493,12 +500,26 @@ class BrowserPool:
         level = self._level
         return ORDER.index(level) >= ORDER.index(Level.MEDIUM) and self._config.probe_seconds > 0
 
-    def _entry(self, name: str) -> ModelEntry:
+    def _loaded(self, name: str) -> ModelEntry:
         try:
             return self._registry.get(name)
         except UnknownModel:
             self._adopt()
             return self._registry.get(name)
+
+    def _entry(self, name: str) -> ModelEntry:
+        """The model that can be asked by this name: a loaded one, or a component of one."""
+        whole, mark, _ = str(name).partition(STAGE_MARK)
+        if not mark:
+            return self._loaded(name)
+        components = {one.name: one for one in self._loaded(whole).component_entries()}
+        if name not in components:
+            raise UnknownModel(
+                f"{whole} has no component {name!r}; it has {', '.join(components) or 'none'}.",
+                expected=list(components),
+                got=name,
+            )
+        return components[name]
 
     # -- operations -------------------------------------------------------------------------------
 
@@ -521,7 +542,7 @@ class BrowserPool:
         before any browser is touched, a pool that is full `PoolBusy`; every other failure is a
         `Result` with `success=False`, whose `outputs` raise `OperationFailed`.
         """
-        _, routing = self._require_open()
+        self._require_open()
         seconds = self._config.deadline if deadline is None else deadline
         if not seconds > 0:
             raise BadInput(f"deadline: expected seconds over 0, got {seconds!r}.", got=seconds)
@@ -539,51 +560,78 @@ class BrowserPool:
                 result = await generating.run(deadline)
             self._told(result, entry)
             return result
+        op_id, asking = op_id or secrets.token_hex(8), self._asking(wanted, simulation)
+        if entry.components:
+            result = await self._read(asking, entry, op, inputs, op_id, seconds)
+            self._told(result, entry)
+            return result
         spec = self._operations.get(op)
-        if entry.cut:
+        line = entry.line if entry.in_parts else None
+        if line is not None and line.decoder:
             raise BadInput(
-                f"{model} is cut into {len(entry.parts)} shards, so it takes only {GENERATE!r}: "
-                "load it whole for other operations.",
+                f"{model} is cut into {len(entry.parts)} shards with caches, so it takes only "
+                f"{GENERATE!r}: load it whole for other operations.",
                 expected=GENERATE,
                 got=op,
             )
         tensors = spec.prepare(entry, inputs, self._encoders.get(model))
-        size = self._check_size(model, tensors)
-        tolerance, kind = entry.spec.tolerance, (entry.spec.digest, op, wanted, size)
-        late = self._latencies.late_after(kind) if wanted in REDUNDANT else math.inf
+        asking.check_size(model, tensors)
+        specs = [self._part_spec(stage.model) for stage in line.stages] if line else []
         with self._counted():
-            answering = Answering(
-                Question(
-                    op_id or secrets.token_hex(8),
-                    model,
-                    op,
-                    wanted,
-                    entry.spec.digest,
-                    self._client,
-                    Closeness(tolerance.rtol, tolerance.atol),
-                ),
-                Rules(
-                    self._config.max_recovery_attempts,
-                    self._config.when_full == "wait",
-                    self._config.strict,
-                    min(late, seconds / 2),
-                ),
-                routing,
-                self._rng,
-                on_wrong=self._charge,
-                on_audit=self._keep_audit,
-                on_stuck=partial(self._wake, model),
-                simulate=self._simulation(entry) if simulation is not False else None,
-            )
-            result, reply = await answering.run(tensors, seconds)
-        if result.success and reply is not None:
-            values = spec.finish(entry, tensors, reply.outputs or {})
-            result = replace(result, values=values)
-            if result.original_error is None:  # of a late one, so long at least
-                self._latencies.note(kind, result.metrics["duration_ms"] / 1e3)
-        result = replace(result, metrics={**result.metrics, "bytes_in": float(size)})
+            if line is not None:
+                composition = Composition(asking, op_id, entry, op, seconds)
+                result = await composition.answer(run_stages(composition, line, specs, tensors))
+            else:
+                result = await asking.ask(op_id, op, entry.spec, tensors, seconds)
+        if result.success:
+            result = replace(result, values=spec.finish(entry, tensors, result.values))
         self._told(result, entry)
         return result
+
+    async def _read(
+        self,
+        asking: Asking,
+        entry: ModelEntry,
+        op: str,
+        inputs: Mapping[str, Any],
+        op_id: str,
+        seconds: float,
+    ) -> Result:
+        if op != READ:
+            raise BadInput(
+                f"{entry.name} is {len(entry.parts)} models that work together, so it takes only "
+                f"{READ!r}: for other operations ask one of {', '.join(entry.parts)}.",
+                expected=READ,
+                got=op,
+            )
+        reading = prepare_read(entry, inputs)
+        with self._counted():
+            composition = Composition(asking, op_id, entry, op, seconds)
+            return await composition.answer(reading.run(composition))
+
+    def _asking(self, level: Level, simulation: bool | None) -> Asking:
+        _, routing = self._require_open()
+        config = self._config
+        return Asking(
+            routing,
+            self._latencies,
+            self._rng,
+            self._client,
+            level,
+            Rules(config.max_recovery_attempts, config.when_full == "wait", config.strict),
+            config.message_bytes_max,
+            on_wrong=self._charge,
+            on_audit=self._keep_audit,
+            on_stuck=self._wake,
+            simulation=self._simulation if simulation is not False else lambda spec: None,
+        )
+
+    def _part_spec(self, part: str) -> ModelSpec:
+        _, routing = self._require_open()
+        order = routing.models().get(part)
+        if order is None:  # another client has unloaded it, or is about to
+            raise UnknownModel(f"{part} is not loaded any more.", got=part)
+        return order.spec
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -598,7 +646,7 @@ class BrowserPool:
         self._counts["asked"] += 1
         try:
             yield
-        except PoolBusy:
+        except (PoolBusy, MessageTooLarge):
             self._counts["refused"] += 1
             raise
         finally:
@@ -619,18 +667,22 @@ class BrowserPool:
         op_id: str | None = None,
         level: str | None = None,
         on_result: Callable[[Result], None] | None = None,
+        on_begin: Callable[[Callable[[], SequenceView]], None] | None = None,
     ) -> AsyncGenerator[GeneratedToken]:
         """The tokens of `generate`, each as soon as there is one, whatever fails on the way.
 
         `inputs` as for `run_with_recovery(model, "generate", inputs)`: `text` or `input_ids`, and
         any of max_new_tokens, temperature, top_k, top_p, seed, stop, ignore_eos, logits. Stop the
         iteration (`aclose`, or leave an `async with aclosing(...)`) to cancel. `on_result` gets
-        the account of it when it ends. Raises `SequenceLost` if it can't go on; it can be resumed
-        with the prompt's tokens and those that came as `input_ids`, and the same seed.
+        the account of it when it ends, `on_begin` a function that tells how it is. Raises
+        `SequenceLost` if it can't go on; it can be resumed with the prompt's tokens and those that
+        came as `input_ids`, and the same seed.
         """
         self._check_op_id(op_id)
         entry = self._entry(model)
         generating = self._generating(entry, inputs, op_id, self._level_of_call(level))
+        if on_begin is not None:
+            on_begin(generating.view)
         with self._counted():
             try:
                 async with contextlib.aclosing(generating.stream()) as tokens:
@@ -697,14 +749,14 @@ class BrowserPool:
             await self._routing.announce()
         return why
 
-    def _simulation(self, entry: ModelEntry) -> Simulate | None:
+    def _simulation(self, spec: ModelSpec) -> Simulate | None:
         native = self._native
         if native is None:
             return None
 
         async def simulate(tensors: Tensors, left: float) -> RunReply:
-            request = RunRequest("native", HostRef("native"), entry.name, left)
-            reply = await native.run(request, entry.spec, tensors)
+            request = RunRequest("native", HostRef("native"), spec.name, left)
+            reply = await native.run(request, spec, tensors)
             if reply.failure is not None:
                 raise PageError(reply.failure.message)
             return reply
@@ -752,17 +804,6 @@ class BrowserPool:
         task = asyncio.create_task(work, name="charge")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _check_size(self, model: str, tensors: Mapping[str, np.ndarray[Any, Any]]) -> int:
-        size = encoded_size(Frame("run", tensors=tensors, body={"model": model}))
-        if size > self._config.message_bytes_max:
-            raise MessageTooLarge(
-                f"these inputs make a message of {size} bytes; the limit (message_bytes_max) is "
-                f"{self._config.message_bytes_max}. Send a smaller batch, or raise the limit.",
-                expected=self._config.message_bytes_max,
-                got=size,
-            )
-        return size
 
     def _count(self, result: Result) -> None:
         if result.simulated:

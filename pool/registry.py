@@ -1,16 +1,18 @@
 """The models that a pool has loaded: found on disk, typed, and kept by name.
 
-A model is a folder (one ONNX file, perhaps with `config.json` and `tokenizer.json`) or an ONNX
-file. This module must not place a model on a browser, and reads no tensor.
+A model is a folder (one ONNX file, perhaps with `config.json` and `tokenizer.json`), an ONNX
+file, or a folder of several that work together. This module must not place a model on a browser,
+and reads no tensor.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from pydantic import TypeAdapter
 
 from recovery.errors import BadInput, NotAModel, UnknownModel
 from recovery.kinds import ModelType
-from sharding.signature import ModelSpec, read_signature
-from sharding.stages import Line
+from sharding.manager import ModelShardingManager
+from sharding.signature import ModelFile, ModelSpec, Tolerance, read_signature
+from sharding.stages import STAGE_MARK, Line
 
 MODELS_MAX = 64  # in one pool
 CONFIG_BYTES_MAX = 16 << 20
@@ -128,13 +131,17 @@ class ModelEntry:
     """A model as the pool knows it: the graph's spec, and what lies beside the graph.
 
     `config` is the content of `config.json` (empty without one). `line` are the stages of a
-    decoder, or of a model that was cut: then these are what browsers load. Picklable.
+    decoder, or of a model that was cut, `components` the models that work together as this one:
+    then these are what browsers load. `dictionary` is the file of a text reader's characters.
+    Picklable.
     """
 
     spec: ModelSpec
     tokenizer_path: Path | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     line: Line | None = None
+    components: tuple[ModelSpec, ...] = ()
+    dictionary: ModelFile | None = None
 
     @property
     def name(self) -> str:
@@ -143,12 +150,18 @@ class ModelEntry:
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of what browsers load for it."""
+        if self.components:
+            return tuple(spec.name for spec in self.components)
         return tuple(stage.model for stage in self.line.stages) if self.line else (self.name,)
 
     @property
-    def cut(self) -> bool:
-        """Whether it was cut, so that no browser has the whole of it."""
+    def in_parts(self) -> bool:
+        """Whether it is loaded as shards or components, so that no browser has all of it."""
         return self.parts != (self.name,)
+
+    def component_entries(self) -> tuple[ModelEntry, ...]:
+        """Each component as a model of its own, which can be asked by its own name."""
+        return tuple(ModelEntry(spec, self.tokenizer_path, self.config) for spec in self.components)
 
     @property
     def positions_max(self) -> int | None:
@@ -185,13 +198,7 @@ def read_model(
 
     Raises `BadInput` for the name or the type, `NotAModel` for what lies at the path.
     """
-    if not _NAME.fullmatch(name):
-        raise BadInput(
-            f"{name!r} cannot name a model: expected 1 to 64 letters, digits, '.', '_' or '-', "
-            "the first one a letter or digit.",
-            expected=_NAME.pattern,
-            got=name,
-        )
+    _check_name(name)
     given = None if type is None else _model_type(type)
     graph = _find_graph(Path(path).absolute())
     folders = [graph.parent, *([graph.parent.parent] if graph.parent.name == "onnx" else [])]
@@ -202,6 +209,69 @@ def read_model(
         tokenizer_path=next((file for file in tokenizers if file.is_file()), None),
         config=config,
     )
+
+
+def read_components(
+    name: str,
+    path: str | Path,
+    type: ModelType | str | None = None,  # noqa: A002
+) -> ModelEntry:
+    """The models in the folder at `path`, which work together, to be called `name`.
+
+    Each becomes a component `name@ITS_NAME`; the whole has neither inputs nor outputs of its own.
+    `type` overrides what would be detected, for all of them. Raises as `read_model`, and
+    `NotAModel` as `ModelShardingManager.components`, or for a component's name.
+    """
+    _check_name(name)
+    given = None if type is None else _model_type(type)
+    folder = Path(path).absolute()
+    found = ModelShardingManager(folder).component_specs()
+    config = _read_config([folder])
+    kind = given or detect_model_type(name, config)
+    components = []
+    for part, spec in found.items():
+        if not _NAME.fullmatch(part):
+            raise NotAModel(
+                f"{folder}: {part!r} cannot name a component: expected 1 to 64 letters, digits, "
+                "'.', '_' or '-', the first one a letter or digit. Rename the file.",
+                path=str(folder),
+                expected=_NAME.pattern,
+                got=part,
+            )
+        own = given or detect_model_type(part)
+        own = kind if own is ModelType.UNKNOWN else own
+        components.append(replace(spec, name=f"{name}{STAGE_MARK}{part}", type=own))
+    kinds = {spec.type for spec in components}
+    if kind is ModelType.UNKNOWN and len(kinds) == 1:
+        (kind,) = kinds
+    tokenizer = folder / "tokenizer.json"
+    content = "\n".join(f"{part} {spec.digest}" for part, spec in found.items())
+    return ModelEntry(
+        spec=ModelSpec(
+            name=name,
+            digest=hashlib.sha256(content.encode()).hexdigest(),
+            type=kind,
+            inputs=(),
+            outputs=(),
+            files=tuple(file for spec in components for file in spec.files),
+            load_peak_bytes=max(spec.load_peak_bytes for spec in components),
+            tolerance=Tolerance(),
+            opset=max(spec.opset for spec in components),
+        ),
+        tokenizer_path=tokenizer if tokenizer.is_file() else None,
+        config=config,
+        components=tuple(components),
+    )
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise BadInput(
+            f"{name!r} cannot name a model: expected 1 to 64 letters, digits, '.', '_' or '-', "
+            "the first one a letter or digit.",
+            expected=_NAME.pattern,
+            got=name,
+        )
 
 
 def _model_type(given: str) -> ModelType:

@@ -53,7 +53,7 @@ class Result:
     simulated: bool = False
     metrics: Mapping[str, float] = field(default_factory=dict)
     values: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict, repr=False)
-    stages: tuple[str, ...] = ()  # of a model that is cut: the browser of each stage, in the end
+    stages: tuple[str, ...] = ()  # of a model in parts: the browser of each part, in the end
 
     @property
     def recovered(self) -> bool:
