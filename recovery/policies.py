@@ -44,5 +44,11 @@ SUPERVISOR_RETURNS: dict[str, Any] = {
     "reraise": True,
 }
 
+# A page whose queue is full, or that is away, is told a little later to forget a sequence.
+SEQUENCE_FORGOTTEN: dict[str, Any] = {
+    "stop": stop_after_attempt(8),
+    "wait": wait_exponential(multiplier=0.02, max=2.0),
+}
+
 # An order that takes long is given again whenever that happens; its giver has a limit of its own.
 SUPERVISOR_MAY_TAKE_LONG: dict[str, Any] = {**SUPERVISOR_RETURNS, "stop": stop_never}

@@ -17,7 +17,10 @@ from recovery.records import HostRef, HostStatus, NumericId
 QUORUM = {Level.CRITICAL: 2}
 # The host is well, but does not have what was meant: another incarnation, or a sequence that it
 # does not know or knows otherwise. Nothing has failed there.
-ELSEWHERE = frozenset({"replaced", "not_loaded", "out_of_step", "stale_step", "stale_frame"})
+ELSEWHERE = frozenset(
+    {"replaced", "not_loaded", "out_of_step", "stale_step", "stale_frame", "too_many_sequences"}
+)
+ASKED_MAX = 2  # times that a page which is cut off is asked again, where it can be built elsewhere
 
 
 class Cure(StrEnum):
@@ -26,18 +29,20 @@ class Cure(StrEnum):
     GIVE_UP = "give_up"
 
 
-def cure(level: Level, failure: Failure, failures: int, failures_max: int) -> Cure:
+def cure(level: Level, failure: Failure, failures: int, failures_max: int, asked: int = 0) -> Cure:
     """What to do about a stage that did not answer, `failures` of this step included.
 
     `low` survives what leaves the page its caches: a lost connection, a step that took too long.
-    From `medium` on they can be made again.
+    From `medium` on they can be made again, which is done once the page has been asked again
+    `asked` times in vain.
     """
     if level is Level.NONE or failures > failures_max:
         return Cure.GIVE_UP
     if failure.evidence.get("what") in ELSEWHERE:
         return Cure.GIVE_UP if level is Level.LOW else Cure.REBUILD
     brief = failure.category in (Category.CONNECTION_FAILURE, Category.TIMEOUT)
-    if brief and failure.scope in (Scope.PAGE, Scope.OPERATION):
+    brief = brief and failure.scope in (Scope.PAGE, Scope.OPERATION)
+    if brief and (asked < ASKED_MAX or level is Level.LOW):
         return Cure.ASK_AGAIN
     return Cure.GIVE_UP if level is Level.LOW else Cure.REBUILD
 

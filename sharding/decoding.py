@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from recovery.errors import BadInput
+from recovery.errors import BadInput, PageError
 from sharding.frames import Array
 
 NEW_TOKENS_MAX = 32_768
@@ -63,7 +63,7 @@ class Decoding:
             value = getattr(self, name)
             if (
                 isinstance(value, bool)
-                or not isinstance(value, int | float | np.floating)
+                or not isinstance(value, int | float | np.integer | np.floating)
                 or not low <= value <= high  # refuses NaN, too
                 or (name == "top_p" and value == 0)
             ):
@@ -88,6 +88,12 @@ def decoding_from(options: Mapping[str, Any]) -> Decoding:
     Raises `BadInput` for a value out of range.
     """
     given = dict(options)
+    if unknown := sorted(given.keys() - set(OPTIONS)):
+        raise BadInput(
+            f"unknown options {', '.join(map(str, unknown))}: expected {', '.join(OPTIONS)}.",
+            expected=list(OPTIONS),
+            got=unknown,
+        )
     stop = given.get("stop", ())
     ids = [stop] if isinstance(stop, int | np.integer) else stop
     if not isinstance(ids, list | tuple | set | frozenset) or not all(
@@ -112,11 +118,14 @@ def choose(ids: Array, scores: Array, decoding: Decoding, position: int) -> int:
     `decoding.candidates` highest.
     """
     order = np.lexsort((ids, -scores.astype(np.float64)))  # highest first; of equals, lowest id
+    order = order[~np.isnan(scores[order])] if np.isnan(scores).any() else order
+    if not order.size:
+        raise PageError("every score of the next token is NaN", what="wrong_answer")
     if decoding.greedy:
         return int(ids[order[0]])
     kept = order[: decoding.top_k] if decoding.top_k else order
-    values = scores[kept].astype(np.float64) / decoding.temperature
-    weights = np.exp(values - values[0])
+    values = scores[kept].astype(np.float64)
+    weights = np.exp((values - values[0]) / decoding.temperature)
     probabilities = weights / weights.sum()
     if decoding.top_p < 1:
         # A token stays while those before it sum to less than top_p, so the first always does.
@@ -130,7 +139,8 @@ def choose(ids: Array, scores: Array, decoding: Decoding, position: int) -> int:
 
 def draw(seed: int, position: int) -> float:
     """A number in [0, 1) that depends on seed and position only (Philox, a counter generator)."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, position]))
+    key = np.array([seed, position], np.uint64)
+    generator = np.random.Generator(np.random.Philox(key=key))
     return float(generator.random())
 
 

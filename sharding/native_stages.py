@@ -31,7 +31,7 @@ class NativeStage:
     def take(self, order: StepOrder, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """Carry out an order; the answer is empty for all but a step. Raises `PageError`."""
         if order.what == "forget":
-            self.caches.forget(order.sequence)
+            self.caches.forget(order)
             return {}
         if order.what == "restore":
             self.caches.restore(order, tensors)

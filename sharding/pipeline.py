@@ -14,15 +14,18 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from recovery.errors import PoolError
-from recovery.failures import Failure, Scope, categorize_browser_failure
+from tenacity import AsyncRetrying, RetryError, retry_if_result
+
+from recovery.errors import PageError, PoolError
+from recovery.failures import Category, Failure, Scope, categorize_browser_failure
 from recovery.kinds import Level
 from recovery.levels import COPIES_MAX, REDUNDANT
+from recovery.policies import SEQUENCE_FORGOTTEN
 from recovery.records import HostRef, HostStatus, NumericId
 from recovery.sequences import ELSEWHERE, QUORUM, Cure, choose_stage_host, copies_of_stage, cure
 from recovery.voting import Ballot, Closeness, Elected, Undecided, count_votes
@@ -39,6 +42,9 @@ from sharding.stages import (
 )
 
 _ASK_AGAIN_SECONDS = 0.05  # before the same page is asked again
+_CHAIN_BREAKS_MAX = 3  # in a row, after which the caller asks stage by stage for good
+_CHAIN_PART = 0.25  # of the time for a step, after which the caller takes it over from a chain
+_HAPPENED_MAX = 1000  # of what is told of one sequence
 _CHAIN_MIN = 2  # stages: a single one is asked at once
 _LAG_MAX = 4  # steps that a copy of a stage may be behind the others, before it is let go
 
@@ -182,7 +188,7 @@ class Account:
     steps: int = 0
     copied_bytes: int = 0
     history_bytes: int = 0
-    happened: list[SequenceStep] = field(default_factory=list)
+    happened: deque[SequenceStep] = field(default_factory=lambda: deque(maxlen=_HAPPENED_MAX))
 
 
 class SequenceLost(PoolError):
@@ -226,6 +232,8 @@ class _Copy:
     built: bool = False  # whether it has answered a step
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # its steps go one after the other
     behind: int = 0
+    asked: int = 0  # times in a row that it was asked in vain, and is asked again
+    gone: bool = False  # let go: what is still said of it means nothing
 
 
 class Generation:
@@ -249,6 +257,7 @@ class Generation:
         self._decoding = decoding
         self._rendezvous = rendezvous
         self._chain: Chain | None = None
+        self._chain_breaks = 0  # in a row
         self._places: list[Place] | None = None  # that the chain leads through, if there is one
         self.account = Account()
         self._began = began = clock()
@@ -274,8 +283,7 @@ class Generation:
                     await self._rendezvous.passable()
                 answer = await self._step(ids, position)
                 position += len(ids)
-                scores = answer[CHOICE_SCORES]
-                token = choose(answer[CHOICE_IDS], scores, self._decoding, position)
+                token = self._chosen(answer, position)
                 row = _in_order(answer) if self._decoding.logits else None
                 yield Token(token, position, row)
                 if token in self._decoding.stop:
@@ -285,6 +293,12 @@ class Generation:
             self._leave()
             for worker in self._workers:
                 worker.end()
+
+    def _chosen(self, answer: Mapping[str, Array], position: int) -> int:
+        try:
+            return choose(answer[CHOICE_IDS], answer[CHOICE_SCORES], self._decoding, position)
+        except PageError as error:
+            raise SequenceLost(f"position {position}: {error}") from error
 
     def where(self) -> list[HostRef]:
         """The browser of each stage, as far as the sequence has come."""
@@ -330,7 +344,7 @@ class Generation:
             worker.place(position, self._choice(worker.stage))
             for worker in (self._workers if QUORUM.get(self._rules.level, 1) == 1 else ())
         ]
-        if not places or len(places) < _CHAIN_MIN:
+        if len(places) < _CHAIN_MIN or self._chain_breaks >= _CHAIN_BREAKS_MAX:
             return None
         whole = [place for place in places if place is not None]
         if len(whole) < len(places):
@@ -346,13 +360,15 @@ class Generation:
         if self._chain is None:
             return None
         late = [self._hosts.late_after(place.stage.model, tokens) for place in whole]
-        patient = self._rules.level not in REDUNDANT
-        seconds = self._rules.step_seconds if patient else min(sum(late), self._rules.step_seconds)
+        seconds = self._rules.step_seconds * _CHAIN_PART
+        if self._rules.level in REDUNDANT:
+            seconds = min(sum(late), seconds)
         began = self._clock()
         found = await self._chain.step(position, tokens, inputs, seconds)
         if found is None:
             self._interrupted(position, began)
             return None
+        self._chain_breaks = 0
         answers, in_page_ms = found
         self.account.in_page_ms += in_page_ms
         handed: Mapping[str, Array] = {}
@@ -367,6 +383,7 @@ class Generation:
 
     def _interrupted(self, position: int, began: float) -> None:
         assert self._chain is not None
+        self._chain_breaks += 1
         why, failure = self._chain.trouble
         now = self._clock()
         where = str(failure.ref) if failure is not None else ""
@@ -398,6 +415,22 @@ def _in_order(answer: Mapping[str, Array]) -> Array:
     row = answer[CHOICE_SCORES].copy()
     row[answer[CHOICE_IDS]] = answer[CHOICE_SCORES]
     return row
+
+
+def _is_cut_off(failure: Failure | None) -> bool:
+    """Whether the page may be back, with all that it had."""
+    if failure is None or failure.evidence.get("what") in ELSEWHERE:
+        return False
+    return failure.category is Category.CONNECTION_FAILURE
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One step and how it is to be answered: of every copy in the same form."""
+
+    step: Taken
+    choice: int | None
+    deltas: bool
 
 
 class _StageWorker:
@@ -442,7 +475,7 @@ class _StageWorker:
         """The answer to a step: what the stage sends on, or its choice. Raises `SequenceLost`."""
         if self._replaying:
             self._note(step)
-        contest = _Contest(self, step, choice)
+        contest = _Contest(self, Ask(step, choice, self._memory.copying))
         try:
             answer = await contest.run()
         finally:
@@ -493,12 +526,21 @@ class _StageWorker:
         self.copies = []
 
     def _let_go(self, copy: _Copy) -> None:
+        copy.gone = True
+        self.keep(asyncio.create_task(self._forget(copy), name="forget"))
+
+    async def _forget(self, copy: _Copy) -> None:
+        """Tell a page until it has heard; one that never does forgets by itself, in time."""
         order = StepOrder(self._sequence, "forget", copy.fence)
-
-        async def forget() -> None:
-            await self.hosts.take(copy.ref, self.stage.model, order, {}, self.rules.step_seconds)
-
-        self.keep(asyncio.create_task(forget(), name="forget"))
+        with contextlib.suppress(RetryError):
+            async for attempt in AsyncRetrying(
+                retry=retry_if_result(lambda heard: not heard), **SEQUENCE_FORGOTTEN
+            ):
+                with attempt:
+                    reply = await self.hosts.take(
+                        copy.ref, self.stage.model, order, {}, self.rules.step_seconds
+                    )
+                    attempt.retry_state.set_result(not (reply.busy or _is_cut_off(reply.failure)))
 
     def keep(self, task: asyncio.Task[None]) -> None:
         self._background.add(task)
@@ -530,25 +572,35 @@ class _StageWorker:
         return copy
 
     def drop(self, copy: _Copy, *, forget: bool) -> None:
+        copy.gone = True
         if copy in self.copies:
             self.copies.remove(copy)
             self._load[copy.ref] -= 1
             if forget:
                 self._let_go(copy)
 
-    async def advance(
-        self, copy: _Copy, step: Taken, choice: int | None, seconds: float, pause: float = 0.0
-    ) -> StepReply:
+    async def advance(self, copy: _Copy, ask: Ask, seconds: float, pause: float = 0.0) -> StepReply:
         """The copy's answer to a step, after it was brought to where the step begins."""
+        step = ask.step
         copy.behind += 1
         try:
-            await asyncio.sleep(pause)
-            async with copy.lock:
+            async with copy.lock:  # also while it pauses: the next step must not overtake this one
+                await asyncio.sleep(pause)
+                if copy.gone:
+                    return StepReply(busy=True)  # nobody listens
                 if copy.position < step.position:
                     lost = await self._catch_up(copy, step.position, seconds)
                     if lost is not None:
                         return lost
-                order = self._order(copy, step, choice)
+                order = StepOrder(
+                    self._sequence,
+                    "step",
+                    copy.fence,
+                    step.position,
+                    step.tokens,
+                    ask.choice,
+                    ask.deltas,
+                )
                 reply = await self.hosts.take(
                     copy.ref, self.stage.model, order, step.tensors, seconds
                 )
@@ -557,17 +609,6 @@ class _StageWorker:
                 return reply
         finally:
             copy.behind -= 1
-
-    def _order(self, copy: _Copy, step: Taken, choice: int | None) -> StepOrder:
-        return StepOrder(
-            self._sequence,
-            "step",
-            copy.fence,
-            step.position,
-            step.tokens,
-            choice,
-            self._memory.copying,
-        )
 
     async def _catch_up(self, copy: _Copy, position: int, seconds: float) -> StepReply | None:
         """Bring a new copy to `position`. Returns the reply that failed, if one did."""
@@ -623,10 +664,10 @@ class _StageWorker:
 class _Contest:
     """One step of a stage, in as many browsers as it takes."""
 
-    def __init__(self, worker: _StageWorker, step: Taken, choice: int | None) -> None:
+    def __init__(self, worker: _StageWorker, ask: Ask) -> None:
         self._worker = worker
-        self._step = step
-        self._choice = choice
+        self._ask = ask
+        self._step = step = ask.step
         self._tasks: dict[asyncio.Task[StepReply], _Copy] = {}
         self._answers: list[tuple[_Copy, Mapping[str, Array]]] = []
         self._avoid: set[HostRef] = set()
@@ -646,21 +687,40 @@ class _Contest:
             answer = self._settled()
             if answer is not None:
                 return answer
-            self._reinforce(end)
+            short = not self._reinforce(end)
             left = end - worker.clock()
             if left <= 0:
-                raise self._lost(f"no answer within {worker.rules.step_seconds:g} s")
-            if not self._tasks:
-                self._give_up_if_vain()
-                await worker.hosts.change(left)
+                raise self._lost(self._why_late())
+            if not self._tasks and self._pardoned():
+                await asyncio.sleep(_ASK_AGAIN_SECONDS)
                 continue
-            await asyncio.wait(
-                self._tasks,
-                timeout=min(left, self._until_late()),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            await self._wait(left, short=short)
             for task in [task for task in self._tasks if task.done()]:
                 await self._take_in(self._tasks.pop(task), task.result(), end)
+
+    async def _wait(self, left: float, *, short: bool) -> None:
+        """Until an answer is here, another browser should be asked, or (if `short`) may be."""
+        waiting: set[asyncio.Future[Any]] = set(self._tasks)
+        changes = None
+        if short or not self._tasks:
+            changes = asyncio.create_task(self._worker.hosts.change(left), name="change")
+            waiting.add(changes)
+        until_late = self._until_late()
+        try:
+            await asyncio.wait(
+                waiting,
+                timeout=min(left, until_late if until_late > 0 else left),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            if changes is not None:
+                changes.cancel()
+                await asyncio.gather(changes, return_exceptions=True)
+
+    def _why_late(self) -> str:
+        if len(self._answers) >= QUORUM.get(self._worker.rules.level, 1):
+            return f"no two of {len(self._answers)} answers agree: {self._spread()}"
+        return f"no answer within {self._worker.rules.step_seconds:g} s"
 
     def release(self) -> None:
         """Stop what is still under way: those copies are in no known state."""
@@ -671,7 +731,7 @@ class _Contest:
 
     def _send(self, copy: _Copy, end: float, pause: float = 0.0) -> None:
         seconds = max(end - self._worker.clock(), 0.0)
-        work = self._worker.advance(copy, self._step, self._choice, seconds, pause)
+        work = self._worker.advance(copy, self._ask, seconds, pause)
         self._tasks[asyncio.create_task(work, name="stage")] = copy
 
     def _is_late(self) -> bool:
@@ -684,27 +744,31 @@ class _Contest:
             return math.inf
         return self._began + self._late_seconds - self._worker.clock()
 
-    def _reinforce(self, end: float) -> None:
-        """Have the step taken by as many browsers as it should be, as far as there are any."""
+    def _reinforce(self, end: float) -> bool:
+        """Have the step taken by as many browsers as it should be; whether there are so many."""
         late = self._hedged or self._is_late()
         wanted = copies_of_stage(
             self._worker.rules.level, len(self._answers), len(self._tasks), late=late
         )
         while len(self._answers) + len(self._tasks) < wanted:
             waited_for = [copy.ref for copy in self._tasks.values()]
-            copy = self._worker.new_copy(self._avoid)
+            copy = self._worker.new_copy(self._avoid | {copy.ref for copy, _ in self._answers})
             if copy is None:
-                break
+                return False
             if late and waited_for and not self._hedged:
+                self._hedged = True
                 began = self._began
                 why = f"no answer of {waited_for[0]} within {self._worker.clock() - began:.3f} s"
                 self._worker.tell("hedged", copy.ref, self._step.position, began, why)
             self._send(copy, end)
-        self._hedged = late
+        return True
 
     async def _take_in(self, copy: _Copy, reply: StepReply, end: float) -> None:
         worker, failure = self._worker, reply.failure
+        if copy.gone:
+            return
         if reply.tensors is not None:
+            copy.asked = 0
             worker.account.in_page_ms += reply.in_page_ms
             self._answers.append((copy, reply.tensors))
         elif failure is None:
@@ -717,28 +781,36 @@ class _Contest:
         self._failures += not elsewhere
         self._first = self._first or failure
         rules = worker.rules
-        decision = cure(rules.level, failure, self._failures, rules.failures_max)
+        decision = cure(rules.level, failure, self._failures, rules.failures_max, copy.asked)
         worker.tell(
             "failed", copy.ref, self._step.position, self._began, str(failure.category), failure
         )
         if decision is Cure.ASK_AGAIN:
+            copy.asked += 1
             self._send(copy, end, _ASK_AGAIN_SECONDS)
             return
         lives = elsewhere or failure.scope is Scope.OPERATION
-        worker.drop(copy, forget=lives)
+        # One that is cut off may be back, and would keep what nobody needs.
+        worker.drop(copy, forget=lives or failure.category is Category.CONNECTION_FAILURE)
         self._avoid.add(copy.ref)
         if not lives:
             await worker.hosts.distrust(copy.ref)
         if decision is Cure.GIVE_UP and not self._tasks and not self._answers:
-            raise self._lost(f"level {rules.level} does not survive that")
+            often = self._failures > rules.failures_max
+            why = f"{self._failures} attempts failed" if often else "does not survive that"
+            raise self._lost(why if often else f"level {rules.level} {why}")
 
-    def _give_up_if_vain(self) -> None:
-        """With nobody at work: is there anything to wait for?"""
+    def _pardoned(self) -> bool:
+        """With nobody at work: whether somebody who failed may be tried again.
+
+        Raises `SequenceLost` if there is nothing to wait for.
+        """
         if len(self._answers) >= COPIES_MAX:
             raise self._lost(f"no two of {len(self._answers)} answers agree: {self._spread()}")
-        if self._avoid and self._failures > self._worker.rules.failures_max:
+        if self._failures > self._worker.rules.failures_max:
             raise self._lost(f"{self._failures} attempts failed")
-        self._avoid = {ref for ref in self._avoid if ref in {c.ref for c, _ in self._answers}}
+        pardoned, self._avoid = bool(self._avoid), set()
+        return pardoned
 
     # -- what is believed --------------------------------------------------------------------------
 
@@ -789,7 +861,8 @@ class _Contest:
 
     def _charge(self, verdict: Elected) -> None:
         worker = self._worker
-        for copy in [copy for copy, _ in self._answers if copy.ref in verdict.outvoted]:
+        wrong = [copy for copy, _ in self._answers if copy.ref in verdict.outvoted]
+        for copy in [copy for copy in wrong if not copy.gone]:  # each is charged once
             failure = categorize_browser_failure(
                 f"{copy.ref} was outvoted: its answer is not that of {verdict.winner.voter} and "
                 "another",
@@ -804,8 +877,10 @@ class _Contest:
     async def _audit(self, task: asyncio.Task[StepReply], copy: _Copy) -> None:
         """Compare an answer that came after the vote; without one, the copy is let go."""
         reply = await task
+        if copy.gone:
+            return
         if reply.tensors is None:
-            self._worker.drop(copy, forget=False)
+            self._worker.drop(copy, forget=True)
             return
         self._answers.append((copy, reply.tensors))
         verdict = self._count()

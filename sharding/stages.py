@@ -10,8 +10,9 @@ the page. This module must not run a graph.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from sharding.manifest import Cache, Manifest, Shard
 from sharding.signature import CacheSpec, ModelSpec, TensorSpec, read_signature
 
 SEQUENCES_MAX = 64  # of one model on one host
+IDLE_SECONDS = 60.0  # a sequence that nobody has asked for so long makes room for another
 LOGITS = "logits"
 DELTA = "delta/"  # + the name of a cache's `past`: the positions that a step added to it
 CHOICE_IDS, CHOICE_SCORES = "choice/ids", "choice/scores"
@@ -223,12 +225,19 @@ class _Kept:
     position: int = 0
     caches: dict[str, Array] = field(default_factory=dict)
     last: tuple[int, dict[str, Array]] | None = None  # position and answer of the last step
+    at: float = 0.0  # when it was last asked
 
 
 class SequenceCaches:
     """The caches of one model's sequences on one host, and the rules by which steps are taken."""
 
-    def __init__(self, caches: Sequence[CacheSpec], sequences_max: int = SEQUENCES_MAX) -> None:
+    def __init__(
+        self,
+        caches: Sequence[CacheSpec],
+        sequences_max: int = SEQUENCES_MAX,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._caches = tuple(caches)
         self._sequences_max = sequences_max
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
@@ -267,26 +276,33 @@ class SequenceCaches:
             for cache in self._caches:
                 answer[DELTA + cache.past] = added(cache, presents[cache.past], order.position)
         position = order.position + order.tokens
-        self._kept[order.sequence] = _Kept(
-            order.fence, position, presents, (order.position, answer)
-        )
+        self._keep(order.sequence, _Kept(order.fence, position, presents, (order.position, answer)))
         return answer
 
     def restore(self, order: StepOrder, tensors: Mapping[str, Array]) -> None:
         """Take caches from elsewhere. Raises as `begin`, and if they are not whole."""
         kept = self._fenced(order)
         if kept is not None and order.fence == kept.fence:
+            if kept.position == order.position and kept.last is None:
+                return  # these very ones: the answer was lost
             raise _out_of_step(order, kept.position)
         for cache in self._caches:
             got = tensors.get(cache.past)
             if got is None or got.shape != restored_shape(cache, order.position):
                 raise PageError(f"{cache.past} is not whole", what="out_of_step", expected=0)
         whole = {cache.past: tensors[cache.past] for cache in self._caches}
-        self._kept[order.sequence] = _Kept(order.fence, order.position, whole)
+        self._keep(order.sequence, _Kept(order.fence, order.position, whole))
 
-    def forget(self, sequence: str) -> None:
-        """Drop a sequence. An unknown one is no error."""
-        self._kept.pop(sequence, None)
+    def forget(self, order: StepOrder) -> None:
+        """Drop a sequence, unless it was rebuilt here since. An unknown one is no error."""
+        kept = self._kept.get(order.sequence)
+        if kept is not None and order.fence >= kept.fence:
+            del self._kept[order.sequence]
+
+    def _keep(self, sequence: str, kept: _Kept) -> None:
+        kept.at = self._clock()
+        self._kept[sequence] = kept
+        self._kept.move_to_end(sequence)
 
     def _fenced(self, order: StepOrder) -> _Kept | None:
         kept = self._kept.get(order.sequence)
@@ -296,6 +312,10 @@ class SequenceCaches:
                 what="stale_step",
             )
         if kept is None and len(self._kept) >= self._sequences_max:
+            oldest, idle = next(iter(self._kept.items()))
+            if self._clock() - idle.at > IDLE_SECONDS:  # its caller is gone, or can build it again
+                del self._kept[oldest]
+                return kept
             raise PageError(
                 f"{self._sequences_max} sequences are kept here already",
                 what="too_many_sequences",
@@ -370,7 +390,8 @@ class StageMemory:
             return
         step = self._steps[-1]
         deltas = {
-            cache.past: answer[DELTA + cache.past]
+            # Copied: it is a view of the whole message, which would live as long.
+            cache.past: np.array(answer[DELTA + cache.past])
             for cache in self._stage.caches
             if DELTA + cache.past in answer
         }
@@ -407,10 +428,10 @@ def check_length(prompt: int, new: int, limit: int | None) -> None:
     if prompt < 1:
         raise BadInput("The prompt holds no token.", expected="at least one token", got=prompt)
     if limit is not None and prompt + new > limit:
+        fewer = f"max_new_tokens={limit - prompt} or less, or " if prompt < limit else ""
         raise BadInput(
             f"{prompt} tokens of prompt and {new} new ones are more than the model's {limit} "
-            f"positions: pass max_new_tokens={max(limit - prompt, 0)} or less, or a shorter "
-            "prompt.",
+            f"positions: pass {fewer}a shorter prompt.",
             expected=f"at most {limit} positions",
             got=prompt + new,
         )

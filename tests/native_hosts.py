@@ -85,7 +85,7 @@ class NativeHosts:
         if ref not in self.caches:
             return self._fails("replaced", ref)
         if order.what == "forget":
-            self.caches[ref][model].forget(order.sequence)
+            self.caches[ref][model].forget(order)
             return StepReply({})
         self._count[ref.browser_id] += 1
         fault = self._script[ref.browser_id].pop(self._count[ref.browser_id], "")

@@ -123,6 +123,7 @@ async function run(ort, session, tensors) {
 // which the caches hold another number of positions, is refused; the last step again is answered
 // again, and not computed.
 const SEQUENCES_MAX = 64; // of one model
+const IDLE_MS = 60_000; // a sequence that nobody has asked for so long makes room for another
 
 class Refusal extends Error {
   constructor(what, message, facts = {}) {
@@ -140,6 +141,11 @@ function fenced(entry, order) {
     throw new Refusal("stale_step", `${order.sequence}: fence ${order.fence} is older than ${kept.fence}`);
   }
   if (!kept && entry.sequences.size >= SEQUENCES_MAX) {
+    const [oldest, idle] = entry.sequences.entries().next().value;
+    if (performance.now() - idle.at > IDLE_MS) { // its caller is gone, or can build it again
+      drop(entry, oldest);
+      return kept;
+    }
     throw new Refusal("too_many_sequences", `${SEQUENCES_MAX} sequences are kept here already`);
   }
   return kept;
@@ -158,12 +164,11 @@ function dispose(caches) {
 }
 
 function keep(entry, sequence, kept) {
-  const before = entry.sequences.get(sequence);
-  entry.sequences.set(sequence, kept);
-  if (before) dispose(before.caches);
+  drop(entry, sequence); // and to the end of the map: its first is the one that is idle longest
+  entry.sequences.set(sequence, { ...kept, at: performance.now() });
 }
 
-function forget(entry, sequence) {
+function drop(entry, sequence) {
   const kept = entry.sequences.get(sequence);
   entry.sequences.delete(sequence);
   if (kept) dispose(kept.caches);
@@ -173,7 +178,10 @@ const restoredDims = ({ shape, axis }, position) => shape.map((dim, at) => (at =
 
 function restore(ort, entry, order, tensors) {
   const kept = fenced(entry, order);
-  if (kept && kept.fence === order.fence) throw outOfStep(order, kept.position);
+  if (kept && kept.fence === order.fence) {
+    if (kept.position === order.position && !kept.last) return; // these very ones: the answer was lost
+    throw outOfStep(order, kept.position);
+  }
   const caches = {};
   for (const cache of entry.caches) {
     const { type, data, dims } = tensors[cache.past] ?? {};
@@ -197,20 +205,31 @@ function added({ axis }, { data, dims }, position) {
   return { data: out, dims: dims.map((dim, at) => (at === axis ? more : dim)) };
 }
 
+// The ids of the `most` highest numbers, highest first, of equals the lowest id first; NaN is last.
+function highest(row, most) {
+  const key = (id) => (row[id] === row[id] ? row[id] : -Infinity);
+  const ids = new Int32Array(most);
+  let kept = 0;
+  for (let id = 0; id < row.length; id++) {
+    const value = key(id);
+    if (kept === most && !(value > key(ids[most - 1]))) continue;
+    let place = kept < most ? kept : most - 1;
+    while (place > 0 && key(ids[place - 1]) < value) {
+      ids[place] = ids[place - 1];
+      place -= 1;
+    }
+    ids[place] = id;
+    if (kept < most) kept += 1;
+  }
+  return ids;
+}
+
 // The `most` highest scores of the last position and their ids (0: all of them), highest first, of
 // equals the lowest id first.
 function choice({ type, data, dims }, most) {
   const width = dims[dims.length - 1];
   const row = data.subarray(data.length - width);
-  let ids;
-  if (most === 1 && type === "float32") {
-    let best = 0;
-    for (let id = 1; id < width; id++) if (row[id] > row[best] || (row[best] !== row[best] && row[id] === row[id])) best = id;
-    ids = Int32Array.of(best);
-  } else {
-    ids = Int32Array.from({ length: width }, (_, id) => id);
-    if (type === "float32" && most) ids = ids.sort((a, b) => row[b] - row[a] || a - b).slice(0, most);
-  }
+  const ids = type === "float32" && most && most < width ? highest(row, most) : Int32Array.from(row.keys());
   const scores = ids.length === width ? row.slice() : row.constructor.from(ids, (id) => row[id]);
   return {
     "choice/ids": { type: "int32", data: ids, dims: [ids.length] },
@@ -263,7 +282,8 @@ async function step(ort, entry, order, tensors) {
 
 async function take(entry, { what, ...order }, tensors) {
   if (what === "forget") {
-    forget(entry, order.sequence);
+    const kept = entry.sequences.get(order.sequence);
+    if (kept && order.fence >= kept.fence) drop(entry, order.sequence); // else rebuilt here since
     return { outputs: {}, inPageMs: 0 };
   }
   const ort = await runtime(entry.backend);

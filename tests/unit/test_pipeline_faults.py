@@ -142,7 +142,6 @@ def test_slow_host_at_critical_is_not_charged_whatever_strikes(shards, right, sl
     holds()
 
 
-@pytest.mark.xfail(strict=True, raises=SequenceLost, reason="it is asked for the next step first")
 async def test_copy_that_waits_to_be_asked_again_does_not_miss_a_step(shards, right):
     hosts = Hosts(shards[3])
     hosts.script("a", 6, "lost before")
@@ -155,7 +154,6 @@ async def test_copy_that_waits_to_be_asked_again_does_not_miss_a_step(shards, ri
 
 
 @pytest.mark.parametrize("level", [Level.MEDIUM, Level.HIGH])
-@pytest.mark.xfail(strict=True, raises=SequenceLost, reason="the same page is asked until the end")
 async def test_browser_that_stays_cut_off_is_left_for_another(shards, right, level):
     hosts = Hosts(shards[2])
     generation = Generation("s", hosts._line, hosts, PipelineRules(level), GREEDY)
@@ -166,7 +164,6 @@ async def test_browser_that_stays_cut_off_is_left_for_another(shards, right, lev
     same(tokens, right)
 
 
-@pytest.mark.xfail(strict=True, raises=SequenceLost, reason="equal fence: the restore is refused")
 async def test_restore_whose_reply_was_lost_is_made_good_by_the_only_host(shards, right):
     hosts = Hosts(shards[2], 1)
     hosts.script("a", 5, "dies")
@@ -175,7 +172,6 @@ async def test_restore_whose_reply_was_lost_is_made_good_by_the_only_host(shards
     same(tokens, right)
 
 
-@pytest.mark.xfail(strict=True, raises=SequenceLost, reason="waits for a change that never comes")
 async def test_only_host_is_tried_again_after_a_failure_of_one_operation(shards, right):
     hosts = Hosts(shards[2], 1)
     once = iter([True])
@@ -191,7 +187,6 @@ async def test_only_host_is_tried_again_after_a_failure_of_one_operation(shards,
     same(tokens, right)
 
 
-@pytest.mark.xfail(strict=True, raises=SequenceLost, reason="only with nobody at work it is looked")
 async def test_standby_that_comes_while_a_step_hangs_takes_it_over(shards, right):
     hosts = Hosts(shards[2], 2)
     hosts.late_seconds = 0.05
@@ -209,7 +204,6 @@ async def test_standby_that_comes_while_a_step_hangs_takes_it_over(shards, right
     await coming
 
 
-@pytest.mark.xfail(strict=True, reason="what it is asked to answer depends on when it is asked")
 async def test_late_copy_is_not_charged_when_copies_of_the_caches_end(shards, right):
     hosts = Hosts(shards[2])
     hosts.slow["c"] = 0.01
@@ -219,7 +213,6 @@ async def test_late_copy_is_not_charged_when_copies_of_the_caches_end(shards, ri
     assert not hosts.charged
 
 
-@pytest.mark.xfail(strict=True, reason="it is asked for the next steps before it was charged")
 async def test_late_liar_is_charged_once(shards, right):
     hosts = Hosts(shards[2], 4)
     for when in range(1, 9):
@@ -245,7 +238,6 @@ async def test_late_liar_is_charged_once(shards, right):
     assert len(charges) == len(set(charges)), "one incarnation, one stage, one charge"
 
 
-@pytest.mark.xfail(strict=True, reason="a copy that waits to ask again is not told that it is over")
 async def test_sequence_that_has_ended_is_not_begun_again_by_a_copy_that_waited(shards):
     hosts = Hosts(shards[2])
     hosts.script("c", 1, "lost before")
@@ -254,7 +246,6 @@ async def test_sequence_that_has_ended_is_not_begun_again_by_a_copy_that_waited(
     assert hosts.kept() == {}
 
 
-@pytest.mark.xfail(strict=True, reason="a late copy that fails is let go without being told")
 async def test_late_copy_whose_connection_fails_forgets_the_sequence(shards, right):
     hosts = Hosts(shards[2], 4)
     take, gone_on, lost = hosts.take, asyncio.Event(), []
@@ -277,7 +268,6 @@ async def test_late_copy_whose_connection_fails_forgets_the_sequence(shards, rig
     assert hosts.kept() == {}
 
 
-@pytest.mark.xfail(strict=True, reason="nobody asks twice")
 async def test_forgetting_is_asked_again_while_the_browser_is_busy(shards):
     hosts = Hosts(shards[2])
     take, refusals = hosts.take, iter([True, True])
@@ -304,7 +294,6 @@ class _NoWay:
         pass
 
 
-@pytest.mark.xfail(strict=True, reason="a chain that broke is laid again for every step")
 async def test_chain_that_never_works_is_given_up(shards, right):
     hosts, laid = Hosts(shards[2]), []
 
@@ -319,7 +308,6 @@ async def test_chain_that_never_works_is_given_up(shards, right):
     assert len(account.happened) < 10
 
 
-@pytest.mark.xfail(strict=True, reason="failures of this kind are not counted")
 async def test_what_is_kept_of_one_step_s_failures_is_bounded(shards):
     hosts = Hosts(shards[2])
 
