@@ -1,8 +1,9 @@
 """Which browsers load a model that not every browser loads: the shards of one that was cut.
 
 Each has a number of copies, spread over the browsers so that no browser has more of a group than
-its share. A copy whose browser is being repaired keeps its place; one whose browser is gone is
-placed anew. Pure: this module must not know what a browser is doing beyond the few facts it gets.
+its share. A copy whose browser died is placed anew at once where another browser has less than its
+share; else it waits for the repair, and only when nobody is being repaired do others take more.
+Pure: this module must not know what a browser is doing beyond the few facts it gets.
 """
 
 from __future__ import annotations
