@@ -164,6 +164,7 @@ class BrowserHost:
         self._specs: dict[str, ModelSpec] = {}
         self._checked: dict[tuple[str, str], tuple[int, ...]] = {}
         self._in_flight: OrderedDict[str, asyncio.Task[RunReply]] = OrderedDict()
+        self._steps: dict[str, asyncio.Future[None]] = {}  # of sequences, under way
         self._answers: OrderedDict[str, RunReply] = OrderedDict()
         self._answer_bytes = 0
         self._served = 0
@@ -568,6 +569,8 @@ class BrowserHost:
 
         Never raises for what a browser does; raises `CallerError` (a message over the limit).
         """
+        if request.stage is not None:
+            return await self._take_step(request, tensors)
         spec = self._specs.get(request.model)
         digest = request.digest or (spec.digest if spec else "")
         key = f"run:{request.op_id}:{digest[:16]}:{request.model}:{_fingerprint(tensors):08x}"
@@ -586,6 +589,26 @@ class BrowserHost:
             self._in_flight[key] = running
             running.add_done_callback(lambda _: self._run_ended(key, request.model))
         return replace(await asyncio.shield(running), status=self.status())
+
+    async def _take_step(
+        self, request: RunRequest, tensors: Mapping[str, np.ndarray[Any, Any]]
+    ) -> RunReply:
+        """A step of a sequence. Whether it was taken before, the page knows, which has the caches:
+        so nothing is remembered of it here, and each is asked under a name of its own."""
+        refusal = self._refusal(request)
+        if refusal is not None:
+            return refusal
+        admission = self._breakers.admit(request.model)
+        if admission is None:
+            return RunReply(self.status(), busy=True)
+        self._asked += 1
+        key = f"step:{request.op_id}:{self._asked}"
+        self._steps[key] = asyncio.get_running_loop().create_future()
+        try:
+            return await self._run(key, request, tensors, admission)
+        finally:
+            self._steps.pop(key).set_result(None)
+            self._run_ended(key, request.model)
 
     def _name_page(self, used: Mapping[int, float]) -> None:
         """Find out which process serves the page: the one that has worked since `used`.
@@ -606,19 +629,19 @@ class BrowserHost:
             self._name_page(self._cpu_used)
 
     def _refusal(self, request: RunRequest) -> RunReply | None:
-        status = self.status()
         if request.ref != self._ref or self._readiness is not Readiness.READY:
             failure = self._failure(
                 f"{request.ref} is not here; {self._ref} is {self._readiness}",
                 "replaced",
                 request.op_id,
             )
-            return RunReply(status, failure=failure)
+            return RunReply(self.status(), failure=failure)
         spec = self._specs.get(request.model)
         if spec is None or (request.digest and request.digest != spec.digest):
             failure = self._failure(f"{request.model} is not loaded", "not_loaded", request.op_id)
-            return RunReply(status, failure=failure)
-        return RunReply(status, busy=True) if status.full else None
+            return RunReply(self.status(), failure=failure)
+        full = self._queued() >= self._config.queue_max
+        return RunReply(self.status(), busy=True) if full else None
 
     async def _run(
         self,
@@ -627,7 +650,7 @@ class BrowserHost:
         tensors: Mapping[str, np.ndarray[Any, Any]],
         admission: Admission,
     ) -> RunReply:
-        ref, begun, queued = self._ref, self._clock(), len(self._in_flight)
+        ref, begun, queued = self._ref, self._clock(), self._queued()
         if admission.on_trial and (wrong := await self._probe(ref, request.model)) is not None:
             admission.failed(wrong, cured=not request.last)
             return RunReply(self.status(), failure=replace(wrong, op_id=request.op_id))
@@ -666,7 +689,8 @@ class BrowserHost:
             host_ms=(self._clock() - begun) * 1e3,
             queued=queued,
         )
-        self._remember(key, reply)
+        if request.stage is None:
+            self._remember(key, reply)
         return reply
 
     # -- known answers ----------------------------------------------------------------------------
@@ -704,7 +728,7 @@ class BrowserHost:
         pause = self._config.probe_seconds
         while self._ref == ref and self._readiness is not Readiness.DEAD:
             await asyncio.sleep(pause)
-            free = not self._in_flight and not self._loading.locked()
+            free = not self._in_flight and not self._steps and not self._loading.locked()
             idle = free and self._clock() - self._used_at >= pause / 2
             model = self._probes.next_model()
             if idle and model and self._readiness is Readiness.READY:
@@ -751,12 +775,17 @@ class BrowserHost:
 
     # -- life and death ---------------------------------------------------------------------------
 
+    def _queued(self) -> int:
+        """Operations that are not answered, and abandoned ones that the page still computes."""
+        under_way = len(self._in_flight) + len(self._steps)
+        return max(under_way, self._bridge.outstanding if self._bridge else 0)
+
     def status(self) -> HostStatus:
         return HostStatus(
             self._ref,
             self._kind,
             self._readiness,
-            queue=max(len(self._in_flight), self._bridge.outstanding if self._bridge else 0),
+            queue=self._queued(),
             queue_max=self._config.queue_max,
             models=dict(self._models),
             served=self._served,
@@ -861,8 +890,9 @@ class BrowserHost:
         self._accept_term(term)
         if self._readiness is Readiness.READY:
             self._readiness = Readiness.DRAINING
-        if self._in_flight:
-            await asyncio.wait(list(self._in_flight.values()))
+        under_way: list[asyncio.Future[Any]] = [*self._in_flight.values(), *self._steps.values()]
+        if under_way:
+            await asyncio.wait(under_way)
 
     async def stop(self) -> None:
         """End the browser and everything that belongs to it; returns when all is gone.

@@ -65,6 +65,8 @@ class GeneratedToken:
     position: int
     text: str
     scores: Array | None = None
+    step_ms: float = 0.0  # from the step's begin to its answer, repairs included
+    in_page_ms: float = 0.0  # of these, in all pages
 
     def __str__(self) -> str:
         return self.text
@@ -219,7 +221,6 @@ class RoutedStages:
         op_id = f"{self._prefix}{order.sequence}:{self._orders}"
         digest = self._digests.get(model, "")
         request = RunRequest(op_id, ref, model, max(seconds, 0.001), digest, stage=order)
-        began = time.monotonic()
         try:
             async with asyncio.timeout(seconds + _FROZEN_GRACE_SECONDS):
                 reply = await self._routing.run(ref, request, tensors)
@@ -233,8 +234,6 @@ class RoutedStages:
             return StepReply(failure=reply.failure)
         if reply.busy:
             return StepReply(busy=True)
-        if order.what == "step":
-            self._latencies.note(_kind(model, order.tokens), time.monotonic() - began)
         return StepReply(reply.outputs or {}, in_page_ms=reply.in_page_ms)
 
     def _failure(self, error: Exception | str, ref: HostRef, op_id: str, **facts: Any) -> Failure:
@@ -275,6 +274,9 @@ class RoutedStages:
 
     def outvoted(self, ref: HostRef, failure: Failure) -> None:
         self._on_wrong(ref, failure)
+
+    def took(self, model: str, tokens: int, seconds: float) -> None:
+        self._latencies.note(_kind(model, tokens), seconds)
 
     def late_after(self, model: str, tokens: int) -> float:
         return self._latencies.late_after(_kind(model, tokens))
@@ -343,7 +345,14 @@ class Generating:
                 text = self._text()
                 piece = "" if text.endswith(_UNFINISHED) else text[len(shown) :]
                 shown += piece
-                yield GeneratedToken(token.id, token.position, piece, token.scores)
+                yield GeneratedToken(
+                    token.id,
+                    token.position,
+                    piece,
+                    token.scores,
+                    token.step_ms,
+                    token.in_page_ms,
+                )
         except SequenceLost as error:
             self._error = error
             raise

@@ -116,6 +116,9 @@ class StageHosts(Protocol):
     ) -> Chain | None:
         """A way through these places; None if there is none. `copies`: all answers are wanted."""
 
+    def took(self, model: str, tokens: int, seconds: float) -> None:
+        """A step of so many tokens was answered within `seconds`, by the first that was asked."""
+
     def late_after(self, model: str, tokens: int) -> float:
         """Seconds after which a step of so many tokens is begun elsewhere, too."""
 
@@ -165,6 +168,8 @@ class Token:
     id: int
     position: int
     scores: Array | None = None
+    step_ms: float = 0.0  # from the step's begin to its answer
+    in_page_ms: float = 0.0  # of these, in all pages
 
 
 @dataclass(frozen=True)
@@ -281,11 +286,13 @@ class Generation:
             for _ in range(self._decoding.max_new_tokens):
                 if self._rendezvous is not None:
                     await self._rendezvous.passable()
+                began, in_page = self._clock(), self.account.in_page_ms
                 answer = await self._step(ids, position)
+                took_ms = (self._clock() - began) * 1e3
                 position += len(ids)
                 token = self._chosen(answer, position)
                 row = _in_order(answer) if self._decoding.logits else None
-                yield Token(token, position, row)
+                yield Token(token, position, row, took_ms, self.account.in_page_ms - in_page)
                 if token in self._decoding.stop:
                     return
                 ids = [token]
@@ -359,16 +366,16 @@ class Generation:
             self._places = whole
         if self._chain is None:
             return None
-        late = [self._hosts.late_after(place.stage.model, tokens) for place in whole]
-        seconds = self._rules.step_seconds * _CHAIN_PART
+        seconds, kind = self._rules.step_seconds * _CHAIN_PART, f"chain of {self._line.model}"
         if self._rules.level in REDUNDANT:
-            seconds = min(sum(late), seconds)
+            seconds = min(self._hosts.late_after(kind, tokens), seconds)
         began = self._clock()
         found = await self._chain.step(position, tokens, inputs, seconds)
         if found is None:
             self._interrupted(position, began)
             return None
         self._chain_breaks = 0
+        self._hosts.took(kind, tokens, self._clock() - began)
         answers, in_page_ms = found
         self.account.in_page_ms += in_page_ms
         handed: Mapping[str, Array] = {}
@@ -601,11 +608,13 @@ class _StageWorker:
                     ask.choice,
                     ask.deltas,
                 )
+                began = self.clock()
                 reply = await self.hosts.take(
                     copy.ref, self.stage.model, order, step.tensors, seconds
                 )
                 if reply.tensors is not None:
                     copy.position, copy.built = step.position + step.tokens, True
+                    self.hosts.took(self.stage.model, step.tokens, self.clock() - began)
                 return reply
         finally:
             copy.behind -= 1

@@ -134,6 +134,9 @@ class NativeHosts:
             return None
         return NativeChain(self, sequence, places, copies)
 
+    def took(self, model: str, tokens: int, seconds: float) -> None:
+        pass
+
     def late_after(self, model: str, tokens: int) -> float:
         return self.late_seconds
 

@@ -19,7 +19,7 @@ from recovery.records import HostRef, HostStatus
 from sharding.cut import cut
 from sharding.frames import Frame
 from sharding.native_stages import NativeStage
-from sharding.stages import CHOICE_SCORES, line_of_manifest, stage_specs
+from sharding.stages import CHOICE_SCORES, StepOrder, line_of_manifest, stage_specs
 from tests.unit.test_pipeline import DECODERS, PROMPT, reference
 
 LIMIT = 1 << 24
@@ -100,7 +100,7 @@ async def chained(model, *, copies: bool = True, deltas: bool = False, sequence:
         yield chain, workers, links
     finally:
         for stage in stages:
-            stage.caches.forget(sequence)
+            stage.caches.forget(StepOrder(sequence, "forget", 9))
         for link in links:
             await link.close()
         for worker in workers:
