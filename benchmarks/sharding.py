@@ -248,7 +248,8 @@ async def _failing(
         # The same steps for both; at a rate of 1e-3 a short text would see none, so one at least.
         chance = random.Random(int(1 / rate))
         strikes = {n for n in range(1, 10 * tokens) if chance.random() < rate}
-        strikes.add(tokens // 2)
+        if min(strikes, default=tokens) >= tokens:
+            strikes.add(tokens // 2)
         struck = sorted(strikes)[:_KILLS_MAX]
         rates = {}
         for level in ("high", "none"):

@@ -28,10 +28,10 @@ from recovery.pool_state import Phase
 SHARDS = 3
 KILL_AFTER = 24  # tokens: in the middle of a sentence
 ASK: Mapping[str, Any] = {
-    "text": "And it came to pass in those days, that the king",
+    "text": "And the LORD said unto Moses,",
     "max_new_tokens": 60,
-    "temperature": 0.8,
-    "seed": 7,
+    "temperature": 0.6,
+    "seed": 3,
     "ignore_eos": True,
     "logits": True,
 }

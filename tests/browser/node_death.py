@@ -15,13 +15,14 @@ import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 
-from pool import BrowserPool
-from pool.demo_models import silero_vad_path
+from pool import BrowserPool, Result
+from pool.demo_models import kjv_llama_folder, silero_vad_path
 from recovery.pool_state import Phase
 from tests.browser.conftest import FRAME
 
 LEASE = 8.0  # shorter ones are lost on a busy machine while browsers start
 OPERATIONS = 300
+WRITE = {"text": "And the LORD said", "max_new_tokens": 24, "ignore_eos": True, "logits": True}
 
 
 async def story(cluster: Cluster, second: Any, folder: str) -> dict[str, Any]:
@@ -38,6 +39,16 @@ async def story(cluster: Cluster, second: Any, folder: str) -> dict[str, Any]:
         before = await pool.state()
         nodes = {browser_id: report.node for browser_id, report in before.launches.items()}
         first = await pool.run_with_recovery("vad", "inference", FRAME)
+        await pool.load("llama", kjv_llama_folder(), shards=2)
+        text = await pool.run_with_recovery("llama", "generate", WRITE)
+        texts: list[Result] = []
+        over = False
+
+        async def write() -> None:
+            while not over:
+                texts.append(await pool.run_with_recovery("llama", "generate", WRITE))
+
+        writing = asyncio.create_task(write())
         killed, noticed = 0.0, 0.0
         results = []
 
@@ -62,6 +73,8 @@ async def story(cluster: Cluster, second: Any, folder: str) -> dict[str, Any]:
                 watching = asyncio.create_task(watch())
                 await asyncio.to_thread(cluster.remove_node, second, allow_graceful=False)
         await asyncio.gather(*pending)
+        over = True
+        await writing
         assert watching is not None
         async with asyncio.timeout(4 * LEASE):
             await watching
@@ -76,6 +89,14 @@ async def story(cluster: Cluster, second: Any, folder: str) -> dict[str, Any]:
             ),
             "recovered": sum(result.recovered for result in results),
             "slowest_ms": max(result.metrics["duration_ms"] for result in results),
+            "texts": len(texts),
+            "texts_right": sum(
+                result.success
+                and np.array_equal(result.outputs["tokens"], text.outputs["tokens"])
+                and np.array_equal(result.outputs["logits"], text.outputs["logits"])
+                for result in texts
+            ),
+            "texts_recovered": sum(result.recovered for result in texts),
             "noticed_seconds": noticed - killed,
             "lease": LEASE,
         }

@@ -24,4 +24,6 @@ def test_death_of_a_node_at_high_costs_no_operation(tmp_path: Path) -> None:
     seen = json.loads(next(line for line in lines if line.startswith('{"nodes"')))
     assert seen["nodes"] == 2
     assert seen["answered"] == seen["right"] == seen["asked"]
+    assert seen["texts"] == seen["texts_right"] > 1
+    assert seen["texts_recovered"] >= 1
     assert seen["noticed_seconds"] <= seen["lease"] + 1.0
