@@ -28,11 +28,10 @@ from benchmarks.report import Report, run
 from pool import BrowserPool, Result
 from pool.demo_models import kjv_llama_folder
 from recovery.breaker import BreakerConfig
-from recovery.errors import BadInput
+from recovery.errors import BadInput, SequenceLost
 from recovery.kinds import BrowserType
 from recovery.pool_state import ModelPhase, Phase
 from recovery.supervision import RestartLimit
-from sharding.pipeline import SequenceLost
 
 SHARDS = 3
 PROMPT = list(range(3, 19))

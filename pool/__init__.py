@@ -4,16 +4,20 @@ from pool import BrowserPool
 """
 
 from pool.config import PoolConfig
+from pool.generating import GeneratedToken
 from pool.pool import BrowserPool, PoolView
 from pool.repair import ProgressiveRecoveryManager, recover_browser
 from pool.results import RecoveryStep, Result
+from recovery.errors import SequenceLost
 
 __all__ = [
     "BrowserPool",
+    "GeneratedToken",
     "PoolConfig",
     "PoolView",
     "ProgressiveRecoveryManager",
     "RecoveryStep",
     "Result",
+    "SequenceLost",
     "recover_browser",
 ]

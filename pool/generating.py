@@ -24,7 +24,7 @@ from pool.registry import ModelEntry
 from pool.results import RecoveryStep, Result
 from pool.routing import Routing
 from pool.tokens import TextEncoder
-from recovery.errors import BadInput, BrowserError
+from recovery.errors import BadInput, BrowserError, SequenceLost
 from recovery.failures import Failure, categorize_browser_failure
 from recovery.kinds import Readiness
 from recovery.levels import held
@@ -37,7 +37,6 @@ from sharding.pipeline import (
     PipelineRules,
     Place,
     Rendezvous,
-    SequenceLost,
     StepReply,
     Token,
 )

@@ -23,8 +23,7 @@ from actors.faults import kill_process
 from pool.generating import GeneratedToken, SequenceView, StageView
 from pool.pool import BrowserPool
 from pool.results import RecoveryStep, Result
-from recovery.errors import BadInput
-from sharding.pipeline import SequenceLost
+from recovery.errors import BadInput, SequenceLost
 
 _LOOK_SECONDS = 0.1  # between two looks at a passage under way
 _STEPS_SHOWN = 6  # the last of what happened, while it goes on

@@ -109,6 +109,11 @@ class OperationFailed(PoolError):
         return self.fields.get("failure")
 
 
+class SequenceLost(OperationFailed):
+    """A sequence can't go on: one of its stages had no answer, and what its level allows did not
+    help. It can be resumed with the prompt's tokens, those that came, and the seed."""
+
+
 class InternalError(PoolError):
     """A broken promise inside tabpool."""
 

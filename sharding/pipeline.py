@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from tenacity import AsyncRetrying, RetryError, retry_if_result
 
-from recovery.errors import PageError, PoolError
+from recovery.errors import PageError, SequenceLost
 from recovery.failures import Category, Failure, Scope, categorize_browser_failure
 from recovery.kinds import Level
 from recovery.levels import COPIES_MAX, REDUNDANT
@@ -194,10 +194,6 @@ class Account:
     copied_bytes: int = 0
     history_bytes: int = 0
     happened: deque[SequenceStep] = field(default_factory=lambda: deque(maxlen=_HAPPENED_MAX))
-
-
-class SequenceLost(PoolError):
-    """A stage had no answer, and what the level allows did not help. `failure` is the first."""
 
 
 class Rendezvous:

@@ -23,9 +23,9 @@ from tests.unit.test_pipeline import generate, reference
 
 REFERENCE = np.load(Path(__file__).parents[1] / "assets" / "kjv-llama-reference.npz")
 NEW = 24
-# float32 in other orders of summation: 4e-5 was measured. int4 rounds each weight to 16 steps; the
-# scores then lie up to 3.4 apart, on a scale on which they reach 20.
-ATOL = 1e-3
+# float32 in other orders of summation: 1.4e-5 was measured, with scores of up to 16. (Rounded to
+# int4 it is another model, whose first scores lie up to 1.7 away.)
+ATOL = 1e-4
 
 
 @pytest.mark.parametrize("number", range(3))

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from recovery.errors import SequenceLost
 from recovery.kinds import Level
 from sharding.cut import cut
 from sharding.decoding import Decoding
 from sharding.layers import find_boundaries
 from sharding.native import NativeSession
-from sharding.pipeline import Generation, PipelineRules, Rendezvous, SequenceLost
+from sharding.pipeline import Generation, PipelineRules, Rendezvous
 from sharding.stages import line_of_manifest, line_of_map, stage_specs
 from tests.native_hosts import NativeHosts
 
