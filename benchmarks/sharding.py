@@ -127,7 +127,7 @@ async def _rates(
         )
     for key, values in many.items():
         ratio = statistics.median(v / u for v, u in zip(values, one["uncut"], strict=True))
-        goal = key == "3_shards"
+        goal = large and key == "3_shards"
         report.add(
             f"{name}_{key}_3_sequences",
             statistics.median(values),
