@@ -91,8 +91,13 @@ class Relay:
         self._opening: dict[str, asyncio.Lock] = {}
 
     def lay(self, frame: Frame, say: Say) -> Frame:
-        """Take a route in; returns what to answer. Raises `ValueError` if it is none."""
+        """Take a route in; returns what to answer. Raises `ValueError` if it is none.
+
+        It leads to workers of this machine only: a caller can't have one connect elsewhere.
+        """
         hop = _HOP.validate_python(dict(frame.body))
+        if hop.address and hop.address.rpartition(":")[0] != "127.0.0.1":
+            raise ValueError(f"a route to {hop.address}, which is not on this machine")
         self._routes[frame.op_id.rpartition(":")[0], hop.stage] = _Route(hop, say)
         while len(self._routes) > ROUTES_MAX:
             self._routes.popitem(last=False)
@@ -109,6 +114,7 @@ class Relay:
         route = self._routes.get((sequence, stage))
         if route is None:
             return  # its caller is gone, or has another route by now
+        self._routes.move_to_end((sequence, stage))  # the oldest goes first: by use
         hop = route.hop
         order = StepOrder(
             sequence, "step", hop.fence, frame.position, frame.step, hop.choice, hop.deltas

@@ -239,11 +239,16 @@ class Routing:
             for hop, end in zip(hops, ends, strict=True)
         ]
         try:
-            links = [await self._link(ref.address) for ref in refs]
-            chain = Chain(sequence, whole, links)
-            await chain.lay()
+            chain = Chain(sequence, whole, [await self._link(ref.address) for ref in refs])
         except BrowserLost:
             return None
+        try:
+            await chain.lay()
+        except BaseException as error:
+            chain.leave()
+            if isinstance(error, BrowserLost):
+                return None
+            raise
         return chain
 
     async def _drop_links(self, kept: set[str]) -> None:

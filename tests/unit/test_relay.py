@@ -230,3 +230,6 @@ async def test_routes_are_bounded_and_end_with_their_callers_connection():
     assert not relay._routes
     with pytest.raises(ValueError, match="stage"):
         relay.lay(Frame("route", "x:0", body={}), say)
+    for elsewhere in ("10.0.0.1:80", "localhost.example:80", "127.0.0.1.example:80"):
+        with pytest.raises(ValueError, match="not on this machine"):
+            relay.lay(Frame("route", "x:0", body={**body, "address": elsewhere}), say)
