@@ -1,0 +1,46 @@
+"""Whatever strategy cuts a model, its parts compute what the uncut file does natively."""
+
+from __future__ import annotations
+
+import pytest
+
+from pool.loading import read_parts
+from recovery.errors import BadInput, NotAModel
+from recovery.kinds import Level
+from sharding.partition import STRATEGIES
+from tests.native_hosts import NativeHosts
+from tests.unit.test_pipeline import DECODERS, GREEDY, PROMPT, generate, reference, same
+
+LLAMA = DECODERS / "builder-llama.onnx"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TABPOOL_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("shards", [1, 2, 3])
+async def test_every_strategy_computes_the_uncut_models_function(strategy, shards, cache):
+    entry, parts = read_parts("m", LLAMA, shards=shards, strategy=strategy)
+    assert entry.parts == tuple(f"m@{n}" for n in range(shards))
+    hosts = NativeHosts(entry.line, [part.spec for part in parts])
+    same(await generate(entry.line, hosts, Level.MEDIUM, GREEDY, PROMPT), reference(LLAMA))
+    again, _ = read_parts("m", LLAMA, shards=shards, strategy=strategy)
+    assert again.spec.digest == entry.spec.digest, "cut once, and found again"
+
+
+def test_one_wrong_byte_in_a_shard_is_refused_or_cut_anew(cache):
+    read_parts("m", LLAMA, shards=2)
+    (folder,) = [path.parent for path in cache.rglob("manifest.json")]
+    weights = folder / "shard-1.onnx.data"
+    data = bytearray(weights.read_bytes())
+    data[100] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(NotAModel, match=r"shard-1\.onnx\.data"):
+        read_parts("m", folder)  # a folder that somebody made is taken as it is, or not at all
+    _, parts = read_parts("m", LLAMA, shards=2)  # our own is made anew
+    assert parts[1].known_answer() is not None
+    with pytest.raises(BadInput, match="holds 2 shards, not 3"):
+        read_parts("m", folder, shards=3)
