@@ -135,6 +135,7 @@ def _cut_before(
 def cut_once(source: Path, folder: Path, *, shards: int, strategy: str) -> Manifest:
     """The shards of the model at `source` in `folder`, which are made if they aren't there.
 
+    `folder` is for this cut alone: shards of the model that are there are taken as they are.
     Pools may cut the same model at the same time: one does, and the others wait for it.
     """
     try:
@@ -147,6 +148,7 @@ def cut_once(source: Path, folder: Path, *, shards: int, strategy: str) -> Manif
         ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return ModelShardingManager(source, folder).shard(shards, strategy=strategy)
+        manager = ModelShardingManager(source, folder)
+        return manager.find() or manager.shard(shards, strategy=strategy)
     finally:
         os.close(lock)

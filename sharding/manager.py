@@ -129,17 +129,23 @@ class ModelShardingManager:
         return manifest
 
     def find(
-        self, spans: Sequence[tuple[int, int]], out_dir: str | Path | None = None
+        self, spans: Sequence[tuple[int, int]] | None = None, out_dir: str | Path | None = None
     ) -> Manifest | None:
-        """The manifest in the folder, if `cut` would use it again. Reads shards and model."""
+        """The manifest in the folder, if it is of this model, cut so, and unharmed.
+
+        Without `spans` however it was cut: plans over measured times differ from one measurement
+        to the next. Reads shards and model.
+        """
         self._check_file()
         folder = self.folder(out_dir)
         old = self._old_manifest(folder)
         return old if old is not None and self._is_right(folder, old, spans) else None
 
-    def _is_right(self, folder: Path, old: Manifest, spans: Sequence[tuple[int, int]]) -> bool:
+    def _is_right(
+        self, folder: Path, old: Manifest, spans: Sequence[tuple[int, int]] | None
+    ) -> bool:
         # The cheapest question first: the others read all of the model.
-        if [shard.span for shard in old.shards] != [(start, end) for start, end in spans]:
+        if spans is not None and [s.span for s in old.shards] != [(a, b) for a, b in spans]:
             return False
         if old.source != read_signature(self._path, name=self._path.stem).digest:
             return False

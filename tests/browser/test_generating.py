@@ -70,7 +70,10 @@ async def ask_and(
     """The stream's tokens and logits; `strike(n, stages)` is called after each n-th token."""
     ended: list[Result] = []
     tokens, rows = [], []
-    where = tuple(h.ref.browser_id for part in range(3) for h in holders(pool, part)[:1])
+    where: tuple[str, ...] = ()
+    for part in range(3):  # a browser each, as long as there are: two stages' deaths are two deaths
+        ids = [host.ref.browser_id for host in holders(pool, part)]
+        where = (*where, next((name for name in ids if name not in where), ids[0]))
     strike(0, where)
     async for token in pool.stream("llama", {**ASK, **options}, on_result=ended.append):
         tokens.append(token.id)
