@@ -14,10 +14,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from pydantic import TypeAdapter
 
+from actors.links import Link, Links
 from actors.messages import RunReply, RunRequest
 from recovery.errors import BrowserLost, CallerError
 from recovery.failures import Failure, categorize_browser_failure
@@ -60,18 +62,14 @@ class Hop:
 _HOP = TypeAdapter(Hop)
 
 
-class Link(Protocol):
-    """A connection to another worker (`actors.dataplane.DataLink`)."""
+class NextLink(Link, Protocol):
+    """A connection to another worker."""
 
-    @property
-    def closed(self) -> bool: ...
-    async def open(self) -> None: ...
     async def send(self, frame: Frame) -> None: ...
-    async def close(self) -> None: ...
 
 
 Say = Callable[[Frame], None]
-MakeLink = Callable[[str, str], Link]
+MakeLink = Callable[[str, str], NextLink]
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,7 @@ class Relay:
         self._run = run
         self._make_link = make_link
         self._routes: OrderedDict[tuple[str, int], _Route] = OrderedDict()
-        self._links: dict[str, Link] = {}
-        self._opening: dict[str, asyncio.Lock] = {}
+        self._links: Links[NextLink] = Links()
 
     def lay(self, frame: Frame, say: Say) -> Frame:
         """Take a route in; returns what to answer. Raises `ValueError` if it is none.
@@ -153,7 +150,8 @@ class Relay:
             tensors=passed,
         )
         try:
-            await (await self._link(hop.address, hop.token)).send(onward)
+            make = partial(self._make_link, hop.address, hop.token)
+            await (await self._links.get(hop.address, make)).send(onward)
         except BrowserLost as error:
             self._failed(route, frame, f"stage {stage + 1} is out of reach: {error}", "")
             return
@@ -164,24 +162,10 @@ class Relay:
         body = {"stage": route.hop.stage, "why": why[:1000], "what": what}
         route.say(Frame(FAILED, frame.op_id, position=frame.position, body=body))
 
-    async def _link(self, address: str, token: str) -> Link:
-        link = self._links.get(address)
-        if link is not None and not link.closed:
-            return link
-        async with self._opening.setdefault(address, asyncio.Lock()):
-            link = self._links.get(address)
-            if link is None or link.closed:
-                link = self._make_link(address, token)
-                await link.open()
-                self._links[address] = link
-            return link
-
     async def close(self) -> None:
         """Let go of every route and connection."""
         self._routes.clear()
-        links, self._links = list(self._links.values()), {}
-        for link in links:
-            await link.close()
+        await self._links.close()
 
 
 def _to_caller(

@@ -44,7 +44,6 @@ from sharding.stages import Line, StepOrder, check_length
 
 GENERATE = "generate"
 _FROZEN_GRACE_SECONDS = 1.0  # past a step's limit, before its browser is taken for frozen
-_UNFINISHED = "\ufffd"  # what half a character decodes to: the next token may complete it
 
 
 @dataclass(frozen=True)
@@ -335,19 +334,16 @@ class Generating:
 
     async def stream(self) -> AsyncGenerator[GeneratedToken]:
         """The new tokens, each as soon as there is one. Raises `SequenceLost`."""
-        shown = ""
+        piece_of = self._encoder.pieces() if self._encoder else lambda _: ""
         try:
             async for token in self.generation.tokens(self._prompt.ids):
                 if self._first_token is None:
                     self._first_token = time.monotonic()
                 self._tokens.append(token)
-                text = self._text()
-                piece = "" if text.endswith(_UNFINISHED) else text[len(shown) :]
-                shown += piece
                 yield GeneratedToken(
                     token.id,
                     token.position,
-                    piece,
+                    piece_of(token.id),
                     token.scores,
                     token.step_ms,
                     token.in_page_ms,
@@ -367,9 +363,6 @@ class Generating:
         except TimeoutError:
             self._error = SequenceLost(f"it was not done within {seconds:g} s")
         return self.result()
-
-    def _text(self) -> str:
-        return self._encoder.decode([t.id for t in self._tokens]) if self._encoder else ""
 
     def view(self) -> SequenceView:
         """How it is now: cheap, and asks nobody."""
@@ -407,7 +400,7 @@ class Generating:
         tokens = np.asarray([token.id for token in self._tokens], np.int64)
         values: dict[str, Array] = {"tokens": tokens}
         if self._encoder is not None:
-            values["text"] = np.asarray(self._text())
+            values["text"] = np.asarray(self._encoder.decode(tokens.tolist()))
         if self._prompt.decoding.logits:
             rows = [token.scores for token in self._tokens if token.scores is not None]
             values["logits"] = np.stack(rows) if rows else np.zeros((0, 0), np.float32)

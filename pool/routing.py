@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from actors.dataplane import DataLink
+from actors.links import Links
 from actors.messages import RunReply, RunRequest
 from actors.relay import Chain, Hop
 from actors.supervisor import Host, ModelOrder, Table
@@ -52,7 +53,7 @@ class Routing:
         self._queue_max = queue_max
         self._node = node
         self._bytes_max = bytes_max
-        self._links: dict[str, DataLink] = {}
+        self._links: Links[DataLink] = Links()
         self._tokens: dict[str, str] = {}
         self._client = client
         self._poll_seconds = poll_seconds
@@ -62,7 +63,6 @@ class Routing:
         self._hosts: dict[HostRef, Host] = {}
         self._outstanding: dict[HostRef, int] = {}
         self._heard: dict[HostRef, float] = {}  # when each host last spoke for itself
-        self._opening: dict[str, asyncio.Lock] = {}  # one link to a worker, however many ask
         self._changed = asyncio.Condition()
         self.changes = 0  # counts announcements, so that none is missed
         self._task: asyncio.Task[None] | None = None
@@ -82,8 +82,7 @@ class Routing:
         if self.gone is None:
             self.gone = PoolClosed("this pool has been closed")
         await self.announce()  # whoever waits for a browser must not wait for its deadline
-        for link in list(self._links.values()):
-            await link.close()
+        await self._links.close()
 
     async def _follow(self) -> None:
         heard = time.monotonic()
@@ -120,7 +119,9 @@ class Routing:
             self._hosts[route.status.ref] = route.host
             if route.status.ref.node == self._node:  # loopback addresses of others mean nothing
                 self._tokens[route.status.ref.address] = route.data_token
-        await self._drop_links({ref.address for ref in refs if ref.node == self._node})
+        here = {ref.address for ref in refs if ref.node == self._node}
+        await self._links.keep(here)
+        self._tokens = {at: token for at, token in self._tokens.items() if at in here}
         for ref in self._statuses.keys() - refs:
             del self._statuses[ref], self._hosts[ref]
             self._heard.pop(ref, None)
@@ -210,19 +211,8 @@ class Routing:
             raise
 
     async def _link(self, address: str) -> DataLink:
-        link = self._links.get(address)
-        if link is not None and not link.closed:
-            return link
-        async with self._opening.setdefault(address, asyncio.Lock()):
-            link = self._links.get(address)
-            if link is None or link.closed:
-                link = DataLink(address, self._tokens.get(address, ""), self._bytes_max)
-                await link.open()
-                if self.gone is not None:  # closed while it was opened
-                    await link.close()
-                    raise BrowserLost(str(self.gone))
-                self._links[address] = link
-            return link
+        token = self._tokens.get(address, "")
+        return await self._links.get(address, lambda: DataLink(address, token, self._bytes_max))
 
     async def chain(self, sequence: str, hops: Sequence[Hop]) -> Chain | None:
         """A route for a sequence from worker to worker. None if not all are on this node, or if
@@ -250,16 +240,6 @@ class Routing:
                 return None
             raise
         return chain
-
-    async def _drop_links(self, kept: set[str]) -> None:
-        for address in self._links.keys() - kept:
-            link = self._links[address]
-            if not link.busy:  # else whoever waits on it hears of its close
-                del self._links[address]
-                await link.close()
-        for address in self._tokens.keys() - kept:
-            del self._tokens[address]
-            self._opening.pop(address, None)
 
     @contextlib.contextmanager
     def _sending(self, ref: HostRef) -> Iterator[None]:

@@ -5,12 +5,13 @@ The only door to `tokenizers`. This module must not know what an operation does 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
+from tokenizers.decoders import DecodeStream
 
 from pool.registry import ModelEntry
 from recovery.errors import BadInput, NotAModel
@@ -112,6 +113,11 @@ class TextEncoder:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
         return self._open().decode(list(ids), skip_special_tokens=True)
+
+    def pieces(self) -> Callable[[int], str]:
+        """Of a text that comes token by token: what each adds to it, "" in mid-character."""
+        tokenizer, stream = self._open(), DecodeStream(skip_special_tokens=True)
+        return lambda token: stream.step(tokenizer, token) or ""
 
     def _open(self) -> tokenizers.Tokenizer:
         if self._tokenizer is not None:

@@ -262,10 +262,10 @@ async def test_link_is_let_go_when_its_host_left_the_table():
     async with worker(host) as (_, at), routed(at) as (routing, tables):
         (status,) = routing.candidates()
         await routing.run(status.ref, request(status.ref), X)
-        assert routing._links.keys() == routing._tokens.keys() == {status.ref.address}
+        assert routing._links.open_now().keys() == routing._tokens.keys() == {status.ref.address}
         tables.put()
         await table_taken(routing, 2)
-        assert routing._links == routing._tokens == {}
+        assert routing._links.open_now() == routing._tokens == {}
 
 
 async def test_long_order_ends_when_the_supervisor_is_given_up():
