@@ -6,6 +6,7 @@ is ever joined to a directory, so none can escape one. This module must not open
 
 from __future__ import annotations
 
+import base64
 import mimetypes
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from functools import cache
 from pathlib import Path
 
 from recovery.errors import SetupError
-from sharding.signature import ModelSpec
+from sharding.signature import ModelFile, ModelSpec
+
+MODELS = "/models/"  # what the request paths of models' files begin with
 
 _PAGE = Path(__file__).with_name("page")
 _ORT = _PAGE / "ort"
@@ -74,7 +77,12 @@ def model_assets(spec: ModelSpec) -> Mapping[str, Asset]:
 
 def model_url(spec: ModelSpec, number: int) -> str:
     """Request path of a model's file: by content, so that a name can't be confused."""
-    return f"/models/{spec.digest}/{number}"
+    return f"{MODELS}{spec.digest}/{number}"
+
+
+def integrity(file: ModelFile) -> str:
+    """What a browser compares the file's bytes with as it fetches them (W3C's SRI)."""
+    return f"sha256-{base64.b64encode(bytes.fromhex(file.digest)).decode()}"
 
 
 def _asset(path: Path, cache_control: str) -> Asset:

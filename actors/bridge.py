@@ -19,14 +19,15 @@ import math
 import secrets
 import time
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from aiohttp import WSCloseCode, WSMsgType, web
 from tenacity import AsyncRetrying, RetryError, retry_if_exception_type
 
-from actors.assets import Asset, index_html, model_assets, ort_version, static_assets
+from actors.assets import MODELS, Asset, index_html, model_assets, ort_version, static_assets
 from recovery.errors import BadFrame, BrowserLost, PageError
 from recovery.policies import PORT_FREES
 from sharding.frames import Frame, decode, encode
@@ -39,6 +40,8 @@ _SOCKET_PATHS = frozenset(f"/{name}" for name in _SOCKETS)
 _WORK_SECONDS = 300.0  # of one request, where the caller does not say
 _CONTROL_BYTES_MAX = 64 * 1024
 _CONSOLE_LINES_MAX = 100
+_SPOILT_MAX = 64
+_FRAMES_MAX = 64
 _FRAME_OVERHEAD_BYTES = 1 << 20  # a reply's header, over the limit on its tensors
 _HEADERS = {
     # Cross-origin isolation: what SharedArrayBuffer, and so wasm threads, require.
@@ -75,6 +78,20 @@ class BridgeEvent:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+class FrameSeen(NamedTuple):
+    """The header of a frame to or from the page: no numbers of anybody's. `at` is wall time in
+    seconds, `tensors` are name, dtype and shape of each."""
+
+    at: float
+    way: str  # "to" or "from" the page
+    kind: str
+    op_id: str
+    epoch: int
+    step: int
+    position: int
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+
+
 class Bridge:
     """Serves one page at a time; a new epoch ends the one before."""
 
@@ -103,9 +120,13 @@ class Bridge:
         self._exchanges: OrderedDict[str, float] = OrderedDict()
         self._head_since = 0.0
         self._pongs: dict[int, asyncio.Future[None]] = {}
+        self._away_until = -math.inf  # no request is answered before, of this page
+        self._spoilt: deque[str] = deque(maxlen=_SPOILT_MAX)  # how the next models are served
         self._runner: web.AppRunner | None = None
         self.port = 0
         self.console: deque[str] = deque(maxlen=_CONSOLE_LINES_MAX)
+        self.frames: deque[FrameSeen] = deque(maxlen=_FRAMES_MAX)  # the last ones, either way
+        self.visibility = ""  # of the page, as it said last
 
     # -- the server ---------------------------------------------------------------------------
 
@@ -147,6 +168,8 @@ class Bridge:
         # The Host check defeats DNS rebinding, the Origin check pages of other origins.
         if request.host != self._host:
             raise web.HTTPForbidden(text="wrong host")
+        if self._clock() < self._away_until:
+            raise web.HTTPServiceUnavailable(text="out of reach, on purpose")
         origin = request.headers.get("Origin")
         if origin is not None and origin != f"http://{self._host}":
             raise web.HTTPForbidden(text="wrong origin")
@@ -202,6 +225,8 @@ class Bridge:
             "Content-Type": asset.content_type,
             "Cache-Control": asset.cache_control,
         }
+        if self._spoilt and request.path.startswith(MODELS):
+            return await _spoilt(self._spoilt.popleft(), asset.path, headers)
         return web.FileResponse(asset.path, headers=headers)
 
     # -- the sockets --------------------------------------------------------------------------
@@ -270,6 +295,8 @@ class Bridge:
             if waiting is not None and not waiting.done():
                 waiting.set_result(None)
             return
+        if kind == "visibility":
+            self.visibility = str(message.get("state", ""))[:20]
         if kind == "console":
             self.console.append(str(message.get("text", ""))[:2000])
         self._on_event(BridgeEvent(kind, epoch, message))
@@ -283,6 +310,7 @@ class Bridge:
         if frame.epoch != self._epoch or epoch != self._epoch:
             self.console.append(f"refused a frame of epoch {frame.epoch}")
             return
+        self._note("from", frame)
         self._answered(frame.op_id)
         waiting = self._pending.pop(frame.op_id, None)
         if waiting is not None and not waiting.done():  # else abandoned: its deadline passed
@@ -299,6 +327,8 @@ class Bridge:
         self._epoch, self._host = epoch, host
         self._token, self._ticket = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         self._served = False
+        self._away_until = -math.inf
+        self.visibility = ""
         self.console.clear()
         return f"/enter/{self._ticket}"
 
@@ -357,12 +387,46 @@ class Bridge:
             await self._changed.wait()
         raise BrowserLost("the page is not connected")
 
+    # -- faults on purpose ----------------------------------------------------------------------
+
+    def stay_away(self, seconds: float) -> None:
+        """Break every connection, and answer this page nothing for so long."""
+        self._away_until = self._clock() + seconds
+        self.drop()
+
+    def spoil(self, how: Sequence[str]) -> None:
+        """Serve the next files of models so: "500", "half" or "wrong" (a byte of it), each once."""
+        self._spoilt.extend(how)
+
+    async def tell(self, message: Mapping[str, Any]) -> None:
+        """Say something to the page's main thread. Raises `BrowserLost`."""
+        socket = self._sockets.get("control")
+        if socket is None:
+            raise BrowserLost("the page is not connected", what="socket_closed")
+        with contextlib.suppress(ConnectionError):
+            await socket.send_str(json.dumps(message))
+
     def drop(self, names: Iterable[str] = _SOCKETS) -> None:
-        """Break connections, as a network does; the page may open them again. For tests."""
+        """Break connections, as a network does; the page may open them again."""
         for name in names:
             request = self._requests.get(name)
             if request is not None and request.transport is not None:
                 request.transport.abort()
+
+    def _note(self, way: str, frame: Frame) -> None:
+        tensors = tuple((name, a.dtype.name, a.shape) for name, a in frame.tensors.items())
+        self.frames.append(
+            FrameSeen(
+                time.time(),
+                way,
+                frame.kind,
+                frame.op_id,
+                frame.epoch,
+                frame.step,
+                frame.position,
+                tensors,
+            )
+        )
 
     def _answered(self, op_id: str) -> None:
         if self._exchanges.pop(op_id, None) is not None:
@@ -391,6 +455,7 @@ class Bridge:
         is ended, and `PageError` when it reports an error.
         """
         data = encode(frame, bytes_max=self._config.message_bytes_max)
+        self._note("to", frame)
         socket = await self._open_socket_of("data")
         reply: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
         self._pending[frame.op_id] = reply
@@ -442,6 +507,18 @@ class Bridge:
 
 def _give_cookie(response: web.StreamResponse, token: str) -> None:
     response.set_cookie(_COOKIE, token, httponly=True, samesite="Strict", path="/")
+
+
+async def _spoilt(how: str, path: Path, headers: Mapping[str, str]) -> web.StreamResponse:
+    """A file of a model, served as it should not be."""
+    if how == "500":
+        raise web.HTTPInternalServerError(text="a fault on purpose")
+    content = bytearray(await asyncio.to_thread(path.read_bytes))
+    if how == "half":
+        del content[len(content) // 2 :]
+    else:
+        content[len(content) // 2] ^= 0xFF
+    return web.Response(body=bytes(content), headers=headers)
 
 
 async def _close(socket: web.WebSocketResponse) -> None:

@@ -29,12 +29,15 @@ import numpy as np
 import psutil
 
 from actors.arguments import Gpu, LaunchSettings, default_settings
+from actors.assets import integrity, model_url
 from actors.binaries import Binaries, find_binaries
 from actors.bridge import Bridge, BridgeEvent, PageConfig
 from actors.dataplane import DataServer
 from actors.death_watch import DeathWatch
 from actors.guarding import Admission, HostBreakers
+from actors.injector import BrowserFailureInjector, Victim
 from actors.messages import (
+    Examination,
     HostConfig,
     HostEvent,
     HostReport,
@@ -45,7 +48,14 @@ from actors.messages import (
     Wear,
 )
 from actors.probes import Probes
-from actors.processes import Warden, WardenOrder, busiest, cpu_seconds, page_processes
+from actors.processes import (
+    BrowserProcesses,
+    Warden,
+    WardenOrder,
+    busiest,
+    cpu_seconds,
+    page_processes,
+)
 from actors.profiles import new_profile_path, save_template, template_lock, template_path
 from actors.session import Session, driver_command, free_port
 from recovery.adjustments import merge_arguments
@@ -62,6 +72,7 @@ from recovery.errors import (
     StaleTerm,
 )
 from recovery.failures import Category, Failure, Scope, categorize_browser_failure
+from recovery.faults import Fault, Injected
 from recovery.kinds import Backend, BrowserType, Readiness
 from recovery.records import BrowserFacts, HostRef, HostStatus, NumericId
 from recovery.resources import BrowserLoad, NodeLoad
@@ -81,6 +92,7 @@ _WATCHDOG_SECONDS_MAX = 0.5
 _WATCHDOG_SECONDS_MIN = 0.01
 _XVFB_ARGUMENTS = ("-screen", "0", "1024x768x24", "-nolisten", "tcp", "-noreset")
 _QUIT_SECONDS = 10.0
+_SCREENSHOT_SECONDS = 3.0
 _TEMPLATE_WARM_SECONDS = 5.0
 _TEMPLATE_SETTLE_SECONDS = 3.0
 
@@ -127,6 +139,7 @@ class BrowserHost:
         self._wall = wall
         self._term = 0
         self._readiness = Readiness.STARTING
+        self._injector = BrowserFailureInjector(config.faults, wall)
         self._binaries: Binaries | None = None
         self._bridge: Bridge | None = None
         self._warden: Warden | None = None
@@ -337,7 +350,6 @@ class BrowserHost:
         enter = bridge.begin_epoch(self._ref.epoch, host)
         warden = self._warden = Warden()
         profile = new_profile_path()
-        session = self._session = Session(settings, binaries, Path(profile))
         port = free_port()
         environment = {**settings.environment, **_private_directories(binaries, Path(profile))}
         command = driver_command(binaries, port)
@@ -346,6 +358,8 @@ class BrowserHost:
             command, xvfb, profile, str(template) if template else None, environment
         )
         await warden.start(order, self._on_exit(self._ref, warden))
+        started = self._injector.launched_with(binaries, Path(profile))
+        session = self._session = Session(settings, started, Path(profile))
         self._pids = {"driver": warden.driver_pid}  # a driver that ends at once is noticed at once
         await session.start(port)
         self._pids = {
@@ -483,15 +497,12 @@ class BrowserHost:
         bridge, facts = self._require_bridge(), self._facts
         assert facts is not None
         bridge.register(spec)
-        base = f"/models/{spec.digest}"
         body = {
             "model": spec.name,
             "digest": spec.digest,
-            "url": f"{base}/0",
-            "externalData": [
-                {"path": file.name, "data": f"{base}/{number}"}
+            "files": [
+                {"url": model_url(spec, number), "path": file.name, "integrity": integrity(file)}
                 for number, file in enumerate(spec.files)
-                if number
             ],
             "backends": [str(backend) for backend in self._worth_trying(backends)],
             "caches": [asdict(cache) for cache in spec.caches],
@@ -525,6 +536,7 @@ class BrowserHost:
                 model=spec.name,
             )
         self._probes.learn(spec, numeric, asked, reply.tensors if known and warmed else {})
+        await self._injector.page_is_ready(partial(self._ask, "fault"))
         # Whichever process loaded and warmed the model is the page's: its end is the page's.
         self._name_page(used)
         self._models[spec.name], self._specs[spec.name] = numeric, spec
@@ -734,10 +746,53 @@ class BrowserHost:
             if idle and model and self._readiness is Readiness.READY:
                 await self._probe(ref, model)
 
-    async def inject(self, ref: HostRef, fault: Mapping[str, Any]) -> None:
-        """Make the page fail on purpose; see `actors.faults`. Raises `PageError` if it may not."""
+    async def inject(
+        self, ref: HostRef, fault: Fault | Mapping[str, Any], *, gated: bool = True
+    ) -> Injected | None:
+        """Break this browser on purpose, as `fault` says; or have the page fail in exactly the
+        way that a mapping says (see `actors.faults`).
+
+        Raises `FaultRefused`, `BrowserLost` for another incarnation, or `PageError`.
+        """
         self._require_ref(ref)
+        if isinstance(fault, Fault):
+            victim = self._victim()
+            return await self._injector.inject(victim, fault, use_circuit_breaker=gated)
         await self._ask("fault", fault)
+        return None
+
+    async def examine(self, *, screenshot: bool = True) -> Examination:
+        """What is known of the page now, or was last, for whoever looks into a failure."""
+        bridge, session = self._bridge, self._session
+        picture = b""
+        if screenshot and session is not None and self._readiness is not Readiness.DEAD:
+            with contextlib.suppress(BrowserLost, TimeoutError):
+                async with asyncio.timeout(_SCREENSHOT_SECONDS):
+                    picture = await session.screenshot()
+        return Examination(
+            self._ref,
+            self._readiness,
+            bridge.visibility if bridge else "",
+            self._console(),
+            tuple(bridge.frames) if bridge else (),
+            self._cause or self._out_of_touch,
+            picture,
+        )
+
+    def _victim(self) -> Victim:
+        if self._session is None:
+            raise BrowserLost(f"{self._ref} is not running")
+        own = self._breakers.snapshots().get("")
+        return Victim(
+            self._ref,
+            BrowserProcesses(self._kind, dict(self._pids), self._pids.get("warden", 0)),
+            self._require_bridge(),
+            partial(self._ask, "fault"),
+            self._session,
+            own.breaker.state if own else CircuitState.CLOSED,
+            self._config.message_bytes_max,
+            any(numeric.backend is Backend.WEBGPU for numeric in self._models.values()),
+        )
 
     def _page_failed(self, error: PageError, request: RunRequest, admission: Admission) -> Failure:
         what = str(error.fields.get("what", "run_failed"))

@@ -1,7 +1,7 @@
-"""Faults that are made on purpose, each really happening to a real process.
+"""Faults for tests and demonstrations, made from outside on a browser of this machine.
 
 Only processes below a pool's own warden can be touched: anything else is refused. Nothing here
-runs unless it is called.
+runs unless it is called. For faults by kind and intensity, on any node, see `actors.injector`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import psutil
 
 from actors.bridge import Bridge
 from actors.messages import LaunchReport
-from actors.processes import page_processes
+from actors.processes import BrowserProcesses
 from recovery.errors import BadInput
 from recovery.kinds import BrowserType
 
@@ -38,12 +38,12 @@ def crash_tab(report: LaunchReport, kind: BrowserType) -> Sequence[int]:
 
     Raises `BadInput` if there are none.
     """
+    _tree(report)
     killed = []
-    for pid in page_processes(lambda: _tree(report), kind):
-        if pid != report.pids["browser"]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
+    for process in processes_of(report, kind).pages():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+            killed.append(process.pid)
     if not killed:
         raise BadInput(f"no page process of {kind} below warden {report.pids['warden']}")
     return killed
@@ -54,11 +54,10 @@ def kill_network(report: LaunchReport) -> int:
 
     Returns its pid. Raises `BadInput` if there is none.
     """
-    for process in _tree(report):
+    for process in processes_of(report, BrowserType.CHROME).network():
         with contextlib.suppress(psutil.Error):
-            if "network.mojom.NetworkService" in " ".join(process.cmdline()):
-                process.kill()
-                return process.pid
+            process.kill()
+            return process.pid
     raise BadInput(f"no network process below warden {report.pids['warden']}")
 
 
@@ -70,12 +69,17 @@ def wrong_answers(
     `bit` counts from the lowest of one number: 30 is the top of a float32's exponent. The pool
     must have been made with `faults=True`.
     """
-    return {"times": times, "bit": bit, "element": element, "model": model}
+    return {"what": "lie", "times": times, "bit": bit, "element": element, "model": model}
 
 
 def drop_sockets(bridge: Bridge, names: Iterable[str] = ("control", "data")) -> None:
     """Break the connections between a page and its server. Both live, and may connect again."""
     bridge.drop(names)
+
+
+def processes_of(report: LaunchReport, kind: BrowserType) -> BrowserProcesses:
+    """The processes of a launch: all that are below its warden."""
+    return BrowserProcesses(kind, report.pids, report.pids.get("warden", 0))
 
 
 def _tree(report: LaunchReport) -> list[psutil.Process]:

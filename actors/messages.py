@@ -137,6 +137,20 @@ class HostEvent:
 
 
 @dataclass(frozen=True)
+class Examination:
+    """What a worker knows of its page, for whoever looks into a failure. `screenshot` is a PNG,
+    empty if the page can't be seen any more; `frames` are headers, `actors.bridge.FrameSeen`."""
+
+    ref: HostRef
+    readiness: Readiness
+    visibility: str = ""
+    console: tuple[str, ...] = ()
+    frames: tuple[tuple[Any, ...], ...] = ()
+    cause: Failure | None = None
+    screenshot: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True)
 class HostReport:
     """What a worker has, for a supervisor that has just begun its term.
 

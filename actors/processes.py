@@ -181,6 +181,53 @@ def page_processes(tree: Callable[[], Sequence[psutil.Process]], kind: BrowserTy
     return found
 
 
+@dataclass(frozen=True)
+class BrowserProcesses:
+    """A browser's processes, for whoever wants to break one.
+
+    `pids` are those that are known by name, `root` is the process that all of them are below: by
+    that it is known whose they are.
+    """
+
+    kind: BrowserType
+    pids: Mapping[str, int]
+    root: int
+
+    def tree(self) -> list[psutil.Process]:
+        """All of them. Empty if `root` has ended."""
+        try:
+            return psutil.Process(self.root).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def named(self, which: str) -> list[psutil.Process]:
+        """The "browser" or the "driver", if it still is below `root`."""
+        return [process for process in self.tree() if process.pid == self.pids.get(which)]
+
+    def pages(self) -> list[psutil.Process]:
+        """Those that serve pages, spare ones among them, but not the browser itself."""
+        tree = self.tree()
+        pids = set(page_processes(lambda: tree, self.kind)) - {self.pids.get("browser")}
+        return [process for process in tree if process.pid in pids]
+
+    def marked(self, mark: str) -> list[psutil.Process]:
+        """Those with `mark` in their command line."""
+        found = []
+        for process in self.tree():
+            with contextlib.suppress(psutil.Error):
+                if any(mark in word for word in process.cmdline()):
+                    found.append(process)
+        return found
+
+    def network(self) -> list[psutil.Process]:
+        """Chromium's network process."""
+        return self.marked("network.mojom.NetworkService")
+
+    def gpu(self) -> list[psutil.Process]:
+        """Chromium's GPU process."""
+        return self.marked("--type=gpu-process")
+
+
 def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
     """The CPU time that each process has used. Those that are gone are left out."""
     used = {}

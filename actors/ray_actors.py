@@ -25,7 +25,9 @@ from tenacity import AsyncRetrying, retry_if_exception, retry_if_exception_type
 
 from actors.browser import BrowserHost
 from actors.history import HistoryKeeper
+from actors.injector import SupervisorFailureInjector, refused
 from actors.messages import (
+    Examination,
     HostConfig,
     HostEvent,
     HostReport,
@@ -50,6 +52,7 @@ from recovery.errors import (
     SetupError,
 )
 from recovery.failures import Failure
+from recovery.faults import Fault, Injected
 from recovery.kinds import Backend, BrowserType, RecoveryLevel
 from recovery.log import Log, LogInUse, LogUnavailable
 from recovery.policies import SUPERVISOR_MAY_TAKE_LONG, SUPERVISOR_RETURNS
@@ -196,8 +199,13 @@ class Browser:
     ) -> NumericId:
         return await self._host.load(ref, term, spec, backends, known)
 
-    async def inject(self, ref: HostRef, fault: Mapping[str, Any]) -> None:
-        await self._host.inject(ref, fault)
+    async def inject(
+        self, ref: HostRef, fault: Fault | Mapping[str, Any], gated: bool
+    ) -> Injected | None:
+        return await self._host.inject(ref, fault, gated=gated)
+
+    async def examine(self, screenshot: bool) -> Examination:
+        return await self._host.examine(screenshot=screenshot)
 
     async def unload(self, ref: HostRef, term: int, model: str) -> None:
         await self._host.unload(ref, term, model)
@@ -318,6 +326,7 @@ class PoolSupervisor:
         self._history: RayHistory | None = None
         self._reporting: asyncio.Task[None] | None = None
         self._memory: Mapping[str, int] = {}  # of each browser, when last looked at
+        self._injector = SupervisorFailureInjector()
         self._unclaimed = _end_unless_claimed(config.lease_seconds)
         self._again = _was_restarted()
         if self._again:
@@ -405,6 +414,7 @@ class PoolSupervisor:
             self._new_host,
             _end_this_actor,
             log,
+            wall=self._injector.wall,
             term=term,
             state=state,
             orders=DiskOrders(Path(folder) / "models") if folder else None,
@@ -471,6 +481,12 @@ class PoolSupervisor:
 
     async def memory(self) -> Mapping[str, int]:
         return await (await self._open()).memory()
+
+    async def inject(self, fault: Fault) -> Injected:
+        """Break the supervisor's own process on purpose. Raises `FaultRefused`."""
+        if not self._hosts.faults:
+            raise refused("off")
+        return self._injector.inject(fault)
 
     async def close(self) -> None:
         await (await self._open()).close()
@@ -567,9 +583,16 @@ class RayHost:
         report: HostReport = await _result(self.actor.hello.remote(term), "a browser")
         return report
 
-    async def inject(self, ref: HostRef, fault: Mapping[str, Any]) -> None:
-        """Have the page fail on purpose; see `actors.faults`."""
-        await _result(self.actor.inject.remote(ref, fault), str(ref))
+    async def inject(
+        self, ref: HostRef, fault: Fault | Mapping[str, Any], *, gated: bool = True
+    ) -> Injected | None:
+        """Break the browser on purpose; see `BrowserHost.inject`."""
+        made: Injected | None = await _result(self.actor.inject.remote(ref, fault, gated), str(ref))
+        return made
+
+    async def examine(self, *, screenshot: bool = True) -> Examination:
+        found: Examination = await _result(self.actor.examine.remote(screenshot), "a browser")
+        return found
 
     async def reconnect(self, ref: HostRef, term: int) -> None:
         await _result(self.actor.reconnect.remote(ref, term), str(ref))
@@ -777,6 +800,10 @@ class RaySupervisor:
     async def memory(self) -> Mapping[str, int]:
         memory: Mapping[str, int] = await self._call(lambda: self.actor.memory.remote())
         return memory
+
+    async def inject(self, fault: Fault) -> Injected:
+        made: Injected = await _result(self.actor.inject.remote(fault), "the supervisor")
+        return made
 
     async def close(self) -> None:
         """Stop every browser, then the supervisor itself. No error if it is gone already."""

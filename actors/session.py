@@ -98,6 +98,7 @@ class Session:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"selenium-{settings.kind}")
         self.capabilities: dict[str, Any] = {}
         self.driver_url = ""
+        self._page = ""  # its window's handle, while it is hidden
 
     @property
     def id(self) -> str:
@@ -147,6 +148,37 @@ class Session:
             raise BrowserLost(
                 f"{self._settings.kind} no longer obeys its driver: {_first_line(error)}"
             ) from error
+
+    # -- what a user may do to a page -------------------------------------------------------------
+
+    async def reload(self) -> None:
+        await self.drive(lambda driver: driver.refresh())
+
+    async def leave(self) -> None:
+        """Open another page in place of this one."""
+        await self.drive(lambda driver: driver.get("about:blank"))
+
+    async def hide(self) -> None:
+        """Open another tab in front of the page."""
+
+        def cover(driver: webdriver.Remote) -> None:
+            self._page = driver.current_window_handle
+            driver.switch_to.new_window("tab")
+
+        await self.drive(cover)
+
+    async def show(self) -> None:
+        """Close the tab that `hide` opened."""
+
+        def uncover(driver: webdriver.Remote) -> None:
+            driver.close()
+            driver.switch_to.window(self._page)
+
+        await self.drive(uncover)
+
+    async def screenshot(self) -> bytes:
+        """What is to be seen, as PNG."""
+        return await self.drive(lambda driver: driver.get_screenshot_as_png())
 
     async def quit(self) -> None:
         """Ask the browser to close in order, so that its profile is whole on disk."""

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from actors.messages import (
+    Examination,
     HostEvent,
     HostReport,
     LaunchOrder,
@@ -42,6 +43,7 @@ from recovery.errors import (
     StaleTerm,
 )
 from recovery.failures import Failure, categorize_browser_failure
+from recovery.faults import Fault, Injected
 from recovery.kinds import Backend, BrowserType, Level, Readiness, RecoveryLevel
 from recovery.placement import Placing
 from recovery.plan import StrategyOrder
@@ -119,7 +121,10 @@ class Host(Protocol):
         self, term: int, seconds: float, after: int, peers: Mapping[BreakerKey, CircuitState]
     ) -> HostEvent | None: ...
     async def hello(self, term: int) -> HostReport: ...
-    async def inject(self, ref: HostRef, fault: Mapping[str, Any]) -> None: ...
+    async def inject(
+        self, ref: HostRef, fault: Fault | Mapping[str, Any], *, gated: bool = True
+    ) -> Injected | None: ...
+    async def examine(self, *, screenshot: bool = True) -> Examination: ...
     async def reconnect(self, ref: HostRef, term: int) -> None: ...
     async def drain(self, term: int) -> None: ...
     async def memory_bytes(self) -> int: ...

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 
-from actors.processes import page_processes
+from actors.processes import BrowserProcesses
 from pool.demo_models import minilm_folder
 from pool.operations import EMBED
 from pool.registry import read_model
@@ -35,30 +34,11 @@ _DIFFERENCE_MAX = 1e-4
 
 
 @dataclass(frozen=True)
-class Victim:
-    """A browser as a fault sees it: its known processes, and `root`, which they are all below."""
-
-    kind: BrowserType
-    pids: Mapping[str, int]
-    root: int
-
-    def tree(self) -> list[psutil.Process]:
-        return psutil.Process(self.root).children(recursive=True)
-
-    def page(self) -> list[int]:
-        return [p for p in page_processes(self.tree, self.kind) if p != self.pids["browser"]]
-
-    def network(self) -> list[int]:
-        mark = "network.mojom.NetworkService"
-        return [p.pid for p in self.tree() if any(mark in word for word in p.cmdline())]
-
-
-@dataclass(frozen=True)
 class Fault:
     """A signal to some of a browser's processes."""
 
     name: str
-    find: Callable[[Victim], Sequence[int]]
+    find: Callable[[BrowserProcesses], Sequence[int]]
     signal: signal.Signals = signal.SIGKILL
     engines: Sequence[BrowserType] = (BrowserType.CHROME,)
     plain: bool = False  # hits the plain script, too
@@ -66,8 +46,12 @@ class Fault:
     notice_goal: bool = False
 
 
+def _page(victim: BrowserProcesses) -> list[int]:
+    return [process.pid for process in victim.pages()]
+
+
 FAULTS = (
-    Fault("tab_crash", Victim.page, engines=ENGINES, plain=True, notice_goal=True),
+    Fault("tab_crash", _page, engines=ENGINES, plain=True, notice_goal=True),
     Fault(
         "browser_kill",
         lambda victim: [victim.pids["browser"]],
@@ -82,9 +66,9 @@ FAULTS = (
         plain=True,
         notice_goal=True,
     ),
-    Fault("hang", Victim.page, signal.SIGSTOP, from_notice=True),
+    Fault("hang", _page, signal.SIGSTOP, from_notice=True),
     Fault("worker_kill", lambda victim: [victim.pids["worker"]]),
-    Fault("network_kill", Victim.network),
+    Fault("network_kill", lambda victim: [p.pid for p in victim.network()]),
 )
 
 
@@ -120,7 +104,9 @@ def make_question() -> Question:
     return Question(folder, model, inputs, expected)
 
 
-async def struck(asked: Awaitable[_T], fault: Fault, victim: Victim) -> tuple[_T, float, float]:
+async def struck(
+    asked: Awaitable[_T], fault: Fault, victim: BrowserProcesses
+) -> tuple[_T, float, float]:
     """Let the fault happen while an operation runs; what came of that, and when it happened.
 
     When: by the wall clock and by the performance counter.

@@ -32,7 +32,8 @@ from actors.binaries import find_binaries
 from actors.browser import host_settings
 from actors.faults import wrong_answers
 from actors.messages import HostConfig
-from benchmarks.faults import FAULTS, Fault, Question, Victim, make_question, struck
+from actors.processes import BrowserProcesses
+from benchmarks.faults import FAULTS, Fault, Question, make_question, struck
 from benchmarks.plain_selenium import PlainSelenium
 from benchmarks.report import Report, quantile, run
 from pool import BrowserPool
@@ -104,7 +105,7 @@ async def _strike(
     await _settled(pool, count)
     launches = (await pool.state()).launches
     victims = {
-        name: Victim(BrowserType(name.split("-")[0]), report.pids, report.pids["warden"])
+        name: BrowserProcesses(BrowserType(name.split("-")[0]), report.pids, report.pids["warden"])
         for name, report in launches.items()
         if name in {host.ref.browser_id for host in pool.hosts() if host.can_take("minilm")}
     }
@@ -240,7 +241,7 @@ async def _plain(report: Report, quick: bool, question: Question, progress: Prog
             took = []
             for _ in range(rounds):
                 await ask()
-                victim = Victim(kind, plain.pids, plain.pids["driver"])
+                victim = BrowserProcesses(kind, plain.pids, plain.pids["driver"])
                 answer, _, at = await struck(ask(), fault, victim)
                 took.append((time.perf_counter() - at) * 1e3)
                 question.check(np.asarray(answer))

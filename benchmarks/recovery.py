@@ -35,7 +35,8 @@ from rich.progress import Progress
 from actors.binaries import find_binaries
 from actors.browser import host_settings
 from actors.messages import HostConfig
-from benchmarks.faults import ENGINES, FAULTS, Fault, Question, Victim, make_question, struck
+from actors.processes import BrowserProcesses
+from benchmarks.faults import ENGINES, FAULTS, Fault, Question, make_question, struck
 from benchmarks.plain_selenium import PlainSelenium
 from benchmarks.report import Report, quantile, run
 from pool import BrowserPool
@@ -70,7 +71,7 @@ async def _ours(
 
     (await ask()).outputs  # noqa: B018 - raises if it failed: settled, as the other side is
     launch = (await pool.state()).launches[f"{kind}-0"]
-    victim = Victim(kind, launch.pids, launch.pids["warden"])
+    victim = BrowserProcesses(kind, launch.pids, launch.pids["warden"])
     result, wall, at = await struck(ask(), fault, victim)
     failure = result.original_error
     if failure is None:
@@ -102,7 +103,7 @@ async def _theirs(
 
     await ask()
     before = plain.relaunches
-    victim = Victim(kind, plain.pids, plain.pids["driver"])
+    victim = BrowserProcesses(kind, plain.pids, plain.pids["driver"])
     answer, _, at = await struck(ask(), fault, victim)
     cell.took.append((time.perf_counter() - at) * 1e3)
     question.check(answer)

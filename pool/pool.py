@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from actors import ray_actors
-from actors.messages import LaunchReport, RunReply, RunRequest
+from actors.messages import Examination, LaunchReport, RunReply, RunRequest
 from actors.ray_actors import RayHistory, RayNative, RaySupervisor
 from actors.ray_metrics import ClientMetrics
 from actors.supervisor import ModelOrder, SupervisorConfig, Table
@@ -50,6 +50,7 @@ from recovery.caretaking import first_names
 from recovery.errors import (
     BadInput,
     CallerError,
+    FaultRefused,
     LaunchFailed,
     LevelUnavailable,
     MessageTooLarge,
@@ -61,6 +62,7 @@ from recovery.errors import (
     UnknownModel,
 )
 from recovery.failures import Failure
+from recovery.faults import FAULTS, Fault, FaultKind, Injected, Place
 from recovery.kinds import Backend, BrowserType, Level, ModelType, RecoveryLevel, Strategy
 from recovery.levels import BROWSERS_NEEDED, ORDER, held
 from recovery.placement import Placing
@@ -898,16 +900,53 @@ class BrowserPool:
         await routing.unless_gone(supervisor.drain(browser_id))
 
     async def inject(self, browser_id: str, fault: Mapping[str, Any]) -> None:
-        """Have a browser's page fail on purpose (see `actors.faults`), if `faults=True`.
+        """Have a browser's page fail in an exact way (see `actors.faults`), if `faults=True`.
 
         Raises `BadInput` for a browser that is not in service, `PageError` if it may not.
         """
         _, routing = self._require_open()
-        for status in routing.candidates():
-            if status.ref.browser_id == browser_id:
-                await routing.inject(status.ref, fault)
-                return
-        raise BadInput(f"browser {browser_id!r} is not in service.", got=browser_id)
+        await routing.inject(self._serving(browser_id), fault)
+
+    async def inject_fault(self, fault: Fault, *, gated: bool = True) -> Injected:
+        """Break a browser or the supervisor on purpose, if this pool was made with `faults=True`.
+
+        What each fault does, and what this pool's level promises of it, is in `recovery.faults`.
+        A target that has been replaced stands for its stand-in. `gated`: leave a browser alone
+        whose circuit is open. Raises `FaultRefused`, or `BadInput` for a target not in service.
+        """
+        supervisor, routing = self._require_open()
+        if FAULTS[fault.kind].place is Place.SUPERVISOR:
+            return await supervisor.inject(fault)
+        ref = self._serving(fault.target)
+        if fault.kind is FaultKind.NODE_DEATH and ref.node == ray_actors.this_node():
+            raise FaultRefused(
+                f"{fault}: {ref} is on the node of this client, and no pool outlives that. Give "
+                "the pool more nodes.",
+                what="impossible",
+            )
+        made = await routing.inject(ref, fault, gated=gated)
+        assert made is not None
+        return made
+
+    async def examine(self, browser_id: str, *, screenshot: bool = True) -> Examination:
+        """What is known of a browser's page: console, last frames' headers, a screenshot.
+
+        Raises `BadInput` for a browser that is not in service, `BrowserLost` for one that is gone.
+        """
+        _, routing = self._require_open()
+        return await routing.examine(self._serving(browser_id), screenshot=screenshot)
+
+    def _serving(self, browser_id: str) -> HostRef:
+        """The incarnation that serves in this slot now, or in its place. Raises `BadInput`."""
+        _, routing = self._require_open()
+        refs = {status.ref.browser_id: status.ref for status in routing.candidates()}
+        records = routing.table.state.browsers if routing.table else {}
+        name = browser_id
+        while name not in refs and name in records and records[name].replaced_by:
+            name = records[name].replaced_by
+        if name not in refs:
+            raise BadInput(f"browser {browser_id!r} is not in service.", got=browser_id)
+        return refs[name]
 
     async def control(self) -> PoolState:
         """The supervisor's state as it is now: browsers, repairs under way and done, tallies."""

@@ -17,10 +17,11 @@ from typing import Any, Protocol, TypeVar
 
 from actors.dataplane import DataLink
 from actors.links import Links
-from actors.messages import RunReply, RunRequest
+from actors.messages import Examination, RunReply, RunRequest
 from actors.relay import Chain, Hop
 from actors.supervisor import Host, ModelOrder, Table
 from recovery.errors import BrowserLost, PoolClosed, PoolError
+from recovery.faults import Fault, Injected
 from recovery.kinds import Readiness
 from recovery.pool_state import COMING, ModelPhase, Phase
 from recovery.records import HostRef, HostStatus
@@ -194,9 +195,18 @@ class Routing:
             await self.announce()
             raise
 
-    async def inject(self, ref: HostRef, fault: Mapping[str, Any]) -> None:
-        """Have a host's page fail on purpose."""
-        await self._hosts[ref].inject(ref, fault)
+    async def inject(
+        self, ref: HostRef, fault: Fault | Mapping[str, Any], *, gated: bool = True
+    ) -> Injected | None:
+        """Break a host on purpose."""
+        return await self._hosts[ref].inject(ref, fault, gated=gated)
+
+    async def examine(self, ref: HostRef, *, screenshot: bool = True) -> Examination:
+        """What a host knows of its page. Raises `BrowserLost`."""
+        host = self._hosts.get(ref)
+        if host is None:
+            raise BrowserLost(f"{ref} is not in service")
+        return await host.examine(screenshot=screenshot)
 
     async def _run_linked(
         self, address: str, request: RunRequest, tensors: Mapping[str, Any]

@@ -62,6 +62,11 @@ class MessageTooLarge(CallerError):
     """One message would exceed the pool's limit on message size."""
 
 
+class FaultRefused(CallerError):
+    """A fault was not made, and nothing was touched. `fields["what"]` says why: "circuit_open",
+    "impossible" (here, or for this engine), "not_ours", or "off" (the pool allows no faults)."""
+
+
 class PoolClosed(CallerError):
     """The pool is closed, or was never opened."""
 

@@ -100,8 +100,8 @@ def _of(mild: Dose, moderate: Dose, severe: Dose) -> Mapping[Intensity, Dose]:
 def _signals(
     whom: str, level: Level, noticed: frozenset[Category] = _CRASH, quiet: bool = False
 ) -> Mapping[Intensity, Dose]:
-    """An end in order, a crash, and a death without a word."""
-    names = ("SIGTERM", "SIGSEGV", "SIGKILL")
+    """It gives up, it crashes, it is killed. SIGTERM is none of these: Firefox may ignore it."""
+    names = ("SIGABRT", "SIGSEGV", "SIGKILL")
     return _of(*(Dose(f"{name} to {whom}", level, noticed, quiet) for name in names))
 
 

@@ -32,6 +32,7 @@ from recovery.breakers import BreakerKey
 from recovery.codec import as_logged
 from recovery.errors import BrowserLost, LaunchFailed, PageError, PoolError, StaleTerm
 from recovery.failures import Category, Failure, Scope, Severity, categorize_browser_failure
+from recovery.faults import Fault
 from recovery.kinds import Backend, BrowserType, ModelType, Readiness
 from recovery.pool_state import Event, PoolState
 from recovery.records import BrowserFacts, HostRef, HostStatus, NumericId
@@ -234,7 +235,9 @@ class FakeHost:
         )
         return Wear(replace(load, **self.worn), NodeLoad("node", 1 << 34, self.available_bytes))
 
-    async def inject(self, ref: HostRef, fault: Mapping[str, Any]) -> None:
+    async def inject(
+        self, ref: HostRef, fault: Fault | Mapping[str, Any], *, gated: bool = True
+    ) -> None:
         self._require(ref)
         self.lie_on_run |= set(range(self.runs, self.runs + fault["times"]))
 

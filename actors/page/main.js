@@ -30,15 +30,23 @@ function workerFailed(text) {
 
 function startWorker() {
   worker = new Worker("/page/worker.js", { type: "module", name: "tabpool" });
-  worker.onmessage = ({ data }) => workerFailed(data.text); // its only message: it gave up
+  // It says that its device was lost, or that it gave up.
+  worker.onmessage = ({ data }) => (data.kind ? say(data) : workerFailed(data.text));
   worker.onerror = (event) => workerFailed(event.message || "worker error");
   worker.postMessage({ ...config, url: socketUrl("/data") });
+}
+
+// A fault on purpose, of a pool that allows them.
+function fail({ what, bytes }) {
+  if (what === "reload") location.reload();
+  if (what === "flood") control.send("x".repeat(bytes));
 }
 
 keepOpen(socketUrl("/control"), [config.protocol, config.token], {
   opened(socket) {
     control = socket;
     say({ kind: "hello", epoch: config.epoch, isolated: self.crossOriginIsolated });
+    say({ kind: "visibility", state: document.visibilityState });
     if (failed) say(failed);
     if (!worker) startWorker();
     show("connected");
@@ -46,6 +54,7 @@ keepOpen(socketUrl("/control"), [config.protocol, config.token], {
   received({ data }) {
     const message = JSON.parse(data);
     if (message.kind === "ping") say({ kind: "pong", id: message.id });
+    if (message.kind === "fault" && config.faults) fail(message);
   },
   closed: () => show("reconnecting"),
   ended() {

@@ -52,8 +52,9 @@ function ready(backend) {
   return instances.get(file);
 }
 
-async function fetchBytes(url) {
-  const response = await fetch(url);
+// `integrity`: what the file's bytes must hash to, should the server or what lies between change them.
+async function fetchBytes(url, integrity = "") {
+  const response = await fetch(url, { integrity });
   if (!response.ok) throw new Error(`${url} answered ${response.status}`);
   return new Uint8Array(await response.arrayBuffer());
 }
@@ -305,9 +306,12 @@ async function watchDevice(ort) {
 }
 
 // Create a session and run it on the warm-up inputs until its time settles or the budget is spent.
-async function create({ url, externalData, caches }, backend, { warmRuns, warmMs }, tensors) {
+async function create({ files, caches }, backend, { warmRuns, warmMs }, tensors) {
   const asked = performance.now();
-  const [ort, bytes] = await Promise.all([ready(backend), fetchBytes(url)]);
+  const [ort, [bytes, ...others]] = await Promise.all([
+    ready(backend), Promise.all(files.map(({ url, integrity }) => fetchBytes(url, integrity))),
+  ]);
+  const externalData = others.map((data, at) => ({ path: files[at + 1].path, data }));
   const begun = performance.now();
   const session = await ort.InferenceSession.create(bytes, {
     executionProviders: [backend], graphOptimizationLevel: "all", externalData,
@@ -367,8 +371,11 @@ async function unload({ model }) {
   return {};
 }
 
-// A fault on purpose, of a pool that allows them: some bits of the next answers are flipped.
-let lie = null;
+// -- faults on purpose, of a pool that allows them -------------------------------------------------
+
+let lie = null; // some bits of the next answers are flipped
+const armed = { exhaust: 0, destroy: 0, tooLarge: 0 }; // how many of the next operations have it
+
 function lied(model, outputs) {
   if (!lie || lie.left <= 0 || (lie.model && lie.model !== model) || !Object.keys(outputs).length) return outputs;
   lie.left -= 1;
@@ -382,7 +389,48 @@ function lied(model, outputs) {
   return outputs;
 }
 
-async function handle(frame) {
+const CHUNK_BYTES = 32 << 20;
+function allocate(bytes) {
+  const held = [];
+  for (let left = bytes; left > 0; left -= CHUNK_BYTES) held.push(new Uint8Array(CHUNK_BYTES).fill(1));
+  return held;
+}
+
+async function destroyDevice() {
+  for (const ort of await Promise.all(runtimes.values())) (await ort.env.webgpu?.device)?.destroy();
+}
+
+// What befalls an operation that begins now.
+function befall() {
+  if (armed.exhaust > 0) {
+    armed.exhaust -= 1;
+    allocate(1 << 30); // its processes have been forbidden to grow so far: this throws
+  }
+  if (armed.destroy > 0) {
+    armed.destroy -= 1;
+    setTimeout(destroyDevice);
+  }
+}
+
+async function fail({ what, ...how }, socket) {
+  switch (what) {
+    case "lie": lie = { left: how.times, ...how }; break;
+    case "loop": setTimeout(() => { for (;;); }, 20); break; // once this is answered
+    case "hold": {
+      let held = allocate(how.bytes);
+      setTimeout(() => { held = null; }, how.seconds * 1000, held);
+      break;
+    }
+    case "destroy": how.times ? armed.destroy = how.times : await destroyDevice(); break;
+    case "exhaust": armed.exhaust = how.times; break;
+    case "tooLarge": armed.tooLarge = how.times; break;
+    case "flood": setTimeout(() => socket.send(new Uint8Array(how.bytes)), 20); break;
+    default: return { kind: "error", body: { what: "unknown_kind", message: what } };
+  }
+  return { kind: "faulted" };
+}
+
+async function handle(frame, socket) {
   const { kind, body, tensors } = frame;
   if (frame.epoch !== config.epoch) {
     return { kind: "error", body: { what: "stale_frame", message: `epoch ${frame.epoch}` } };
@@ -395,6 +443,7 @@ async function handle(frame) {
     case "run": {
       const entry = models.get(body.model);
       if (!entry) return { kind: "error", body: { what: "not_loaded", message: body.model } };
+      befall();
       const { outputs, inPageMs } = body.stage
         ? await take(entry, body.stage, tensors)
         : await run(await runtime(entry.backend), entry.session, tensors);
@@ -402,8 +451,7 @@ async function handle(frame) {
     }
     case "fault":
       if (!config.faults) return { kind: "error", body: { what: "unknown_kind", message: kind } };
-      lie = { left: body.times, ...body };
-      return { kind: "faulted" };
+      return fail(body, socket);
     default: return { kind: "error", body: { what: "unknown_kind", message: kind } };
   }
 }
@@ -442,7 +490,7 @@ function receive(buffer, socket) {
     if (socket.readyState !== WebSocket.OPEN) return; // nobody waits for this any more
     let reply;
     try {
-      reply = await handle(frame);
+      reply = await handle(frame, socket);
     } catch (error) {
       if (error instanceof Refusal) {
         send(socket, { kind: "error", body: error.body, op: frame.op, step: frame.step, position: frame.position });
@@ -460,7 +508,9 @@ function send(socket, frame) {
   let bytes = null;
   try {
     bytes = encode({ ...frame, epoch: config.epoch });
-    if (bytes.byteLength > config.messageBytesMax) {
+    const spoilt = frame.kind === "result" && armed.tooLarge > 0;
+    if (spoilt) armed.tooLarge -= 1;
+    if (spoilt || bytes.byteLength > config.messageBytesMax) {
       bytes = encode({ kind: "error", op: frame.op, epoch: config.epoch,
         body: { what: "too_large", size: bytes.byteLength, limit: config.messageBytesMax,
           message: `the answer has ${bytes.byteLength} bytes` } });

@@ -1,0 +1,397 @@
+"""Breaks one browser on purpose, as the world does: signals, sockets, memory, files, lies. And the
+supervisor: its death, a full disk, a clock that jumps.
+
+An injector lives in the very worker that it breaks, on whatever node that is, and touches nothing
+but processes below the browser's warden, the worker itself, and on order the raylet above it. What
+each fault is said to do at each intensity is in `recovery.faults`. Whether it really happened is
+for others to say (`pool.chaos.evidence`). This module must not repair anything, nor decide when to
+break what.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import psutil
+
+from actors.binaries import Binaries
+from actors.processes import BrowserProcesses
+from recovery.breaker import CircuitState
+from recovery.errors import BrowserError, FaultRefused
+from recovery.faults import FAULTS, Fault, FaultKind, Injected, Intensity, Place, may_inject
+from recovery.records import HostRef
+
+_FLOOD_EXTRA_BYTES = 2 << 20  # over the limit on a message, its overhead included
+_HOLD_BYTES, _HOLD_SECONDS = 512 << 20, 2.0
+_GROWTH_BYTES = 64 << 20  # that processes may still grow by when memory is said to be exhausted
+_LIMIT_SECONDS = 10.0  # after which that is lifted again, unless for good
+_SELF_SECONDS = 0.05  # the answer leaves before the worker ends itself
+_LAUNCHES_MAX = 8  # that are to fail
+_FOR_EVER = 1 << 30
+
+SIGNALS = {
+    Intensity.MILD: signal.SIGABRT,
+    Intensity.MODERATE: signal.SIGSEGV,
+    Intensity.SEVERE: signal.SIGKILL,
+}
+_AWAY_SECONDS = {Intensity.MILD: 0.3, Intensity.MODERATE: 1.0, Intensity.SEVERE: 10.0}
+_STOPPED_SECONDS = {Intensity.MILD: 0.5, Intensity.MODERATE: 3.0, Intensity.SEVERE: 30.0}
+_HIDDEN_SECONDS = {Intensity.MILD: 1.0, Intensity.MODERATE: 5.0}
+_FULL_SECONDS = {Intensity.MILD: 1.0, Intensity.MODERATE: 3.0, Intensity.SEVERE: 10.0}
+_STEP_SECONDS = {Intensity.MILD: 60.0, Intensity.MODERATE: 86_400.0, Intensity.SEVERE: -86_400.0}
+_SOCKETS = {
+    Intensity.MILD: ("control",),
+    Intensity.MODERATE: ("data",),
+    Intensity.SEVERE: ("control", "data"),
+}
+_SPOILT = {Intensity.MILD: "500", Intensity.MODERATE: "half", Intensity.SEVERE: "wrong"}
+_LIES = {Intensity.MILD: (0, 1), Intensity.MODERATE: (22, 3), Intensity.SEVERE: (30, _FOR_EVER)}
+# What a browser that does not start is replaced by, for one launch.
+_ENDS = "#!/bin/sh\nexit 1\n"
+_HANGS = "#!/bin/sh\nexec sleep 600\n"
+
+
+class PageServer(Protocol):
+    """The server that the page talks to (`actors.bridge.Bridge`)."""
+
+    def drop(self, names: Iterable[str]) -> None: ...
+    def stay_away(self, seconds: float) -> None: ...
+    def spoil(self, how: Sequence[str]) -> None: ...
+    async def tell(self, message: Mapping[str, Any]) -> None: ...
+
+
+class Driven(Protocol):
+    """The browser's WebDriver session (`actors.session.Session`)."""
+
+    async def reload(self) -> None: ...
+    async def leave(self) -> None: ...
+    async def hide(self) -> None: ...
+    async def show(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Victim:
+    """The present incarnation of a browser, as whoever breaks it needs it.
+
+    `ask` says something to the page's worker; `circuit` is the state of the browser's own circuit
+    breaker, `bytes_max` the limit on a message, `device` whether a model is on a WebGPU device.
+    """
+
+    ref: HostRef
+    processes: BrowserProcesses
+    server: PageServer
+    ask: Callable[[Mapping[str, Any]], Awaitable[object]]
+    driver: Driven
+    circuit: CircuitState
+    bytes_max: int
+    device: bool
+
+
+class _Hit(NamedTuple):
+    """What was done: to which processes, how long it lasts if it ends, and how soon it begins."""
+
+    pids: Sequence[int] = ()
+    seconds: float | None = None
+    delay: float = 0.0
+
+
+class BrowserFailureInjector:
+    """Breaks whatever incarnation its browser is at. Off unless `allowed`."""
+
+    def __init__(
+        self,
+        allowed: bool,
+        wall: Callable[[], float] = time.time,
+        raylet: Callable[[], int] = os.getppid,
+    ) -> None:
+        self._allowed = allowed
+        self._wall = wall
+        self._raylet = raylet
+        self._failing: deque[str] = deque(maxlen=_LAUNCHES_MAX)  # launches to come, as scripts
+        self._destroy_next = 0  # devices of pages to come
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def inject(
+        self, victim: Victim, fault: Fault, *, use_circuit_breaker: bool = True
+    ) -> Injected:
+        """Make `fault` happen to `victim`; says what was done.
+
+        With `use_circuit_breaker` a browser whose circuit is open is left alone, and one on trial
+        is not broken severely. Raises `FaultRefused`, or `BrowserLost` for a browser that is gone.
+        """
+        if not self._allowed:
+            raise refused("off")
+        if use_circuit_breaker and not may_inject(victim.circuit, fault.intensity):
+            raise FaultRefused(
+                f"{fault}: the circuit of {victim.ref} is {victim.circuit}, so it is left alone. "
+                "Wait until it has closed, or inject ungated.",
+                what="circuit_open",
+            )
+        if victim.processes.kind not in FAULTS[fault.kind].engines:
+            raise impossible(fault, f"{victim.processes.kind} has none")
+        if FAULTS[fault.kind].place is not Place.BROWSER:
+            raise impossible(fault, "it is aimed at a supervisor")
+        at = self._wall()
+        hit = await self._break(victim, fault)
+        at += hit.delay
+        return Injected(
+            fault,
+            at,
+            fault.dose.what,
+            victim.ref.browser_id,
+            victim.ref.epoch,
+            tuple(hit.pids),
+            None if hit.seconds is None else at + hit.seconds,
+        )
+
+    async def _break(self, victim: Victim, fault: Fault) -> _Hit:
+        """What `fault` says."""
+        how, processes, server = fault.intensity, victim.processes, victim.server
+        match fault.kind:
+            case FaultKind.LAUNCH_FAILURE:
+                failing = [_HANGS] if how is Intensity.SEVERE else [_ENDS]
+                self._failing.extend(failing * (2 if how is Intensity.MODERATE else 1))
+                return _send(fault, processes.named("browser"), signal.SIGKILL)
+            case FaultKind.CONNECTION_FAILURE:
+                server.stay_away(_AWAY_SECONDS[how])
+                return _Hit(seconds=_AWAY_SECONDS[how])
+            case FaultKind.TIMEOUT if how is Intensity.MILD:
+                return self._suspend(fault, processes.pages(), 1.0)
+            case FaultKind.TIMEOUT if how is Intensity.MODERATE:
+                await victim.ask({"what": "loop"})
+            case FaultKind.TIMEOUT:
+                return _send(fault, processes.tree(), signal.SIGSTOP)
+            case FaultKind.TAB_CRASH:
+                return _send(fault, processes.pages(), SIGNALS[how])
+            case FaultKind.BROWSER_CRASH:
+                return _send(fault, processes.named("browser"), SIGNALS[how])
+            case FaultKind.DRIVER_DEATH:
+                return _send(fault, processes.named("driver"), SIGNALS[how])
+            case FaultKind.GPU_PROCESS_CRASH:
+                return _send(fault, processes.gpu(), SIGNALS[how])
+            case FaultKind.DEVICE_LOSS:
+                await self._destroy(victim, fault)
+            case FaultKind.MEMORY_EXHAUSTION:
+                return await self._exhaust(victim, fault)
+            case FaultKind.SOCKET_DROP:
+                server.drop(_SOCKETS[how])
+            case FaultKind.API_ERROR:
+                server.spoil([_SPOILT[how]])
+                return _send(fault, processes.pages(), signal.SIGKILL)
+            case FaultKind.WRONG_ANSWER:
+                bit, times = _LIES[how]
+                await victim.ask({"what": "lie", "times": times, "bit": bit, "element": 0})
+            case FaultKind.PAGE_REFRESH:
+                await _refresh(victim, how)
+            case FaultKind.TAB_HIDDEN:
+                return await self._hide(victim, how)
+            case FaultKind.MACHINE_SUSPENDED:
+                return self._suspend(fault, processes.tree(), _STOPPED_SECONDS[how])
+            case FaultKind.MESSAGE_OVER_LIMIT:
+                await _flood(victim, how)
+            case FaultKind.WORKER_DEATH:
+                return self._end_soon(os.getpid(), SIGNALS[how])
+            case FaultKind.NODE_DEATH:
+                return self._end_soon(self._raylet_pid(fault), SIGNALS[how])
+            case _:
+                raise impossible(fault, "nobody knows how")
+        return _Hit()
+
+    # -- launches ---------------------------------------------------------------------------------
+
+    def launched_with(self, binaries: Binaries, folder: Path) -> Binaries:
+        """What the next launch starts: `binaries`, or a browser that does not start. That is a
+        script, which is written to `folder`."""
+        if not self._failing:
+            return binaries
+        script = folder / "broken-browser"
+        script.write_text(self._failing.popleft())
+        script.chmod(0o700)
+        return replace(binaries, browser=str(script))
+
+    async def page_is_ready(self, ask: Callable[[Mapping[str, Any]], Awaitable[object]]) -> None:
+        """A page has just come: what was to befall it does."""
+        if self._destroy_next:
+            self._destroy_next -= 1
+            await ask({"what": "destroy", "times": 1})
+
+    # -- what takes more than a line --------------------------------------------------------------
+
+    def _suspend(self, fault: Fault, processes: Sequence[psutil.Process], seconds: float) -> _Hit:
+        stopped = [process for process in processes if _signal(process, signal.SIGSTOP)]
+        if not stopped:
+            raise impossible(fault, "it has no such process")
+
+        async def go_on() -> None:
+            await asyncio.sleep(seconds)
+            for process in stopped:
+                _signal(process, signal.SIGCONT)
+
+        self._later(go_on())
+        return _Hit([process.pid for process in stopped], seconds)
+
+    async def _destroy(self, victim: Victim, fault: Fault) -> None:
+        if not victim.device:
+            raise impossible(fault, "no model is on a WebGPU device")
+        at_once = fault.intensity is Intensity.MILD
+        self._destroy_next += fault.intensity is Intensity.SEVERE
+        await victim.ask({"what": "destroy", "times": 0 if at_once else 1})
+
+    async def _exhaust(self, victim: Victim, fault: Fault) -> _Hit:
+        if fault.intensity is Intensity.MILD:
+            await victim.ask({"what": "hold", "bytes": _HOLD_BYTES, "seconds": _HOLD_SECONDS})
+            return _Hit(seconds=_HOLD_SECONDS)
+        if sys.platform != "linux":
+            raise impossible(fault, "only Linux can forbid a process to grow")
+        pages = victim.processes.pages()
+        before = {page.pid: page.rlimit(psutil.RLIMIT_DATA) for page in pages}
+        try:
+            for page in pages:
+                most = page.memory_info().data + _GROWTH_BYTES
+                page.rlimit(psutil.RLIMIT_DATA, (most, before[page.pid][1]))
+        except psutil.AccessDenied as error:
+            raise impossible(fault, "only root may forbid this browser to grow") from error
+        await victim.ask({"what": "exhaust", "times": 1})
+        if fault.intensity is Intensity.SEVERE:
+            return _Hit(list(before))
+
+        async def lift() -> None:
+            await asyncio.sleep(_LIMIT_SECONDS)
+            for page in pages:
+                with contextlib.suppress(psutil.Error):
+                    page.rlimit(psutil.RLIMIT_DATA, before[page.pid])
+
+        self._later(lift())
+        return _Hit(list(before), _LIMIT_SECONDS)
+
+    async def _hide(self, victim: Victim, how: Intensity) -> _Hit:
+        await victim.driver.hide()
+        seconds = _HIDDEN_SECONDS.get(how)
+        if seconds is None:
+            return _Hit()
+
+        async def show() -> None:
+            await asyncio.sleep(seconds)
+            await victim.driver.show()
+
+        self._later(show())
+        return _Hit(seconds=seconds)
+
+    def _raylet_pid(self, fault: Fault) -> int:
+        pid = self._raylet()
+        with contextlib.suppress(psutil.Error):
+            if psutil.Process(pid).name() == "raylet":
+                return pid
+        raise FaultRefused(
+            f"{fault}: process {pid} is no raylet, so it is left alone", what="not_ours"
+        )
+
+    def _end_soon(self, pid: int, number: signal.Signals) -> _Hit:
+        asyncio.get_running_loop().call_later(_SELF_SECONDS, _kill, pid, number)
+        return _Hit((pid,), delay=_SELF_SECONDS)
+
+    def _later(self, work: Any) -> None:
+        task = asyncio.create_task(_unless_gone(work), name="fault")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class SupervisorFailureInjector:
+    """Breaks the process that a supervisor runs in, from inside; and is its wall clock."""
+
+    def __init__(self, wall: Callable[[], float] = time.time) -> None:
+        self._wall = wall
+        self._ahead_seconds = 0.0
+
+    def wall(self) -> float:
+        """Wall time in seconds, as far as this process knows."""
+        return self._wall() + self._ahead_seconds
+
+    def inject(self, fault: Fault) -> Injected:
+        """Make `fault` happen to this process; says what was done. Raises `FaultRefused`."""
+        loop, how, at = asyncio.get_running_loop(), fault.intensity, self._wall()
+        pids, until = (os.getpid(),), None
+        match fault.kind:
+            case FaultKind.SUPERVISOR_DEATH:
+                at += _SELF_SECONDS
+                loop.call_later(_SELF_SECONDS, _kill, os.getpid(), SIGNALS[how])
+            case FaultKind.FULL_DISK:
+                # The kernel refuses every byte that this process would add to a file.
+                soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+                until = at + _FULL_SECONDS[how]
+                restored = (resource.RLIMIT_FSIZE, (soft, hard))
+                loop.call_later(_FULL_SECONDS[how], resource.setrlimit, *restored)
+            case FaultKind.CLOCK_STEP:
+                self._ahead_seconds += _STEP_SECONDS[how]
+            case _:
+                raise impossible(fault, "it is aimed at a browser")
+        return Injected(fault, at, fault.dose.what, "", -1, pids, until)
+
+
+async def _unless_gone(work: Awaitable[None]) -> None:
+    with contextlib.suppress(BrowserError):
+        await work
+
+
+async def _refresh(victim: Victim, how: Intensity) -> None:
+    match how:
+        case Intensity.MILD:
+            await victim.server.tell({"kind": "fault", "what": "reload"})
+        case Intensity.MODERATE:
+            await victim.driver.reload()
+        case Intensity.SEVERE:
+            await victim.driver.leave()
+
+
+async def _flood(victim: Victim, how: Intensity) -> None:
+    size = victim.bytes_max + _FLOOD_EXTRA_BYTES
+    if how is Intensity.MILD:
+        await victim.ask({"what": "tooLarge", "times": 1})
+        return
+    await victim.ask({"what": "flood", "bytes": size})
+    if how is Intensity.SEVERE:
+        await victim.server.tell({"kind": "fault", "what": "flood", "bytes": 1 << 20})
+
+
+def refused(what: str) -> FaultRefused:
+    return FaultRefused(
+        "this pool allows no faults: make it with faults=True, and only where nothing real is lost",
+        what=what,
+    )
+
+
+def impossible(fault: Fault, why: str) -> FaultRefused:
+    return FaultRefused(f"{fault} can't happen here: {why}", what="impossible")
+
+
+def _send(fault: Fault, processes: Sequence[psutil.Process], number: signal.Signals) -> _Hit:
+    """Raises `FaultRefused` if there are no such processes."""
+    hit = [process.pid for process in processes if _signal(process, number)]
+    if not hit:
+        raise impossible(fault, "it has no such process")
+    return _Hit(hit)
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> bool:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return False
+    return True
+
+
+def _kill(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
