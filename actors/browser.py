@@ -19,7 +19,7 @@ import sys
 import time
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -985,7 +985,8 @@ class BrowserHost:
         """See that the page works: its main thread answers pings, its worker ends what it began.
 
         The main thread never computes, so silence there means that it hangs; a busy worker is
-        only hung when it has been at one operation for longer than that may take.
+        only hung when it has been at one operation for longer than that may take. An idle one is
+        asked now and then for nothing.
         """
         ping: asyncio.Task[None] | None = None
         pause = min(self._config.ping_interval_seconds, _WATCHDOG_SECONDS_MAX)
@@ -996,9 +997,22 @@ class BrowserHost:
             if left <= 0:
                 self._lost(ref, "page_hung", f"the worker is stuck in {what.split(':')[0]}")
             if ping is None or ping.done():
-                ping = asyncio.create_task(self._ping(ref, bridge), name="ping")
-                self._pings.add(ping)
-                ping.add_done_callback(self._pings.discard)
+                ping = self._pinging(self._ping(ref, bridge))
+            if not bridge.outstanding:
+                self._pinging(self._ping_worker(bridge))
+
+    def _pinging(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name="ping")
+        self._pings.add(task)
+        task.add_done_callback(self._pings.discard)
+        return task
+
+    async def _ping_worker(self, bridge: Bridge) -> None:
+        """Ask a worker that has nothing to do for nothing: should it hang, that is overdue soon."""
+        with contextlib.suppress(PoolError):
+            self._asked += 1
+            frame = Frame("ping", f"ping:{self._asked}", self._ref.epoch)
+            await bridge.request(frame, self._config.hang_seconds)
 
     async def _ping(self, ref: HostRef, bridge: Bridge) -> None:
         limit = self._config.ping_seconds

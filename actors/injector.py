@@ -29,7 +29,16 @@ from actors.binaries import Binaries
 from actors.processes import BrowserProcesses
 from recovery.breaker import CircuitState
 from recovery.errors import BrowserError, FaultRefused
-from recovery.faults import FAULTS, Fault, FaultKind, Injected, Intensity, Place, may_inject
+from recovery.faults import (
+    CLOCK_STEP_SECONDS,
+    FAULTS,
+    Fault,
+    FaultKind,
+    Injected,
+    Intensity,
+    Place,
+    may_inject,
+)
 from recovery.records import HostRef
 
 _FLOOD_EXTRA_BYTES = 2 << 20  # over the limit on a message, its overhead included
@@ -42,14 +51,13 @@ _FOR_EVER = 1 << 30
 
 SIGNALS = {
     Intensity.MILD: signal.SIGABRT,
-    Intensity.MODERATE: signal.SIGSEGV,
+    Intensity.MODERATE: signal.SIGQUIT,
     Intensity.SEVERE: signal.SIGKILL,
 }
 _AWAY_SECONDS = {Intensity.MILD: 0.3, Intensity.MODERATE: 1.0, Intensity.SEVERE: 10.0}
 _STOPPED_SECONDS = {Intensity.MILD: 0.5, Intensity.MODERATE: 3.0, Intensity.SEVERE: 30.0}
 _HIDDEN_SECONDS = {Intensity.MILD: 1.0, Intensity.MODERATE: 5.0}
 _FULL_SECONDS = {Intensity.MILD: 1.0, Intensity.MODERATE: 3.0, Intensity.SEVERE: 10.0}
-_STEP_SECONDS = {Intensity.MILD: 60.0, Intensity.MODERATE: 86_400.0, Intensity.SEVERE: -86_400.0}
 _SOCKETS = {
     Intensity.MILD: ("control",),
     Intensity.MODERATE: ("data",),
@@ -334,7 +342,7 @@ class SupervisorFailureInjector:
                 restored = (resource.RLIMIT_FSIZE, (soft, hard))
                 loop.call_later(_FULL_SECONDS[how], resource.setrlimit, *restored)
             case FaultKind.CLOCK_STEP:
-                self._ahead_seconds += _STEP_SECONDS[how]
+                self._ahead_seconds += CLOCK_STEP_SECONDS[how]
             case _:
                 raise impossible(fault, "it is aimed at a browser")
         return Injected(fault, at, fault.dose.what, "", -1, pids, until)

@@ -278,6 +278,9 @@ class History:
         await self._ready()
         return await self._keeper.ask(question, **options)
 
+    async def pid(self) -> int:
+        return os.getpid()
+
     async def query(self, sql: str, params: Sequence[Any]) -> list[dict[str, Any]]:
         await self._ready()
         return await self._keeper.query(sql, params)
@@ -481,6 +484,11 @@ class PoolSupervisor:
 
     async def memory(self) -> Mapping[str, int]:
         return await (await self._open()).memory()
+
+    async def pids(self) -> Mapping[str, int]:
+        """The processes of the control plane, by what they are."""
+        history = await self._history.pid() if self._history is not None else 0
+        return {"supervisor": os.getpid(), **({"history": history} if history else {})}
 
     async def inject(self, fault: Fault) -> Injected:
         """Break the supervisor's own process on purpose. Raises `FaultRefused`."""
@@ -687,6 +695,9 @@ class RayHistory:
     async def ask(self, question: str, **options: Any) -> Any:
         return await _result(self.actor.ask.remote(question, options), "the history")
 
+    async def pid(self) -> int:
+        return int(await _result(self.actor.pid.remote(), "the history"))
+
     async def query(self, sql: str, params: Sequence[Any] = ()) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = await _result(
             self.actor.query.remote(sql, params), "the history"
@@ -800,6 +811,10 @@ class RaySupervisor:
     async def memory(self) -> Mapping[str, int]:
         memory: Mapping[str, int] = await self._call(lambda: self.actor.memory.remote())
         return memory
+
+    async def pids(self) -> Mapping[str, int]:
+        pids: Mapping[str, int] = await self._call(lambda: self.actor.pids.remote())
+        return pids
 
     async def inject(self, fault: Fault) -> Injected:
         made: Injected = await _result(self.actor.inject.remote(fault), "the supervisor")

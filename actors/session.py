@@ -33,6 +33,7 @@ from recovery.kinds import BrowserType
 from recovery.policies import DRIVER_ANSWERS
 
 _T = TypeVar("_T")
+_WINDOW = (1000, 700)  # pixels, of a window that is brought back
 CALL_SECONDS = 20  # the longest that one driver call may take
 
 
@@ -152,25 +153,35 @@ class Session:
     # -- what a user may do to a page -------------------------------------------------------------
 
     async def reload(self) -> None:
-        await self.drive(lambda driver: driver.refresh())
+        # Not the driver's own commands, nor at once: WebKit's would answer after a minute only.
+        await self._run_soon("location.reload()")
 
     async def leave(self) -> None:
         """Open another page in place of this one."""
-        await self.drive(lambda driver: driver.get("about:blank"))
+        await self._run_soon("location.replace('about:blank')")
+
+    async def _run_soon(self, script: str) -> None:
+        await self.drive(lambda driver: driver.execute_script(f"setTimeout(() => {script})"))
 
     async def hide(self) -> None:
-        """Open another tab in front of the page."""
+        """Open another tab in front of the page; in WebKit, where that stays behind, minimise."""
 
         def cover(driver: webdriver.Remote) -> None:
+            if self._settings.kind is BrowserType.SAFARI:
+                driver.minimize_window()
+                return
             self._page = driver.current_window_handle
             driver.switch_to.new_window("tab")
 
         await self.drive(cover)
 
     async def show(self) -> None:
-        """Close the tab that `hide` opened."""
+        """Undo `hide`."""
 
         def uncover(driver: webdriver.Remote) -> None:
+            if self._settings.kind is BrowserType.SAFARI:
+                driver.set_window_rect(width=_WINDOW[0], height=_WINDOW[1])
+                return
             driver.close()
             driver.switch_to.window(self._page)
 

@@ -12,9 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from pool import doctor as examination
+from pool.chaos.command import EPILOG as CHAOS_EPILOG
+from pool.chaos.command import chaos
 from pool.generate_command import EPILOG as GENERATE_EPILOG
 from pool.generate_command import generate
 from pool.log_view import logged_line
+from pool.replay_command import EPILOG as REPLAY_EPILOG
+from pool.replay_command import replay
 from pool.shard_command import EPILOG as SHARD_EPILOG
 from pool.shard_command import shard
 from pool.state_folders import newest_folder, state_root
@@ -102,6 +106,8 @@ def demo() -> None:
 
 app.command(epilog=SHARD_EPILOG)(shard)
 app.command(epilog=GENERATE_EPILOG)(generate)
+app.command(epilog=CHAOS_EPILOG)(chaos)
+app.command(epilog=REPLAY_EPILOG)(replay)
 
 
 logs = typer.Typer(

@@ -13,7 +13,6 @@ anything left behind. Exit code 0 only if all is right. It uses the pool as any 
 from __future__ import annotations
 
 import asyncio
-import socket
 import statistics
 import sys
 import time
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -34,6 +32,7 @@ from actors.messages import LaunchReport
 from pool import BrowserPool, PoolView, Result
 from pool.demo_models import minilm_folder
 from pool.demo_passage import Passage, write_passage
+from pool.leftovers import leftovers
 from pool.operations import EMBED
 from pool.registry import ModelEntry
 from pool.tokens import encoder_for
@@ -46,7 +45,6 @@ from sharding.native import NativeSession
 BROWSERS = {"chrome": 2, "firefox": 1, "safari": 1}
 DIFFERENCE_MAX = 1e-4  # to native onnxruntime; the browsers' WASM and it differ in rounding only
 _AT_ONCE = 8
-_GONE_SECONDS = 5.0
 _REPAIR_SECONDS = 60.0
 _VOTED = 12  # sentences asked again, of three browsers at once
 _SENTENCES = Path(__file__).with_name("assets") / "sentences.txt"
@@ -113,15 +111,15 @@ async def _both_acts(
     asked = [*sentences, *sentences[-_VOTED:]]
     reference = await asyncio.to_thread(_native, entry, asked)
     difference = float(np.abs(vectors - reference).max())
-    leftovers = await _leftovers(list(launched.values()))
+    left = await leftovers(list(launched.values()))
 
     console.print(_browser_table(view, results))
     _print_timeline(console, view, results, faults, first)
     _print_levels(console, results)
     _print_nearest(console, sentences, vectors[: len(sentences)])
     passage = await write_passage(console)
-    leftovers += await _leftovers(passage.launches)
-    return _judge(console, results, difference, passage, leftovers, view)
+    left += await leftovers(passage.launches)
+    return _judge(console, results, difference, passage, left, view)
 
 
 async def _embed_all(
@@ -229,33 +227,6 @@ def _native(entry: ModelEntry, sentences: Sequence[str]) -> np.ndarray[Any, Any]
         rows.append(EMBED.finish(entry, prepared, session.run(prepared))["embedding"])
     session.close()
     return np.concatenate(rows)
-
-
-async def _leftovers(reports: Sequence[LaunchReport]) -> list[str]:
-    """What of these launches is still there although it had time to go."""
-    deadline = time.monotonic() + _GONE_SECONDS
-    # Processes, files and ports of several kinds: there is no one event to wait for.
-    while (found := _still_there(reports)) and time.monotonic() < deadline:  # noqa: ASYNC110
-        await asyncio.sleep(0.1)
-    return found
-
-
-def _still_there(reports: Sequence[LaunchReport]) -> list[str]:
-    """Processes, profiles and ports of these launches that are there now."""
-    found = [
-        f"process {name} {pid}"
-        for report in reports
-        for name, pid in report.pids.items()
-        if pid and psutil.pid_exists(pid)
-    ]
-    found += [f"profile {report.profile}" for report in reports if Path(report.profile).exists()]
-    found += [f"port {report.port}" for report in reports if _listening(report.port)]
-    return found
-
-
-def _listening(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _browser_table(view: PoolView, results: Sequence[Result]) -> Table:

@@ -145,6 +145,7 @@ class BrowserPool:
         self._history: RayHistory | None = None
         self._native: RayNative | None = None
         self._folder_lock: int | None = None
+        self._log_folder: Path | None = None
         self._latencies = Latencies(self._config.hedge_quantile, self._config.hedge_seconds)
         self._audits: deque[asyncio.Task[None]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -225,6 +226,7 @@ class BrowserPool:
                     f"{what}, and {root} can't be written ({error}): pass state_dir= or set "
                     "TABPOOL_STATE to a folder that can."
                 ) from error
+        self._log_folder = Path(folder) / "log" if logged else None
         return SupervisorConfig(
             config.name,
             config.level_effective,
@@ -451,6 +453,16 @@ class BrowserPool:
         return PageError(
             f"no browser could load {part}: {why or 'none is running'}", what="load_failed"
         )
+
+    async def order_again(self, name: str) -> None:
+        """Have the supervisor see that a loaded model is where it should be; usually it is.
+
+        Raises `UnknownModel`, and `PoolError` while the order can't be logged.
+        """
+        supervisor, routing = self._require_open()
+        orders = [routing.models().get(part) for part in self._loaded(name).parts]
+        known = [order for order in orders if order is not None]
+        await routing.unless_gone(asyncio.gather(*map(supervisor.load, known)))
 
     async def unload(self, name: str) -> None:
         """Take a model out of every browser. Raises `UnknownModel`."""
@@ -898,6 +910,46 @@ class BrowserPool:
                 got=browser_id,
             )
         await routing.unless_gone(supervisor.drain(browser_id))
+
+    async def bundle(
+        self,
+        result: Result,
+        inputs: Mapping[str, Any],
+        path: str | Path,
+        *,
+        with_data: bool = False,
+        why: str = "failed",
+        chaos: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write all that is known about an operation now to one file, for `tabpool replay`.
+
+        `inputs` are what was asked: of them only names, shapes and hashes are kept, unless
+        `with_data`. What can't be had any more (a dead page's screenshot) is left out. Raises
+        `UnknownModel`, and `OSError` if the file can't be written.
+        """
+        from pool.bundles import collect, write_bundle
+
+        found = await collect(
+            self,
+            result,
+            inputs,
+            entry=self._entry(result.model),
+            config=self._config,
+            why=why,
+            with_data=with_data,
+            chaos=chaos,
+        )
+        return await asyncio.to_thread(write_bundle, found, Path(path))
+
+    async def control_pids(self) -> Mapping[str, int]:
+        """The processes of the pool's supervisor and history, on the head node."""
+        supervisor, _ = self._require_open()
+        return await supervisor.pids()
+
+    @property
+    def log_folder(self) -> Path | None:
+        """Where the control log is, if this client made the pool and it keeps one."""
+        return self._log_folder
 
     async def inject(self, browser_id: str, fault: Mapping[str, Any]) -> None:
         """Have a browser's page fail in an exact way (see `actors.faults`), if `faults=True`.

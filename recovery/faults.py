@@ -81,6 +81,11 @@ class Facts:
     engines: frozenset[BrowserType] = frozenset(BrowserType)
 
 
+CLOCK_STEP_SECONDS = {
+    Intensity.MILD: 60.0,
+    Intensity.MODERATE: 86_400.0,
+    Intensity.SEVERE: -86_400.0,
+}
 _CHROMIUM = frozenset({BrowserType.CHROME, BrowserType.EDGE})
 _LAUNCH = frozenset({Category.LAUNCH_FAILURE})
 _CONNECTION = frozenset({Category.CONNECTION_FAILURE})
@@ -100,8 +105,8 @@ def _of(mild: Dose, moderate: Dose, severe: Dose) -> Mapping[Intensity, Dose]:
 def _signals(
     whom: str, level: Level, noticed: frozenset[Category] = _CRASH, quiet: bool = False
 ) -> Mapping[Intensity, Dose]:
-    """It gives up, it crashes, it is killed. SIGTERM is none of these: Firefox may ignore it."""
-    names = ("SIGABRT", "SIGSEGV", "SIGKILL")
+    """It gives up, it dumps core, it is killed. Firefox may ignore SIGTERM, WebKit SIGSEGV."""
+    names = ("SIGABRT", "SIGQUIT", "SIGKILL")
     return _of(*(Dose(f"{name} to {whom}", level, noticed, quiet) for name in names))
 
 

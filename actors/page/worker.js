@@ -390,10 +390,18 @@ function lied(model, outputs) {
 }
 
 const CHUNK_BYTES = 32 << 20;
-function allocate(bytes) {
+function hold(bytes) {
   const held = [];
   for (let left = bytes; left > 0; left -= CHUNK_BYTES) held.push(new Uint8Array(CHUNK_BYTES).fill(1));
   return held;
+}
+
+// Takes address space (nothing is written to it) until the engine has no more, and throws its error.
+const EXHAUST_CHUNKS_MAX = 512;
+function exhaust() {
+  const held = [];
+  while (held.length < EXHAUST_CHUNKS_MAX) held.push(new Uint8Array(1 << 30));
+  throw new Error(`${held.length} GiB and no end`);
 }
 
 async function destroyDevice() {
@@ -404,7 +412,7 @@ async function destroyDevice() {
 function befall() {
   if (armed.exhaust > 0) {
     armed.exhaust -= 1;
-    allocate(1 << 30); // its processes have been forbidden to grow so far: this throws
+    exhaust();
   }
   if (armed.destroy > 0) {
     armed.destroy -= 1;
@@ -417,7 +425,7 @@ async function fail({ what, ...how }, socket) {
     case "lie": lie = { left: how.times, ...how }; break;
     case "loop": setTimeout(() => { for (;;); }, 20); break; // once this is answered
     case "hold": {
-      let held = allocate(how.bytes);
+      let held = hold(how.bytes);
       setTimeout(() => { held = null; }, how.seconds * 1000, held);
       break;
     }
@@ -436,6 +444,7 @@ async function handle(frame, socket) {
     return { kind: "error", body: { what: "stale_frame", message: `epoch ${frame.epoch}` } };
   }
   switch (kind) {
+    case "ping": return { kind: "pong" };
     case "info": return { kind: "info", body: await info() };
     case "warm": await runtime(body.backend).then((ort) => warm(ort, body)); return { kind: "warm" };
     case "load": return { kind: "loaded", ...await load(body, tensors) };

@@ -6,7 +6,7 @@ Plain records that go to JSON and back. This module must not judge them (`report
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -101,6 +101,10 @@ class ChaosRun:
     leftovers: tuple[str, ...] = ()
     repaired: bool = True  # whether every browser was back, or replaced, in the end
     notes: tuple[str, ...] = field(default=())
+
+    def with_leftovers(self, left: tuple[str, ...]) -> ChaosRun:
+        """The same run, with what was left behind when its pool was closed."""
+        return replace(self, leftovers=left)
 
     def to_json(self) -> str:
         return _RUN.dump_json(self, indent=1).decode()

@@ -19,11 +19,12 @@ PACKAGES = ROOMS[1:]
 # The only modules that may import each; scripts and benchmarks may import what they need.
 DOORS = {
     "selenium": {"actors/session.py"},
-    "ray": {"actors/ray_actors.py", "actors/ray_metrics.py"},
+    "ray": {"actors/ray_actors.py", "actors/ray_cluster.py", "actors/ray_metrics.py"},
     "onnx": {"sharding/cut.py", "sharding/graph.py", "sharding/signature.py"},
     "onnxruntime": {"sharding/native.py"},
     "duckdb": {"recovery/history.py"},
     "tokenizers": {"pool/tokens.py"},
+    "matplotlib": {"pool/chaos/charts.py"},
 }
 
 

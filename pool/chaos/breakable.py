@@ -1,0 +1,34 @@
+"""Pools that may be broken on purpose: quick to call a browser hung, slow to give one up.
+
+This module must not open one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pool.pool import BrowserPool
+from recovery.supervision import RestartLimit
+
+_LEASE_SECONDS = 10.0
+_HANG_SECONDS = 3.0  # with WASM an operation of these models takes a tenth of that ...
+_HANG_SECONDS_ELSEWHERE = 30.0  # ... but a WebGPU in software may take long to compile its shaders
+_LAUNCH_SECONDS = 30.0
+_MESSAGE_BYTES = 16 << 20
+_RESTARTS_MAX = 1000  # of one browser in two minutes: it is we who break it, so go on
+
+
+def chaos_pool(counts: dict[str, int], **options: Any) -> BrowserPool:
+    """A pool that may be broken on purpose, and that is quick to call a browser hung."""
+    wasm = options.get("backend") == "wasm"
+    return BrowserPool(
+        counts,
+        faults=True,
+        simulation=False,
+        hang_seconds=_HANG_SECONDS if wasm else _HANG_SECONDS_ELSEWHERE,
+        launch_seconds=_LAUNCH_SECONDS,
+        lease=_LEASE_SECONDS,
+        message_bytes_max=_MESSAGE_BYTES,
+        restart_limit=RestartLimit(restarts_max=_RESTARTS_MAX),
+        **options,
+    )

@@ -1,0 +1,153 @@
+"""Charts of a chaos run, as PNG files. The only door to matplotlib, which is an optional extra.
+
+This module must not compute what `report` does not.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pool.chaos.records import ChaosRun
+from recovery.errors import SetupError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_DPI = 100
+_WIDTH = 10.0  # inches
+_GOOD, _BAD, _MARK = "#2a7f62", "#c0392b", "#34495e"
+_NOTICE_GOAL_MS = 20.0
+
+
+def draw_charts(run: ChaosRun, folder: Path) -> dict[str, str]:
+    """Draw what there is to draw; returns file names by title.
+
+    Raises `SetupError` if matplotlib is not installed, and `OSError`.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SetupError("charts need matplotlib: pip install 'tabpool[charts]'") from error
+    drawn: dict[str, str] = {}
+    for title, name, draw in _CHARTS:
+        rows = draw.__kwdefaults__["height"](run) if draw.__kwdefaults__ else 8
+        figure = Figure(figsize=(_WIDTH, 1.6 + 0.3 * rows), dpi=_DPI, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        if draw(run, axes):
+            axes.set_title(title, loc="left", fontsize=11)
+            axes.spines[["top", "right"]].set_visible(False)
+            figure.savefig(folder / name)
+            drawn[title] = name
+    return drawn
+
+
+def _kinds(run: ChaosRun) -> list[str]:
+    return sorted({str(f.due.fault.kind) for f in run.faults if f.injected is not None})
+
+
+def _height(run: ChaosRun) -> int:
+    return max(len(_kinds(run)), 3)
+
+
+def _values(run: ChaosRun, value: Callable[[Any], float | None]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for fault in run.faults:
+        number = value(fault)
+        if fault.injected is not None and number is not None:
+            found.setdefault(str(fault.due.fault.kind), []).append(max(number, 1e-3))
+    return dict(sorted(found.items(), key=lambda item: -statistics.median(item[1])))
+
+
+def _dots(axes: Axes, values: Mapping[str, Sequence[float]], label: str) -> bool:
+    """Every value as a dot, the median as a bar, a row for each kind."""
+    for row, (_, numbers) in enumerate(values.items()):
+        axes.plot(numbers, [row] * len(numbers), "o", color=_MARK, alpha=0.45, markersize=5)
+        axes.plot([statistics.median(numbers)], [row], "|", color=_BAD, markersize=18, mew=2.5)
+    axes.set_yticks(
+        range(len(values)), [f"{name} ({len(numbers)})" for name, numbers in values.items()]
+    )
+    axes.set_xscale("log")
+    axes.set_xlabel(f"{label}; the bar is the median")
+    axes.grid(axis="x", color="#dddddd")
+    return bool(values)
+
+
+def _answered(run: ChaosRun, axes: Axes, *, height: Any = _height) -> bool:
+    from pool.chaos.report import answered_right, share
+
+    ops = {op.number: op for op in run.operations}
+    rows = []
+    for kind in _kinds(run):
+        struck = [
+            ops[number]
+            for fault in run.faults
+            if str(fault.due.fault.kind) == kind
+            for number in fault.struck
+            if number in ops
+        ]
+        if struck:
+            rows.append((kind, share(sum(map(answered_right, struck)), len(struck))))
+    for row, (_, one) in enumerate(rows):
+        rate = 100 * one.of / one.n
+        axes.barh(row, rate, color=_GOOD if one.of == one.n else _BAD, height=0.6)
+        axes.plot([100 * one.low, 100 * one.high], [row, row], color="black", lw=1.2)
+    axes.set_yticks(range(len(rows)), [f"{kind} ({one.of} of {one.n})" for kind, one in rows])
+    axes.set_xlim(0, 101)
+    axes.set_xlabel("per cent of struck operations answered right; the line is the 95 % interval")
+    return bool(rows)
+
+
+def _repaired(run: ChaosRun, axes: Axes, *, height: Any = _height) -> bool:
+    values = _values(run, lambda fault: fault.repair_seconds)
+    return _dots(axes, values, "seconds until the browser, or another in its place, was back")
+
+
+def _noticed(run: ChaosRun, axes: Axes, *, height: Any = _height) -> bool:
+    values = _values(run, lambda fault: fault.noticed_ms)
+    axes.axvline(_NOTICE_GOAL_MS, color=_GOOD, lw=1, ls="--")
+    return _dots(axes, values, "milliseconds until it was noticed (dashed: 20 ms)")
+
+
+def _timeline(run: ChaosRun, axes: Axes) -> bool:
+    for good, colour, size in ((True, _GOOD, 8), (False, _BAD, 30)):
+        chosen = [op for op in run.operations if (op.success and not op.wrong) is good]
+        at, took = [op.at for op in chosen], [max(op.seconds, 1e-3) for op in chosen]
+        axes.scatter(at, took, s=size, color=colour, alpha=0.6, label="right" if good else "not")
+    for fault in run.faults:
+        if fault.injected is not None:
+            axes.axvline(fault.injected.at - run.began, color="#bbbbbb", lw=0.6, zorder=0)
+    axes.set_yscale("log")
+    axes.set_xlabel("seconds since the run began; grey lines are faults")
+    axes.set_ylabel("seconds an operation took")
+    if any(not op.success or op.wrong for op in run.operations):
+        axes.legend(frameon=False)
+    return bool(run.operations)
+
+
+def _memory(run: ChaosRun, axes: Axes) -> bool:
+    names = sorted({name for sample in run.memory for name in sample.control})
+    for name in names:
+        points = [
+            (s.operations, s.control[name] / 2**20) for s in run.memory if s.control.get(name)
+        ]
+        axes.plot(*zip(*points, strict=True), label=name)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("operations")
+    axes.set_ylabel("resident MiB")
+    if names:
+        axes.legend(frameon=False)
+    return bool(names)
+
+
+_CHARTS: Sequence[tuple[str, str, Callable[..., bool]]] = (
+    ("Operations struck by a fault, answered right", "answered.png", _answered),
+    ("Repair", "repaired.png", _repaired),
+    ("Notice", "noticed.png", _noticed),
+    ("Operations over time", "timeline.png", _timeline),
+    ("Memory of the control plane", "memory.png", _memory),
+)

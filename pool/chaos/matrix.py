@@ -1,0 +1,359 @@
+"""The test matrix: browsers x model types x platforms x failure types, a small run for each cell.
+
+One pool for each browser and platform; its cells follow one another in it, each with one fault at
+its beginning. A cell says what really happened: what can't be had here is "impossible", what native
+onnxruntime answered in place of a browser is "simulated" and no success. This module must not break
+anything itself: `runner` has it done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from actors.binaries import installed_kinds
+from pool.chaos.breakable import chaos_pool
+from pool.chaos.records import ChaosRun
+from pool.chaos.runner import ChaosRunner, Plan
+from pool.chaos.workload import Question, Source, Workload, known_sources, native_answer
+from pool.config import BACKENDS
+from pool.pool import BrowserPool
+from pool.registry import read_model
+from recovery.errors import BadInput, PoolError
+from recovery.faults import FAULTS, Clock, Due, Fault, FaultKind, Intensity, Schedule
+from recovery.kinds import BrowserType, Level, ModelType, detect_browser_type
+from recovery.levels import BROWSERS_NEEDED
+
+MODEL_TYPES = ("text", "audio", "vision", "multimodal")
+PLATFORMS = BACKENDS[1:]
+_QUICK_BROWSERS, _QUICK_MODELS = ("chrome",), ("text", "audio")
+_QUICK_KINDS = (
+    FaultKind.TAB_CRASH,
+    FaultKind.BROWSER_CRASH,
+    FaultKind.SOCKET_DROP,
+    FaultKind.API_ERROR,
+)
+_FAULT_AT = 2  # the operation of a cell before which it is broken
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """What a matrix is asked for. Empty sequences: all there are (of kinds: break nothing)."""
+
+    seed: int
+    browsers: Sequence[str] = ()
+    models: Sequence[str] = ()
+    platforms: Sequence[str] = ("wasm",)
+    kinds: Sequence[FaultKind] = ()
+    intensities: Sequence[Intensity] = (Intensity.MODERATE,)
+    level: str = "high"
+    strategy: str = "progressive"
+    operations: int = 12
+    workers: int = 2
+    seconds: float = 90.0
+    retries: int = 0
+    simulate: bool = False
+    quick: bool = False
+    full: bool = False
+
+    def checked(self) -> MatrixPlan:
+        """With what `quick` and `full` stand for filled in. Raises `BadInput`."""
+        kinds, models, hows = self.kinds, self.models, self.intensities
+        browsers = [str(detect_browser_type(name.partition("=")[0])) for name in self.browsers]
+        if self.quick:
+            browsers = browsers or list(_QUICK_BROWSERS)
+            models = models or _QUICK_MODELS
+            kinds = [kind for kind in kinds if kind in _QUICK_KINDS]
+            hows = (Intensity.MODERATE,)
+        elif not self.full:
+            hows = (Intensity.MODERATE,)
+        for word, known, option in (
+            *((model, MODEL_TYPES, "--models") for model in models),
+            *((platform, PLATFORMS, "--platforms") for platform in self.platforms),
+        ):
+            if word not in known:
+                raise BadInput(
+                    f"{option}: expected some of {', '.join(known)}, got {word!r}.",
+                    expected=list(known),
+                    got=word,
+                )
+        if self.operations <= _FAULT_AT:
+            raise BadInput(f"--ops: a cell takes more than {_FAULT_AT}.", got=self.operations)
+        return replace(
+            self,
+            browsers=tuple(dict.fromkeys(browsers)) or tuple(map(str, BrowserType)),
+            models=tuple(models) or MODEL_TYPES,
+            kinds=tuple(kinds),
+            intensities=tuple(hows),
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell and what came of it. `outcome`: "passed", "failed", "impossible" or "simulated"."""
+
+    browser: str
+    model: str
+    platform: str
+    failure: str
+    outcome: str
+    why: str = ""
+    asked: int = 0
+    answered: int = 0
+    wrong: int = 0
+    recovered: int = 0
+    noticed: str = ""
+    noticed_ms: float | None = None
+    repair_seconds: float | None = None
+    tries: int = 1
+    versions: str = ""
+
+
+def run(plan: MatrixPlan, console: Console, report: Path | None, *, as_json: bool) -> int:
+    """All of it; returns the exit code: 1 if any cell failed."""
+    plan = plan.checked()
+    console.print(f"seed {plan.seed}", highlight=False)
+    cells = asyncio.run(_matrix(plan, console))
+    plain = {"seed": plan.seed, "plan": asdict(plan), "cells": [asdict(cell) for cell in cells]}
+    if as_json:
+        typer.echo(json.dumps(plain, indent=1))
+    else:
+        console.print(table_of(cells))
+    for line in summary_lines(cells):
+        console.print(line, highlight=False)
+    if report is not None:
+        report.mkdir(parents=True, exist_ok=True)
+        (report / "matrix.json").write_text(json.dumps(plain, indent=1))
+        (report / "matrix.md").write_text(markdown(plan, cells))
+        console.print(f"wrote {report / 'matrix.md'}", highlight=False, soft_wrap=True)
+    return int(any(cell.outcome == "failed" for cell in cells))
+
+
+async def _matrix(plan: MatrixPlan, console: Console) -> list[Cell]:
+    cells: list[Cell] = []
+    installed = {str(kind) for kind in installed_kinds()}
+    for browser, platform in itertools.product(plan.browsers, plan.platforms):
+        if browser not in installed:
+            cells += await _without(plan, browser, platform)
+            continue
+        try:
+            cells += await _column(plan, console, browser, platform)
+        except PoolError as error:
+            cells += _all(plan, browser, platform, "impossible", f"{type(error).__name__}: {error}")
+    return cells
+
+
+def _failures(plan: MatrixPlan) -> list[tuple[FaultKind, Intensity] | None]:
+    """The failures of each browser and model; None: nothing is broken."""
+    pairs = list(itertools.product(plan.kinds, plan.intensities))
+    return [*pairs] if pairs else [None]
+
+
+def _name(failure: tuple[FaultKind, Intensity] | None) -> str:
+    return "none" if failure is None else f"{failure[0]} ({failure[1]})"
+
+
+def _all(plan: MatrixPlan, browser: str, platform: str, outcome: str, why: str) -> list[Cell]:
+    return [
+        Cell(browser, model, platform, _name(failure), outcome, why)
+        for model in plan.models
+        for failure in _failures(plan)
+    ]
+
+
+async def _without(plan: MatrixPlan, browser: str, platform: str) -> list[Cell]:
+    """The cells of a browser that is not here."""
+    if not plan.simulate:
+        why = f"{browser} is not installed (`tabpool doctor` says how)"
+        return _all(plan, browser, platform, "impossible", why)
+    sources = known_sources()
+    cells = []
+    for model in plan.models:
+        asked = await asyncio.to_thread(_answered_natively, sources[model](), plan.operations)
+        why = "native onnxruntime answered; no browser ran, and nothing was broken"
+        cell = Cell(browser, model, platform, "none", "simulated", why, asked, asked)
+        if not asked:
+            cell = replace(cell, outcome="impossible", why="several models are not simulated")
+        cells += [replace(cell, failure=_name(failure)) for failure in _failures(plan)]
+    return cells
+
+
+def _answered_natively(source: Source, operations: int) -> int:
+    if source.type is ModelType.MULTIMODAL:
+        return 0
+    entry = read_model(source.name, source.path)
+    asked = source.ask(entry)
+    for number in range(operations):
+        op, inputs = asked[number % len(asked)]
+        native_answer(entry, Question(source.name, source.type, op, inputs))
+    return operations
+
+
+async def _column(plan: MatrixPlan, console: Console, browser: str, platform: str) -> list[Cell]:
+    """All cells of one browser on one platform."""
+    cells: list[Cell] = []
+    count = max(BROWSERS_NEEDED[Level(plan.level)], 1)
+    sources = known_sources()
+    for model in plan.models:
+        pool = chaos_pool(
+            {browser: count},
+            level=plan.level,
+            strategy=plan.strategy,
+            backend=platform,
+            dashboard=False,
+        )
+        async with pool:
+            workload = Workload([sources[model]()])
+            await workload.load(pool)
+            for failure in _failures(plan):
+                console.print(f"{browser} {model} {platform} {_name(failure)} ...", highlight=False)
+                cells.append(await _cell(plan, pool, workload, browser, model, platform, failure))
+    return cells
+
+
+async def _cell(
+    plan: MatrixPlan,
+    pool: BrowserPool,
+    workload: Workload,
+    browser: str,
+    model: str,
+    platform: str,
+    failure: tuple[FaultKind, Intensity] | None,
+) -> Cell:
+    cell = Cell(browser, model, platform, _name(failure), "failed")
+    if failure is not None and BrowserType(browser) not in FAULTS[failure[0]].engines:
+        return replace(cell, outcome="impossible", why=f"{browser} has none")
+    faults: tuple[Due, ...] = ()
+    if failure is not None:
+        faults = (Due(_FAULT_AT, Fault(*failure, f"{browser}-0"), Clock.OPERATIONS),)
+    for attempt in range(1, plan.retries + 2):
+        asked = Plan(
+            Schedule(plan.seed, faults),
+            plan.operations,
+            plan.workers,
+            gated=False,
+            seconds=plan.seconds,
+        )
+        try:
+            async with asyncio.timeout(2 * plan.seconds):
+                done = await ChaosRunner(pool, workload, asked).run()
+        except TimeoutError:
+            cell = replace(cell, why=f"not over within {2 * plan.seconds:g} s", tries=attempt)
+            continue
+        cell = replace(judged(cell, done, failure, Level(plan.level)), tries=attempt)
+        if cell.outcome != "failed":
+            break
+    return cell
+
+
+def judged(
+    cell: Cell, done: ChaosRun, failure: tuple[FaultKind, Intensity] | None, level: Level
+) -> Cell:
+    """What the run of a cell came to."""
+    operations = done.operations
+    cell = replace(
+        cell,
+        asked=len(operations),
+        answered=sum(op.success for op in operations),
+        wrong=sum(op.wrong for op in operations),
+        recovered=sum(op.recovered for op in operations),
+        versions="; ".join(sorted(set(done.browsers.values()))),
+    )
+    why = []
+    for record in done.faults:
+        cell = replace(
+            cell,
+            noticed=", ".join(dict.fromkeys(record.noticed)),
+            noticed_ms=record.noticed_ms,
+            repair_seconds=record.repair_seconds,
+        )
+        if record.outcome == "impossible":
+            return replace(cell, outcome="impossible", why=record.why)
+        if record.outcome != "happened":
+            why.append(f"the fault was {record.outcome}: {record.why or 'nothing shows it'}")
+        if record.right is False:
+            why.append(f"noticed as {cell.noticed or 'nothing'}")
+    if cell.answered < cell.asked:
+        why.append(f"{cell.asked - cell.answered} operations failed")
+    lies = failure is not None and failure[0] is FaultKind.WRONG_ANSWER
+    if cell.wrong and not (lies and level is not Level.CRITICAL):
+        why.append(f"{cell.wrong} answers were wrong")
+    if not done.repaired:
+        why.append("not every browser was back in the end")
+    return replace(cell, outcome="failed" if why else "passed", why="; ".join(why))
+
+
+def summary_lines(cells: Sequence[Cell]) -> list[str]:
+    """How many cells came to what, in words."""
+    counts: dict[str, int] = {}
+    for cell in cells:
+        counts[cell.outcome] = counts.get(cell.outcome, 0) + 1
+    lines = [", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))]
+    lines += [
+        f"failed: {c.browser} {c.model} {c.platform} {c.failure}: {c.why}"
+        for c in cells
+        if c.outcome == "failed"
+    ]
+    return lines
+
+
+_COLUMNS = (
+    "browser",
+    "model",
+    "platform",
+    "failure",
+    "outcome",
+    "answered",
+    "noticed as",
+    "ms",
+    "s",
+)
+
+
+def _row(cell: Cell) -> tuple[str, ...]:
+    return (
+        cell.browser,
+        cell.model,
+        cell.platform,
+        cell.failure,
+        cell.outcome,
+        f"{cell.answered}/{cell.asked}" if cell.asked else "-",
+        cell.noticed or "-",
+        "-" if cell.noticed_ms is None else f"{cell.noticed_ms:.0f}",
+        "-" if cell.repair_seconds is None else f"{cell.repair_seconds:.1f}",
+    )
+
+
+def table_of(cells: Sequence[Cell]) -> Table:
+    """The matrix, a row a cell."""
+    table = Table(title="noticed after (ms), repaired after (s)")
+    for column in _COLUMNS:
+        table.add_column(column)
+    styles: Mapping[str, str] = {"failed": "red", "passed": "green"}
+    for cell in cells:
+        table.add_row(*_row(cell), style=styles.get(cell.outcome, "dim"))
+    return table
+
+
+def markdown(plan: MatrixPlan, cells: Sequence[Cell]) -> str:
+    """The matrix as a document."""
+    what = f"Seed {plan.seed}, level {plan.level}, strategy {plan.strategy}"
+    lines = [
+        "# Test matrix",
+        "",
+        f"{what}, {plan.operations} operations a cell. {summary_lines(cells)[0]}.",
+        "",
+        "| " + " | ".join(_COLUMNS) + " |",
+        "|" + "---|" * len(_COLUMNS),
+        *("| " + " | ".join(_row(cell)) + " |" for cell in cells),
+    ]
+    told = [f"- {c.browser} {c.model} {c.platform} {c.failure}: {c.why}" for c in cells if c.why]
+    return "\n".join([*lines, "", *told, ""])
