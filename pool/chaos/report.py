@@ -237,8 +237,8 @@ def verdict(run: ChaosRun) -> list[tuple[str, bool]]:
         ),
         (
             (
-                f"{len(run.faults) - len(unseen)} of {len(run.faults)} faults seen by others than the "
-                "injector, refused or impossible"
+                f"{len(run.faults) - len(unseen)} of {len(run.faults)} faults seen by others than "
+                "the injector, refused or impossible"
             ),
             not unseen,
         ),

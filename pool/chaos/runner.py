@@ -246,10 +246,9 @@ class ChaosRunner:
     # -- faults -----------------------------------------------------------------------------------
 
     async def _strike_due(self, waiting: deque[Due], count: float) -> None:
-        while waiting and waiting[0].when <= count:
-            due = waiting.popleft()
-            async with self._striking:  # one at a time, and in their order
-                await self._strike(due)
+        async with self._striking:  # whoever comes meanwhile waits until it has happened
+            while waiting and waiting[0].when <= count:
+                await self._strike(waiting.popleft())
 
     async def _strike_in_time(self) -> None:
         for due in _due(self._plan.schedule, Clock.SECONDS):

@@ -39,7 +39,8 @@ def facts(**more):
 
 def test_a_bundle_comes_back_as_it_was_written(tmp_path):
     inputs = {"text": SECRET, "x": np.arange(6, dtype=np.float32).reshape(2, 3), "n": True}
-    path = write_bundle(Bundle(facts(), inputs, {"events.jsonl": b"{}\n"}), tmp_path / "b" / "1.zip")
+    bundle = Bundle(facts(), inputs, {"events.jsonl": b"{}\n"})
+    path = write_bundle(bundle, tmp_path / "b" / "1.zip")
     again = read_bundle(path)
     assert again.facts == json.loads(json.dumps(facts()))
     assert again.files == {"events.jsonl": b"{}\n"}
