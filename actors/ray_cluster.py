@@ -32,7 +32,11 @@ class LocalCluster:
     def start(self) -> str:
         """Start all of them; returns the address that a pool joins. Raises `SetupError`."""
         self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the client, which needs the nodes to close
         )
         return self._heard(_ADDRESS)
 

@@ -36,8 +36,11 @@ class GiveUp:
 
 
 def record_restart(history: tuple[float, ...], at: float, limit: RestartLimit) -> Restart | GiveUp:
-    """Judge one more restart at time `at` (seconds) after those at the times in `history`."""
-    recent = (*(t for t in history if at - t < limit.period_seconds), at)
+    """Judge one more restart at time `at` (seconds) after those at the times in `history`.
+
+    Moments far ahead of `at` are of a wall clock that was set back since: they count no more.
+    """
+    recent = (*(t for t in history if abs(at - t) < limit.period_seconds), at)
     if len(recent) > limit.restarts_max:
         return GiveUp(recent)
     delay = limit.delay_first_seconds * 2 ** (len(recent) - 1)

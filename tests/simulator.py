@@ -40,6 +40,8 @@ from recovery.answering import _reported
 from recovery.codec import decode, encode, state_from_plain, state_to_plain
 from recovery.errors import BrowserLost, LaunchFailed
 from recovery.failures import Failure
+from recovery.faults import CLOCK_STEP_SECONDS, FaultKind, Intensity, Schedule, read_schedule
+from recovery.faults import Clock as ScheduleClock
 from recovery.kinds import BrowserType, Level, Readiness, RecoveryLevel, Strategy
 from recovery.levels import BROWSERS_NEEDED, COPIES
 from recovery.plan import strategy_order
@@ -90,6 +92,15 @@ class Kind(_Word):
     WORKER_SILENT = "worker silent"  # it lives, and answers nobody
     SUPERVISOR_DEATH = "supervisor death"  # the next incarnation begins after `seconds`
     LOG_FULL = "log full"  # for `seconds`
+    # What only schedules have (see `plan_of`): plans drawn from a seed stay what they were.
+    PAGE_HANGS = "page hangs"  # until it is found out and ended
+    MEMORY_RUNS_OUT = "memory runs out"  # of the page
+    DEVICE_LOST = "device lost"  # by the page
+    ANSWERS_WRONG = "answers wrong"  # the next `times` of them
+    CLOCK_STEPS = "clock steps"  # that of the supervisor, by `seconds`
+
+
+DRAWN = tuple(kind for kind in Kind if kind not in tuple(Kind)[-5:])
 
 
 class Clock(_Word):
@@ -160,7 +171,7 @@ def make_plan(
     operations: int = 150,
     faults: int = 8,
     seconds: float = 60.0,
-    kinds: Sequence[Kind] = tuple(Kind),
+    kinds: Sequence[Kind] = DRAWN,
 ) -> FaultPlan:
     """Draw faults over the first four fifths of a simulation."""
     rng = random.Random(f"plan {seed}")
@@ -192,6 +203,85 @@ def make_plan(
     return FaultPlan(
         seed, tuple(sorted(drawn, key=lambda fault: (fault.clock, fault.when))), seconds
     )
+
+
+# What the control plane sees of each fault of `recovery.faults`: the simulator's own kind, for how
+# long, and how often. None: it sees nothing of it, and must not mind. A node's death is that of one
+# worker here, as there are no nodes.
+_KILLED = dict.fromkeys(Intensity, (Kind.BROWSER_CRASH, 0.0, 1))
+_PAGE_GONE = dict.fromkeys(Intensity, (Kind.PAGE_CRASH, 0.0, 1))
+_MILD, _MODERATE, _SEVERE = Intensity
+SEEN_OF: Mapping[FaultKind, Mapping[Intensity, tuple[Kind, float, int] | None]] = {
+    FaultKind.LAUNCH_FAILURE: {
+        _MILD: (Kind.LAUNCHES_FAIL, 0.0, 1),
+        _MODERATE: (Kind.LAUNCHES_FAIL, 0.0, 2),
+        _SEVERE: (Kind.LAUNCHES_FAIL, 0.0, 1),
+    },
+    FaultKind.CONNECTION_FAILURE: {
+        _MILD: (Kind.SOCKETS_DROPPED, 0.3, 1),
+        _MODERATE: (Kind.SOCKETS_DROPPED, 1.0, 1),
+        _SEVERE: (Kind.SOCKETS_DROPPED, 10.0, 1),
+    },
+    FaultKind.TIMEOUT: {
+        _MILD: None,
+        _MODERATE: (Kind.PAGE_HANGS, 0.0, 1),
+        _SEVERE: (Kind.PAGE_HANGS, 0.0, 1),
+    },
+    FaultKind.TAB_CRASH: _PAGE_GONE,
+    FaultKind.BROWSER_CRASH: _KILLED,
+    FaultKind.GPU_PROCESS_CRASH: dict.fromkeys(Intensity, (Kind.DEVICE_LOST, 0.0, 1)),
+    FaultKind.DEVICE_LOSS: dict.fromkeys(Intensity, (Kind.DEVICE_LOST, 0.0, 1)),
+    FaultKind.MEMORY_EXHAUSTION: {
+        _MILD: None,
+        _MODERATE: (Kind.MEMORY_RUNS_OUT, 0.0, 1),
+        _SEVERE: (Kind.MEMORY_RUNS_OUT, 0.0, 1),
+    },
+    FaultKind.DRIVER_DEATH: _KILLED,
+    FaultKind.SOCKET_DROP: dict.fromkeys(Intensity, (Kind.SOCKETS_DROPPED, 0.01, 1)),
+    FaultKind.API_ERROR: dict.fromkeys(Intensity, (Kind.LOADS_FAIL, 0.0, 1)),
+    FaultKind.WRONG_ANSWER: {
+        _MILD: (Kind.ANSWERS_WRONG, 0.0, 1),
+        _MODERATE: (Kind.ANSWERS_WRONG, 0.0, 3),
+        _SEVERE: (Kind.ANSWERS_WRONG, 0.0, 1_000),
+    },
+    FaultKind.PAGE_REFRESH: _PAGE_GONE,
+    FaultKind.TAB_HIDDEN: dict.fromkeys(Intensity),
+    FaultKind.MACHINE_SUSPENDED: {
+        _MILD: None,
+        _MODERATE: None,
+        _SEVERE: (Kind.PAGE_HANGS, 0.0, 1),
+    },
+    FaultKind.MESSAGE_OVER_LIMIT: {
+        _MILD: (Kind.ERROR_REPORTED, 0.0, 1),
+        _MODERATE: (Kind.SOCKETS_DROPPED, 0.05, 1),
+        _SEVERE: (Kind.SOCKETS_DROPPED, 0.05, 1),
+    },
+    FaultKind.WORKER_DEATH: dict.fromkeys(Intensity, (Kind.WORKER_DEATH, 0.0, 1)),
+    FaultKind.NODE_DEATH: dict.fromkeys(Intensity, (Kind.WORKER_DEATH, 0.0, 1)),
+    FaultKind.SUPERVISOR_DEATH: dict.fromkeys(Intensity, (Kind.SUPERVISOR_DEATH, 0.5, 1)),
+    FaultKind.FULL_DISK: {
+        _MILD: (Kind.LOG_FULL, 1.0, 1),
+        _MODERATE: (Kind.LOG_FULL, 3.0, 1),
+        _SEVERE: (Kind.LOG_FULL, 10.0, 1),
+    },
+    FaultKind.CLOCK_STEP: {
+        how: (Kind.CLOCK_STEPS, CLOCK_STEP_SECONDS[how], 1) for how in Intensity
+    },
+}
+
+
+def plan_of(schedule: Schedule, seconds: float = 60.0) -> FaultPlan:
+    """The plan that a schedule for real browsers stands for. Steps of sequences, of which the
+    simulator has none, count as operations."""
+    faults = []
+    for due in schedule.faults:
+        seen = SEEN_OF[due.fault.kind][due.fault.intensity]
+        if seen is not None:
+            kind, how_long, times = seen
+            in_time = due.clock is ScheduleClock.SECONDS
+            clock = Clock.SECONDS if in_time else Clock.OPERATIONS
+            faults.append(Fault(kind, due.when, clock, due.fault.target, how_long, times))
+    return FaultPlan(schedule.seed, tuple(faults), seconds)
 
 
 def case(seed: int) -> dict[str, Any]:
@@ -464,7 +554,7 @@ def why_given_up(state: PoolState, record: BrowserRecord, at: float) -> str:
         return f"replaced by {record.replaced_by}"
     if record.launches_failed >= limit.launches_failed_max:
         return f"{record.launches_failed} launches in a row failed"
-    recent = [moment for moment in record.restarts if at - moment < limit.period_seconds]
+    recent = [moment for moment in record.restarts if abs(at - moment) < limit.period_seconds]
     if len(recent) >= limit.restarts_max:
         return f"{len(recent)} restarts within {limit.period_seconds:g} s"
     repair = next((r for r in reversed(state.repairs) if r.browser_id == record.id), None)
@@ -539,13 +629,19 @@ def _broken(
 
 class World:
     def __init__(
-        self, plan: FaultPlan, browsers: Mapping[str, int], level: Level, strategy: str
+        self,
+        plan: FaultPlan,
+        browsers: Mapping[str, int],
+        level: Level,
+        strategy: str,
+        limit: RestartLimit = LIMIT,
     ) -> None:
         self.plan = plan
+        self.ahead = 0.0  # of the supervisor's wall clock
         self.slots = slots(browsers)
         self.level = level
         self.config = SupervisorConfig(
-            "sim", level, strategy_order(strategy), LIMIT, LEASE, False, creator="client-0"
+            "sim", level, strategy_order(strategy), limit, LEASE, False, creator="client-0"
         )
         self.store = Store()
         self.orders = MemoryOrders()
@@ -577,6 +673,10 @@ class World:
     def now(self) -> float:
         return self._loop.time()
 
+    def wall(self) -> float:
+        """The supervisor's wall clock."""
+        return self._loop.time() + self.ahead
+
     # -- checks -----------------------------------------------------------------------------------
 
     def violated(self, what: str) -> None:
@@ -597,7 +697,7 @@ class World:
         if self.incarnation is None or supervisor is not self.incarnation.supervisor:
             self.violated("a dead supervisor goes on")
             return
-        state, now = supervisor.state, self.now
+        state, now = supervisor.state, self.wall()
         if not supervisor._unlogged and state != self.store.replayed:
             self.violated(f"the log replays to {self.store.replayed}, and not to {state}")
         self.violated(wrong) if (wrong := broken(self._before, state, now)) else None
@@ -611,7 +711,7 @@ class World:
             living = [str(host.ref) for host in hosts if host.lives]
             self.require(len(living) <= 1, f"{name} has {len(living)} living workers: {living}")
         if not _left(state):
-            self.none_left = now
+            self.none_left = self.now
 
     def launching(self, host: SimHost, order: LaunchOrder) -> None:
         """No incarnation is launched twice, unless the worker that had the order first is dead."""
@@ -693,9 +793,13 @@ class World:
                     self.strike(due)
 
     def strike(self, fault: Fault, host: SimHost | None = None) -> None:
-        self.last_fault = self.now + (fault.seconds if fault.seconds < NEVER else 0.0)
+        lasts = fault.kind is not Kind.CLOCK_STEPS and fault.seconds < NEVER
+        self.last_fault = self.now + (fault.seconds if lasts else 0.0)
         if fault.kind is Kind.SUPERVISOR_DEATH:
             self.applied[fault.kind] += self.kill_supervisor(fault.seconds)
+        elif fault.kind is Kind.CLOCK_STEPS:
+            self.ahead += fault.seconds
+            self.applied[fault.kind] += 1
         elif fault.kind is Kind.LOG_FULL:
             self.store.full = True
             self._loop.call_later(fault.seconds, setattr, self.store, "full", False)
@@ -725,6 +829,14 @@ class World:
             case Kind.LAUNCHES_FAIL | Kind.LOADS_FAIL:
                 self.failing[fault.kind, host.ref.browser_id] += fault.times
                 host.crash()
+            case Kind.PAGE_HANGS:
+                host.crash("page_hung")
+            case Kind.MEMORY_RUNS_OUT:
+                host.crash("out_of_memory")
+            case Kind.DEVICE_LOST:
+                host.crash("device_lost")
+            case Kind.ANSWERS_WRONG:
+                host.lie_on_run |= set(range(host.runs, host.runs + fault.times))
             case Kind.ERROR_REPORTED:
                 host.error_next = True
             case Kind.OPERATION_HANGS:
@@ -759,7 +871,7 @@ class World:
             self.make_host,
             self._closed,
             SimLog(self),
-            self._loop.time,
+            self.wall,
             self._loop.time,
             state.term + 1,
             state,
@@ -1028,6 +1140,7 @@ def simulate(
     operations: int = 150,
     concurrency: int = 9,
     seed: int | None = None,
+    limit: RestartLimit = LIMIT,
 ) -> Outcome:
     """Run one simulation. Raises `SimulationFailed`, which says how to see it again.
 
@@ -1037,7 +1150,7 @@ def simulate(
     worlds: list[World] = []
 
     async def whole() -> Outcome:
-        world = World(plan, browsers, level, strategy)
+        world = World(plan, browsers, level, strategy, limit)
         worlds.append(world)
         story = asyncio.current_task()
         assert story is not None
@@ -1054,7 +1167,7 @@ def simulate(
     again = (
         f"simulate({plan!r}, browsers={dict(browsers)!r}, level={str(level)!r}, "
         f"strategy={str(strategy)!r}, operations={operations}, concurrency={concurrency}, "
-        f"seed={seed})"
+        f"seed={seed}, limit={limit!r})"
     )
     try:
         with asyncio.Runner(loop_factory=Loop) as runner:
@@ -1080,14 +1193,22 @@ def simulate(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Simulate the control plane.")
-    parser.add_argument("seed", type=int)
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    parser.add_argument("--schedule", help="a plan.json of `tabpool chaos`, in place of a seed")
+    parser.add_argument("--level", default="high", help="of the pool, with --schedule")
     parser.add_argument("count", type=int, nargs="?", default=1, help="of seeds, from that on")
     parser.add_argument("--show", action="store_true", help="print the events, too")
     options = parser.parse_args(arguments)
+    if options.schedule:
+        plan = plan_of(read_schedule(options.schedule))
+        cases = [(plan.seed, {"plan": plan, "level": Level(options.level)})]
+    else:
+        seeds = itertools.islice(itertools.count(options.seed), options.count)
+        cases = [(seed, case(seed)) for seed in seeds]
     failures = 0
-    for seed in itertools.islice(itertools.count(options.seed), options.count):
+    for seed, wanted in cases:
         try:
-            outcome = simulate(**case(seed))
+            outcome = simulate(**wanted)
         except SimulationFailed as error:
             failures += 1
             sys.stdout.write(f"{error}\n")
