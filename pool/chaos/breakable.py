@@ -5,6 +5,7 @@ This module must not open one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pool.pool import BrowserPool
@@ -18,17 +19,16 @@ _MESSAGE_BYTES = 16 << 20
 _RESTARTS_MAX = 1000  # of one browser in two minutes: it is we who break it, so go on
 
 
-def chaos_pool(counts: dict[str, int], **options: Any) -> BrowserPool:
-    """A pool that may be broken on purpose, and that is quick to call a browser hung."""
+def chaos_pool(counts: Mapping[str, int], **options: Any) -> BrowserPool:
+    """A pool that may be broken on purpose. `options` as `BrowserPool` takes them win."""
     wasm = options.get("backend") == "wasm"
-    return BrowserPool(
-        counts,
-        faults=True,
-        simulation=False,
-        hang_seconds=_HANG_SECONDS if wasm else _HANG_SECONDS_ELSEWHERE,
-        launch_seconds=_LAUNCH_SECONDS,
-        lease=_LEASE_SECONDS,
-        message_bytes_max=_MESSAGE_BYTES,
-        restart_limit=RestartLimit(restarts_max=_RESTARTS_MAX),
-        **options,
-    )
+    defaults = {
+        "faults": True,
+        "simulation": False,
+        "hang_seconds": _HANG_SECONDS if wasm else _HANG_SECONDS_ELSEWHERE,
+        "launch_seconds": _LAUNCH_SECONDS,
+        "lease": _LEASE_SECONDS,
+        "message_bytes_max": _MESSAGE_BYTES,
+        "restart_limit": RestartLimit(restarts_max=_RESTARTS_MAX),
+    }
+    return BrowserPool(dict(counts), **{**defaults, **options})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -110,3 +111,18 @@ def test_a_fault_says_what_it_is():
     assert str(fault) == "severe tab_crash of chrome-0"
     assert "SIGKILL" in fault.dose.what
     assert Schedule(1, (Due(1.0, fault),)).faults[0].clock is Clock.OPERATIONS
+
+
+def test_document_has_the_table_as_it_is():
+    rows = []
+    for kind, facts in FAULTS.items():
+        some = len(facts.engines) < len(BrowserType)
+        engines = f" ({', '.join(sorted(facts.engines))})" if some else ""
+        for how, dose in facts.doses.items():
+            noticed = ", ".join(sorted(dose.noticed)) or "nothing"
+            also = ", or not at all" if dose.quiet else ""
+            cells = (f"`{kind}`{engines}", how, dose.what, f"`{dose.level}`", noticed + also)
+            rows.append(f"| {' | '.join(cells)} |")
+    lines = (Path(__file__).parents[2] / "docs" / "chaos.md").read_text().splitlines()
+    missing = [row for row in rows if row not in lines]
+    assert not missing, "docs/chaos.md lacks:\n" + "\n".join(missing)
