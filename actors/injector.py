@@ -107,11 +107,12 @@ class Victim:
 
 
 class _Hit(NamedTuple):
-    """What was done: to which processes, how long it lasts if it ends, and how soon it begins."""
+    """What was done: to which processes, how long it lasts if it ends, and when (wall time; None:
+    when it was ordered)."""
 
     pids: Sequence[int] = ()
     seconds: float | None = None
-    delay: float = 0.0
+    at: float | None = None
 
 
 class BrowserFailureInjector:
@@ -150,9 +151,9 @@ class BrowserFailureInjector:
             raise impossible(fault, f"{victim.processes.kind} has none")
         if FAULTS[fault.kind].place is not Place.BROWSER:
             raise impossible(fault, "it is aimed at a supervisor")
-        at = self._wall()
+        ordered = self._wall()
         hit = await self._break(victim, fault)
-        at += hit.delay
+        at = ordered if hit.at is None else hit.at
         return Injected(
             fault,
             at,
@@ -170,7 +171,7 @@ class BrowserFailureInjector:
             case FaultKind.LAUNCH_FAILURE:
                 failing = [_HANGS] if how is Intensity.SEVERE else [_ENDS]
                 self._failing.extend(failing * (2 if how is Intensity.MODERATE else 1))
-                return _send(fault, processes.named("browser"), signal.SIGKILL)
+                return self._send(fault, processes.named("browser"), signal.SIGKILL)
             case FaultKind.CONNECTION_FAILURE:
                 server.stay_away(_AWAY_SECONDS[how])
                 return _Hit(seconds=_AWAY_SECONDS[how])
@@ -179,15 +180,15 @@ class BrowserFailureInjector:
             case FaultKind.TIMEOUT if how is Intensity.MODERATE:
                 await victim.ask({"what": "loop"})
             case FaultKind.TIMEOUT:
-                return _send(fault, processes.tree(), signal.SIGSTOP)
+                return self._send(fault, processes.tree(), signal.SIGSTOP)
             case FaultKind.TAB_CRASH:
-                return _send(fault, processes.pages(), SIGNALS[how])
+                return self._send(fault, processes.pages(), SIGNALS[how])
             case FaultKind.BROWSER_CRASH:
-                return _send(fault, processes.named("browser"), SIGNALS[how])
+                return self._send(fault, processes.named("browser"), SIGNALS[how])
             case FaultKind.DRIVER_DEATH:
-                return _send(fault, processes.named("driver"), SIGNALS[how])
+                return self._send(fault, processes.named("driver"), SIGNALS[how])
             case FaultKind.GPU_PROCESS_CRASH:
-                return _send(fault, processes.gpu(), SIGNALS[how])
+                return self._send(fault, processes.gpu(), SIGNALS[how])
             case FaultKind.DEVICE_LOSS:
                 await self._destroy(victim, fault)
             case FaultKind.MEMORY_EXHAUSTION:
@@ -196,7 +197,7 @@ class BrowserFailureInjector:
                 server.drop(_SOCKETS[how])
             case FaultKind.API_ERROR:
                 server.spoil([_SPOILT[how]])
-                return _send(fault, processes.pages(), signal.SIGKILL)
+                return self._send(fault, processes.pages(), signal.SIGKILL)
             case FaultKind.WRONG_ANSWER:
                 bit, times = _LIES[how]
                 await victim.ask({"what": "lie", "times": times, "bit": bit, "element": 0})
@@ -236,7 +237,18 @@ class BrowserFailureInjector:
 
     # -- what takes more than a line --------------------------------------------------------------
 
+    def _send(
+        self, fault: Fault, processes: Sequence[psutil.Process], number: signal.Signals
+    ) -> _Hit:
+        """Raises `FaultRefused` if there are no such processes."""
+        at = self._wall()  # now: looking them up took a while
+        hit = [process.pid for process in processes if _signal(process, number)]
+        if not hit:
+            raise impossible(fault, "it has no such process")
+        return _Hit(hit, at=at)
+
     def _suspend(self, fault: Fault, processes: Sequence[psutil.Process], seconds: float) -> _Hit:
+        at = self._wall()
         stopped = [process for process in processes if _signal(process, signal.SIGSTOP)]
         if not stopped:
             raise impossible(fault, "it has no such process")
@@ -247,7 +259,7 @@ class BrowserFailureInjector:
                 _signal(process, signal.SIGCONT)
 
         self._later(go_on())
-        return _Hit([process.pid for process in stopped], seconds)
+        return _Hit([process.pid for process in stopped], seconds, at)
 
     async def _destroy(self, victim: Victim, fault: Fault) -> None:
         if not victim.device:
@@ -307,7 +319,7 @@ class BrowserFailureInjector:
 
     def _end_soon(self, pid: int, number: signal.Signals) -> _Hit:
         asyncio.get_running_loop().call_later(_SELF_SECONDS, _kill, pid, number)
-        return _Hit((pid,), delay=_SELF_SECONDS)
+        return _Hit((pid,), at=self._wall() + _SELF_SECONDS)
 
     def _later(self, work: Any) -> None:
         task = asyncio.create_task(_unless_gone(work), name="fault")
@@ -382,14 +394,6 @@ def refused(what: str) -> FaultRefused:
 
 def impossible(fault: Fault, why: str) -> FaultRefused:
     return FaultRefused(f"{fault} can't happen here: {why}", what="impossible")
-
-
-def _send(fault: Fault, processes: Sequence[psutil.Process], number: signal.Signals) -> _Hit:
-    """Raises `FaultRefused` if there are no such processes."""
-    hit = [process.pid for process in processes if _signal(process, number)]
-    if not hit:
-        raise impossible(fault, "it has no such process")
-    return _Hit(hit)
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> bool:
