@@ -78,7 +78,8 @@ _ANSWER_SECONDS = 10.0  # for what a supervisor can tell at once; one that can't
 # Ray has one connection per process, which several pools of the process share.
 _connecting = threading.Lock()
 _users = 0
-_own = False
+_own = False  # whether this process started the cluster
+_made = False  # whether the connection was made here, and not by whoever uses pools
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def connect(address: str | None, dashboard: bool) -> RaySession:
 
 
 def _connect(address: str | None, dashboard: bool) -> RaySession:
-    global _users, _own
+    global _users, _own, _made
     if ray.is_initialized():
         _users += 1
         return RaySession(_own, "")
@@ -123,18 +124,22 @@ def _connect(address: str | None, dashboard: bool) -> RaySession:
             "the cluster runs (`ray status`) and that RAY_AUTH_TOKEN matches; without it, check "
             "free memory and /dev/shm."
         ) from error
-    _users, _own = _users + 1, own
+    _users, _own, _made = _users + 1, own, True
     url = context.dashboard_url
     return RaySession(own, f"http://{url}" if url else "")
 
 
 def disconnect(session: RaySession) -> None:
-    """Leave Ray; the last one out ends the cluster if this process started it."""
-    global _users
+    """Leave Ray, if it was joined here; the last one out ends a cluster that was started here.
+
+    A process that stayed would be ended with the cluster, without a word.
+    """
+    global _users, _made
     with _connecting:
         _users = max(_users - 1, 0)
-        if session.local and not _users and ray.is_initialized():
+        if (session.local or _made) and not _users and ray.is_initialized():
             ray.shutdown()
+            _made = False
 
 
 def cluster_address() -> str:

@@ -60,6 +60,9 @@ class AnsweringPolicy:
     wait_when_full: bool
 
 
+_LOST_RATIO = 4  # so many connections may be lost for each attempt that may fail
+
+
 def next_action(
     policy: AnsweringPolicy,
     model: str,
@@ -128,7 +131,11 @@ def next_action(
 def _stop(policy: AnsweringPolicy, failures: Sequence[Failure]) -> GiveUp | None:
     if policy.level is Level.NONE:
         return GiveUp("level none recovers from nothing")
-    if len(failures) >= policy.attempts_max:
+    # What a browser did may be the operation's doing, and each attempt may cost another browser.
+    # A lost connection never is: those of a node that dies may be several in a row.
+    may_be_its_doing = [failure for failure in failures if not _left_whole(failure)]
+    lost = len(failures) - len(may_be_its_doing)
+    if len(may_be_its_doing) >= policy.attempts_max or lost >= _LOST_RATIO * policy.attempts_max:
         return GiveUp(f"{len(failures)} attempts failed")
     last = failures[-1]
     if _reported(last) and any(
