@@ -289,6 +289,8 @@ class ChaosRunner:
     async def _until_noticed(self) -> None:
         """Wait until the supervisor knows of the last fault, if it must come to know."""
         made = [record.injected for record in self.progress.faults if record.injected is not None]
+        if made and made[-1].fault.kind is FaultKind.FULL_DISK and made[-1].until is not None:
+            await asyncio.sleep(made[-1].until - time.time())  # nothing could be logged meanwhile
         if not made or not made[-1].fault.dose.noticed:
             return
         quiet = made[-1].fault.dose.quiet

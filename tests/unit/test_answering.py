@@ -117,6 +117,14 @@ def test_attempts_are_bounded():
     assert decide(attempts=attempts, hosts=hosts) == GiveUp("3 attempts failed")
 
 
+def test_lost_connections_are_no_operations_doing_and_bounded_on_their_own():
+    hosts = [host_status("a"), host_status("b")]
+    several = [dropped(A), dropped(B), dropped(B), crashed(HostRef("c", 0))]  # a node died, say
+    assert isinstance(decide(attempts=several, hosts=hosts), Send)
+    assert isinstance(decide(attempts=[dropped(A)] * 11, hosts=hosts), Send)
+    assert decide(attempts=[dropped(A)] * 12, hosts=hosts) == GiveUp("12 attempts failed")
+
+
 def test_being_busy_is_no_failed_attempt():
     busy = [Attempt(A, None)] * 50
     assert isinstance(decide(attempts=busy, hosts=[host_status("a")]), Send)
