@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from actors.faults import crash_tab
 from pool.bundles import read_bundle
 from pool.chaos.breakable import chaos_pool
 from pool.chaos.records import ChaosRun, read_run
@@ -101,22 +100,23 @@ def test_bundle_of_a_failure_tells_what_was_known_and_is_replayed(tmp_path: Path
     path = tmp_path / "failure.zip"
 
     async def fail() -> None:
-        async with pool_of({"chrome": 1}, tmp_path, level="medium") as pool:
-            launch = (await pool.state()).launches["chrome-0"]
-            right = await pool.run_with_recovery("vad", "inference", FRAME)
-            crash_tab(launch, BrowserType.CHROME)
+        async with pool_of({"chrome": 1}, tmp_path, level="medium", faults=True) as pool:
+            too_large = Fault(FaultKind.MESSAGE_OVER_LIMIT, Intensity.MILD, "chrome-0")
+            await pool.inject_fault(too_large)
             result = await pool.run_with_recovery("vad", "inference", FRAME, level="none")
-            assert right.success
             assert not result.success
             await pool.bundle(result, FRAME, path, with_data=True)
 
     asyncio.run(fail())
     bundle = read_bundle(path)
-    assert bundle.facts["result"]["original_error"].startswith("crash")
+    assert bundle.facts["result"]["original_error"].startswith("api_error")
     assert bundle.facts["operation"]["inputs"]["input"]["shape"] == [1, 512]
     events = [json.loads(line) for line in bundle.files["events.jsonl"].splitlines()]
-    assert "browser_failed" in {event["type"] for event in events}
+    assert "model_loaded" in {event["type"] for event in events}
     assert "telemetry.json" in bundle.files
+    assert bundle.files["browsers/chrome-0.png"].startswith(b"\x89PNG")
+    frames = json.loads(bundle.files["browsers/chrome-0.json"])["frames"]
+    assert [frame[2] for frame in frames[-2:]] == ["run", "error"]
     done = CliRunner().invoke(app, ["replay", str(path)])
     assert done.exit_code == 0, done.output
     assert "answered" in done.output
