@@ -281,13 +281,12 @@ async function step(ort, entry, order, tensors) {
   return answer;
 }
 
-async function take(entry, { what, ...order }, tensors) {
+async function take(ort, entry, { what, ...order }, tensors) {
   if (what === "forget") {
     const kept = entry.sequences.get(order.sequence);
     if (kept && order.fence >= kept.fence) drop(entry, order.sequence); // else rebuilt here since
     return { outputs: {}, inPageMs: 0 };
   }
-  const ort = await runtime(entry.backend);
   if (what === "restore") {
     restore(ort, entry, order, tensors);
     return { outputs: {}, inPageMs: 0 };
@@ -295,14 +294,34 @@ async function take(entry, { what, ...order }, tensors) {
   return step(ort, entry, order, tensors);
 }
 
-// A lost device never comes back by itself, and every session on it is lost, too.
+// A lost device never comes back by itself, and every session on it is lost, too. To run one all the
+// same may never return, and then nobody hears of the loss.
+const LOSS_MS = 20; // that the event of a loss may come after the error that it causes
+const lost = new Map(); // runtime -> why
 const watched = new WeakSet();
 async function watchDevice(ort) {
   const device = await ort.env.webgpu?.device;
   if (!device || watched.has(device)) return;
   watched.add(device);
   const { reason, message } = await device.lost;
+  lost.set(ort, { reason, message });
   self.postMessage({ kind: "device_lost", reason, message });
+}
+
+async function onDevice(backend, work) {
+  const ort = await runtime(backend);
+  const refuseIfLost = () => {
+    const why = lost.get(ort);
+    if (why) throw new Refusal("device_lost", `the device is lost: ${why.message}`, { device_lost: why });
+  };
+  refuseIfLost();
+  try {
+    return await work(ort);
+  } catch (error) {
+    if (backend === "webgpu") await new Promise((next) => { setTimeout(next, LOSS_MS); });
+    refuseIfLost();
+    throw error;
+  }
 }
 
 // Create a session and run it on the warm-up inputs until its time settles or the budget is spent.
@@ -453,9 +472,8 @@ async function handle(frame, socket) {
       const entry = models.get(body.model);
       if (!entry) return { kind: "error", body: { what: "not_loaded", message: body.model } };
       befall();
-      const { outputs, inPageMs } = body.stage
-        ? await take(entry, body.stage, tensors)
-        : await run(await runtime(entry.backend), entry.session, tensors);
+      const { outputs, inPageMs } = await onDevice(entry.backend, (ort) => (
+        body.stage ? take(ort, entry, body.stage, tensors) : run(ort, entry.session, tensors)));
       return { kind: "result", tensors: lied(body.model, outputs), body: { inPageMs } };
     }
     case "fault":
