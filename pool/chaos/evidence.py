@@ -38,8 +38,9 @@ class Seen:
     `processes`: of each that was hit, "gone", "stopped", "limited" (the kernel lets it grow no
     more), "mute" (it may write no byte) or "there". `noticed`: of its target, from then on.
     `grown_bytes`: of the browser's processes meanwhile. `answers`: what operations got there, in
-    words such as "wrong" or a failure's fact. `skew_seconds`: how far the supervisor's clock is
-    ahead, None if nobody could tell. `term_after`: the supervisor's, `term_before` it.
+    words such as "wrong" or a failure's fact. `skew_seconds`: by how much the supervisor's clock is
+    further ahead than before, None if nobody could tell. `term_before`, `term_after`: the
+    supervisor's.
     """
 
     processes: Mapping[int, str] = field(default_factory=dict)
@@ -124,7 +125,7 @@ def _heard(kind: FaultKind, seen: Seen) -> str:
 
 def _skew(how: Intensity, skew: float) -> str:
     ahead = CLOCK_STEP_SECONDS[how]
-    return f"the log's clock is {skew:.0f} s ahead" if abs(skew - ahead) < _SKEW_SECONDS else ""
+    return f"the log's clock jumped by {skew:.0f} s" if abs(skew - ahead) < _SKEW_SECONDS else ""
 
 
 def judged(injected: Injected, noticed: Sequence[Noticed]) -> bool:

@@ -96,6 +96,14 @@ class _Strike(NamedTuple):
     at: float
 
 
+class _Before(NamedTuple):
+    """How things were before a fault that changes them."""
+
+    term: int = 0
+    tree_bytes: int = 0
+    skew_seconds: float = 0.0
+
+
 class ChaosRunner:
     """A run on a pool that is open, with `workload` loaded.
 
@@ -154,7 +162,7 @@ class ChaosRunner:
             await asyncio.gather(timed, return_exceptions=True)
         whole = await self._whole(WHOLE_SECONDS)
         seconds = time.monotonic() - self._began
-        await asyncio.gather(*self._sampling)
+        beside = await asyncio.gather(*self._sampling, return_exceptions=True)
         self._took_memory(await self._memory_sample(plan.operations))
         await self._read_log()
         self._finish_faults()
@@ -170,6 +178,7 @@ class ChaosRunner:
             tuple(sorted(self.progress.faults, key=lambda fault: fault.number)),
             tuple(self._memory),
             repaired=whole,
+            notes=tuple(repr(error) for error in beside if isinstance(error, Exception)),
         )
 
     async def left_behind(self) -> tuple[str, ...]:
@@ -196,8 +205,8 @@ class ChaosRunner:
             result = await self._answer(question, op_id)
         except PoolBusy as error:
             refused = str(error)
-        except PoolError as error:  # whatever it is, an operation that raises has failed
-            refused, result = "", _failed(error, op_id, question)
+        except Exception as error:  # whatever it is, an operation that raises has failed
+            result = _failed(error, op_id, question)
         took = time.monotonic() - began
         record = OpRecord(
             number, op_id, question.model, str(question.type), began - self._began, took
@@ -305,20 +314,28 @@ class ChaosRunner:
                 return
             await asyncio.sleep(_SETTLE_POLL_SECONDS)
 
-    async def _before(self, due: Due) -> tuple[int, int]:
-        """The supervisor's term and the browser's memory, before a fault that changes these."""
-        if due.fault.kind is FaultKind.SUPERVISOR_DEATH:
-            return (await self._pool.control()).term, 0
-        if due.fault.kind is FaultKind.MEMORY_EXHAUSTION:
-            return 0, await self._tree_bytes(due.fault.target)
-        return 0, 0
+    async def _before(self, due: Due) -> _Before:
+        match due.fault.kind:
+            case FaultKind.SUPERVISOR_DEATH:
+                return _Before(term=(await self._pool.control()).term)
+            case FaultKind.MEMORY_EXHAUSTION:
+                return _Before(tree_bytes=await self._tree_bytes(due.fault.target))
+            case FaultKind.CLOCK_STEP:
+                return _Before(skew_seconds=await self._skew())
+        return _Before()
 
-    async def _watch(self, number: int, injected: Injected, before: tuple[int, int]) -> None:
+    async def _skew(self) -> float:
+        """How far the supervisor's clock is ahead of ours, by what it logs now."""
+        await self._have_something_logged()
+        await self._read_log()
+        return self._last_logged[0] - self._last_logged[1]
+
+    async def _watch(self, number: int, injected: Injected, before: _Before) -> None:
         """See what a fault did, with other eyes than those of whoever made it."""
         kind = injected.fault.kind
         grows = kind is FaultKind.MEMORY_EXHAUSTION
-        if kind in (FaultKind.FULL_DISK, FaultKind.CLOCK_STEP):
-            await self._have_something_logged()
+        if kind is FaultKind.FULL_DISK:
+            await self._have_something_logged()  # or not, which is the point
         delay = injected.at + (_GROWN_SECONDS if grows else 0.0) - time.time()
         await asyncio.sleep(max(delay, 0.01))
         processes = _states(injected)
@@ -335,23 +352,20 @@ class ChaosRunner:
         if kind is FaultKind.NODE_DEATH:
             await asyncio.to_thread(self._on_node_death)
 
-    async def _seen_by_others(
-        self, seen: Seen, injected: Injected, before: tuple[int, int]
-    ) -> Seen:
+    async def _seen_by_others(self, seen: Seen, injected: Injected, before: _Before) -> Seen:
         match injected.fault.kind:
             case FaultKind.SUPERVISOR_DEATH:
-                while (term := (await self._pool.control()).term) <= before[0]:  # noqa: ASYNC110
+                while (term := (await self._pool.control()).term) <= before.term:  # noqa: ASYNC110
                     await asyncio.sleep(_SETTLE_POLL_SECONDS)
-                return replace(seen, term_before=before[0], term_after=term)
+                return replace(seen, term_before=before.term, term_after=term)
             case FaultKind.MEMORY_EXHAUSTION:
-                grown = await self._tree_bytes(injected.target) - before[1]
+                grown = await self._tree_bytes(injected.target) - before.tree_bytes
                 return replace(seen, grown_bytes=grown)
             case FaultKind.TAB_HIDDEN:
                 found = await self._pool.examine(injected.target, screenshot=False)
                 return replace(seen, visibility=found.visibility)
             case FaultKind.CLOCK_STEP:
-                await self._read_log()
-                return replace(seen, skew_seconds=self._last_logged[0] - self._last_logged[1])
+                return replace(seen, skew_seconds=await self._skew() - before.skew_seconds)
         return seen
 
     async def _have_something_logged(self) -> None:
@@ -504,6 +518,8 @@ def is_whole(state: PoolState) -> bool:
     records = state.browsers.values()
     if any(record.repair is not None or record.phase in COMING for record in records):
         return False
+    if any(record.phase is Phase.GIVEN_UP and not record.replaced_by for record in records):
+        return False
     loading = (ModelPhase.LOADING,)
     serving = [record for record in records if record.phase is Phase.READY]
     return bool(serving) and not any(
@@ -570,14 +586,10 @@ def _strikes(number: int, result: Result) -> list[_Strike]:
     return found
 
 
-def _failed(error: PoolError, op_id: str, question: Question) -> Result:
+def _failed(error: Exception, op_id: str, question: Question) -> Result:
+    said, none = repr(error), ORDER[0]
     return Result(
-        op_id,
-        question.model,
-        question.op,
-        success=False,
-        level_effective=ORDER[0],
-        error=str(error),
+        op_id, question.model, question.op, success=False, level_effective=none, error=said
     )
 
 
