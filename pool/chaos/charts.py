@@ -15,11 +15,13 @@ from recovery.errors import SetupError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _DPI = 100
 _WIDTH = 10.0  # inches
 _GOOD, _BAD, _MARK = "#2a7f62", "#c0392b", "#34495e"
 _NOTICE_GOAL_MS = 20.0
+_OUTCOMES = {"passed": _GOOD, "failed": _BAD, "impossible": "#cccccc", "simulated": "#e0a030"}
 
 
 def draw_charts(run: ChaosRun, folder: Path) -> dict[str, str]:
@@ -27,16 +29,10 @@ def draw_charts(run: ChaosRun, folder: Path) -> dict[str, str]:
 
     Raises `SetupError` if matplotlib is not installed, and `OSError`.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SetupError("charts need matplotlib: pip install 'tabpool[charts]'") from error
     drawn: dict[str, str] = {}
     for title, name, draw in _CHARTS:
         rows = draw.__kwdefaults__["height"](run) if draw.__kwdefaults__ else 8
-        figure = Figure(figsize=(_WIDTH, 1.6 + 0.3 * rows), dpi=_DPI, layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = _figure(_WIDTH, 1.6 + 0.3 * rows)
         axes = figure.add_subplot()
         if draw(run, axes):
             axes.set_title(title, loc="left", fontsize=11)
@@ -44,6 +40,46 @@ def draw_charts(run: ChaosRun, folder: Path) -> dict[str, str]:
             figure.savefig(folder / name)
             drawn[title] = name
     return drawn
+
+
+def draw_grid(
+    rows: Sequence[str], columns: Sequence[str], outcomes: Mapping[tuple[str, str], str], path: Path
+) -> None:
+    """Draw what each cell of a table came to, as a coloured square with a legend.
+
+    Raises `SetupError` if matplotlib is not installed, and `OSError`.
+    """
+    figure = _figure(2.5 + 0.5 * len(columns), 2.6 + 0.3 * len(rows))
+    axes = figure.add_subplot()
+    for outcome, colour in _OUTCOMES.items():
+        places = [
+            (x, y)
+            for y, row in enumerate(rows)
+            for x, column in enumerate(columns)
+            if outcomes.get((row, column)) == outcome
+        ]
+        if places:
+            across, down = zip(*places, strict=True)
+            axes.scatter(across, down, marker="s", s=160, color=colour, label=outcome)
+    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.margins(0.08)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    figure.legend(frameon=False, loc="outside upper center", ncols=len(_OUTCOMES))
+    figure.savefig(path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SetupError("charts need matplotlib: pip install 'tabpool[charts]'") from error
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _kinds(run: ChaosRun) -> list[str]:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.binaries import installed_kinds
+from pool.chaos import charts
 from pool.chaos.breakable import chaos_pool
 from pool.chaos.records import ChaosRun
 from pool.chaos.runner import ChaosRunner, Plan
@@ -27,7 +28,7 @@ from pool.chaos.workload import Question, Source, Workload, known_sources, nativ
 from pool.config import BACKENDS
 from pool.pool import BrowserPool
 from pool.registry import read_model
-from recovery.errors import BadInput, PoolError
+from recovery.errors import BadInput, PoolError, SetupError
 from recovery.faults import FAULTS, Clock, Due, Fault, FaultKind, Intensity, Schedule
 from recovery.kinds import BrowserType, Level, ModelType, detect_browser_type
 from recovery.levels import BROWSERS_NEEDED
@@ -41,6 +42,7 @@ _QUICK_KINDS = (
     FaultKind.SOCKET_DROP,
     FaultKind.API_ERROR,
 )
+_PICTURE = "matrix.png"
 _FAULT_AT = 2  # the operation of a cell before which it is broken
 
 
@@ -132,7 +134,7 @@ def run(plan: MatrixPlan, console: Console, report: Path | None, *, as_json: boo
     if report is not None:
         report.mkdir(parents=True, exist_ok=True)
         (report / "matrix.json").write_text(json.dumps(plain, indent=1))
-        (report / "matrix.md").write_text(markdown(plan, cells))
+        (report / "matrix.md").write_text(markdown(plan, cells, picture(cells, report)))
         console.print(f"wrote {report / 'matrix.md'}", highlight=False, soft_wrap=True)
     return int(any(cell.outcome == "failed" for cell in cells))
 
@@ -343,14 +345,28 @@ def table_of(cells: Sequence[Cell]) -> Table:
     return table
 
 
-def markdown(plan: MatrixPlan, cells: Sequence[Cell]) -> str:
-    """The matrix as a document."""
+def picture(cells: Sequence[Cell], folder: Path) -> str:
+    """Draw the matrix; returns the file's name, "" if nothing is installed to draw with."""
+    rows = list(dict.fromkeys(cell.failure for cell in cells))
+    places = {cell: f"{cell.browser} {cell.model} {cell.platform}" for cell in cells}
+    columns = list(dict.fromkeys(places.values()))
+    outcomes = {(cell.failure, place): cell.outcome for cell, place in places.items()}
+    try:
+        charts.draw_grid(rows, columns, outcomes, folder / _PICTURE)
+    except SetupError:
+        return ""
+    return _PICTURE
+
+
+def markdown(plan: MatrixPlan, cells: Sequence[Cell], drawn: str = "") -> str:
+    """The matrix as a document. `drawn`: a picture of it, if there is one."""
     what = f"Seed {plan.seed}, level {plan.level}, strategy {plan.strategy}"
     lines = [
         "# Test matrix",
         "",
         f"{what}, {plan.operations} operations a cell. {summary_lines(cells)[0]}.",
         "",
+        *([f"![Outcomes]({drawn})", ""] if drawn else []),
         "| " + " | ".join(_COLUMNS) + " |",
         "|" + "---|" * len(_COLUMNS),
         *("| " + " | ".join(_row(cell)) + " |" for cell in cells),

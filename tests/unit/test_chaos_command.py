@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from pool.bundles import Bundle, described, write_bundle
 from pool.chaos.command import chaos_again, parse_faults
-from pool.chaos.matrix import Cell, MatrixPlan, judged, markdown, summary_lines
+from pool.chaos.matrix import Cell, MatrixPlan, judged, markdown, picture, summary_lines
 from pool.chaos.workload import source_of
 from pool.cli import app
 from recovery.errors import BadInput
@@ -73,7 +73,8 @@ def test_a_matrix_is_what_it_is_asked_for():
 
 
 def cell(**more):
-    return Cell("chrome", "text", "wasm", "tab_crash (severe)", "failed", **more)
+    told = {"browser": "chrome", "model": "text", "platform": "wasm", **more}
+    return Cell(failure="tab_crash (severe)", outcome="failed", **told)
 
 
 def test_a_cell_passes_only_if_all_of_it_is_true():
@@ -104,6 +105,11 @@ def test_the_matrix_says_what_failed_and_what_was_no_test():
     assert lines[0] == "1 failed, 1 simulated"
     assert "it died" in lines[1]
     assert "| edge | text | wasm | none | simulated |" in markdown(MatrixPlan(1), cells)
+
+
+def test_the_matrix_is_drawn(tmp_path):
+    cells = [cell(), Cell("edge", "text", "wasm", "none", "simulated"), cell(model="audio")]
+    assert (tmp_path / picture(cells, tmp_path)).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_bundle_is_described_before_anything_is_run(tmp_path):
