@@ -160,6 +160,7 @@ class ChaosRunner:
         finally:
             timed.cancel()
             await asyncio.gather(timed, return_exceptions=True)
+        await self._until_noticed()
         whole = await self._whole(WHOLE_SECONDS)
         seconds = time.monotonic() - self._began
         beside = await asyncio.gather(*self._sampling, return_exceptions=True)

@@ -15,8 +15,10 @@ import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 
+from actors.ray_actors import this_node
 from pool import BrowserPool, Result
 from pool.demo_models import kjv_llama_folder, silero_vad_path
+from recovery.faults import Fault, FaultKind, Injected, Intensity
 from recovery.pool_state import Phase
 from tests.browser.conftest import FRAME
 
@@ -34,6 +36,7 @@ async def story(cluster: Cluster, second: Any, folder: str) -> dict[str, Any]:
         lease=LEASE,
         hedge_seconds=0.5,
         state_dir=folder,
+        faults=True,
     ) as pool:
         await pool.load("vad", silero_vad_path(), example=FRAME)
         before = await pool.state()
@@ -50,6 +53,8 @@ async def story(cluster: Cluster, second: Any, folder: str) -> dict[str, Any]:
 
         writing = asyncio.create_task(write())
         killed, noticed = 0.0, 0.0
+        made: Injected | None = None
+        away = next(name for name, node in nodes.items() if node != this_node())
         results = []
 
         async def ask(number: int) -> None:
@@ -71,7 +76,7 @@ async def story(cluster: Cluster, second: Any, folder: str) -> dict[str, Any]:
             if number == OPERATIONS // 3:
                 killed = time.monotonic()
                 watching = asyncio.create_task(watch())
-                await asyncio.to_thread(cluster.remove_node, second, allow_graceful=False)
+                made = await pool.inject_fault(Fault(FaultKind.NODE_DEATH, Intensity.SEVERE, away))
         await asyncio.gather(*pending)
         over = True
         await writing
@@ -79,7 +84,16 @@ async def story(cluster: Cluster, second: Any, folder: str) -> dict[str, Any]:
         async with asyncio.timeout(4 * LEASE):
             await watching
         right = first.outputs["output"]
+        assert made is not None
+        raylets = [
+            int(process.pid) for kind, process in second.dead_processes() if kind == "raylet"
+        ]
+        state = await pool.control()
+        repairs = [*state.repairs, *filter(None, [state.browsers[away].repair])]
+        failures = [repair.failure for repair in repairs if repair.browser_id == away]
         return {
+            "raylet_killed": list(made.pids) == raylets,
+            "noticed_as": [str(failure.category) for failure in failures],
             "nodes": len(set(nodes.values())),
             "asked": OPERATIONS,
             "answered": sum(result.success for result in results),

@@ -23,6 +23,8 @@ def test_death_of_a_node_at_high_costs_no_operation(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()  # Ray writes there, too
     seen = json.loads(next(line for line in lines if line.startswith('{"nodes"')))
     assert seen["nodes"] == 2
+    assert seen["raylet_killed"]
+    assert seen["noticed_as"][:1] == ["crash"]
     assert seen["answered"] == seen["right"] == seen["asked"]
     assert seen["texts"] == seen["texts_right"] > 1
     assert seen["texts_struck"] >= 1
