@@ -490,6 +490,9 @@ class PoolSupervisor:
     async def memory(self) -> Mapping[str, int]:
         return await (await self._open()).memory()
 
+    async def node(self) -> str:
+        return this_node()
+
     async def pids(self) -> Mapping[str, int]:
         """The processes of the control plane, by what they are."""
         history = await self._history.pid() if self._history is not None else 0
@@ -816,6 +819,10 @@ class RaySupervisor:
     async def memory(self) -> Mapping[str, int]:
         memory: Mapping[str, int] = await self._call(lambda: self.actor.memory.remote())
         return memory
+
+    async def node(self) -> str:
+        """The id of the Ray node that it is on."""
+        return str(await self._call(lambda: self.actor.node.remote()))
 
     async def pids(self) -> Mapping[str, int]:
         pids: Mapping[str, int] = await self._call(lambda: self.actor.pids.remote())

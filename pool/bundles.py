@@ -215,6 +215,9 @@ def read_bundle(path: str | Path) -> Bundle:
             expected=FORMAT,
             got=facts.get("format") if isinstance(facts, dict) else None,
         )
+    for part in ("operation", "result", "model", "pool"):
+        if not isinstance(facts.get(part), dict):
+            raise BadInput(f"{path} is no failure bundle: it says nothing of its {part}")
     return Bundle(facts, inputs, files)
 
 

@@ -970,12 +970,14 @@ class BrowserPool:
         if FAULTS[fault.kind].place is Place.SUPERVISOR:
             return await supervisor.inject(fault)
         ref = self._serving(fault.target)
-        if fault.kind is FaultKind.NODE_DEATH and ref.node == ray_actors.this_node():
-            raise FaultRefused(
-                f"{fault}: {ref} is on the node of this client, and no pool outlives that. Give "
-                "the pool more nodes.",
-                what="impossible",
-            )
+        if fault.kind is FaultKind.NODE_DEATH:
+            ours = (ray_actors.this_node(), await supervisor.node())
+            if ref.node in ours:
+                raise FaultRefused(
+                    f"{fault}: {ref} is on the node of this client or of the supervisor, and no "
+                    "pool outlives that. Give the pool more nodes.",
+                    what="impossible",
+                )
         made = await routing.inject(ref, fault, gated=gated)
         assert made is not None
         return made

@@ -1,7 +1,7 @@
 """The test matrix: browsers x model types x platforms x failure types, a small run for each cell.
 
-One pool for each browser and platform; its cells follow one another in it, each with one fault at
-its beginning. A cell says what really happened: what can't be had here is "impossible", what native
+One pool for each browser, platform and model; its cells follow one another in it, each with one fault
+at its beginning. A cell says what really happened: what can't be had here is "impossible", what native
 onnxruntime answered in place of a browser is "simulated" and no success. This module must not break
 anything itself: `runner` has it done.
 """
@@ -146,10 +146,15 @@ async def _matrix(plan: MatrixPlan, console: Console) -> list[Cell]:
         if browser not in installed:
             cells += await _without(plan, browser, platform)
             continue
-        try:
-            cells += await _column(plan, console, browser, platform)
-        except PoolError as error:
-            cells += _all(plan, browser, platform, "impossible", f"{type(error).__name__}: {error}")
+        for model in plan.models:
+            done: list[Cell] = []
+            try:
+                await _column(plan, console, browser, platform, model, done)
+            except PoolError as error:
+                why = f"{type(error).__name__}: {error}"
+                rest = _all(replace(plan, models=(model,)), browser, platform, "impossible", why)
+                done += rest[len(done) :]
+            cells += done
     return cells
 
 
@@ -199,26 +204,23 @@ def _answered_natively(source: Source, operations: int) -> int:
     return operations
 
 
-async def _column(plan: MatrixPlan, console: Console, browser: str, platform: str) -> list[Cell]:
-    """All cells of one browser on one platform."""
-    cells: list[Cell] = []
-    count = max(BROWSERS_NEEDED[Level(plan.level)], 1)
-    sources = known_sources()
-    for model in plan.models:
-        pool = chaos_pool(
-            {browser: count},
-            level=plan.level,
-            strategy=plan.strategy,
-            backend=platform,
-            dashboard=False,
-        )
-        async with pool:
-            workload = Workload([sources[model]()])
-            await workload.load(pool)
-            for failure in _failures(plan):
-                console.print(f"{browser} {model} {platform} {_name(failure)} ...", highlight=False)
-                cells.append(await _cell(plan, pool, workload, browser, model, platform, failure))
-    return cells
+async def _column(
+    plan: MatrixPlan, console: Console, browser: str, platform: str, model: str, done: list[Cell]
+) -> None:
+    """All cells of one browser, platform and model, each added to `done` as it is."""
+    pool = chaos_pool(
+        {browser: max(BROWSERS_NEEDED[Level(plan.level)], 1)},
+        level=plan.level,
+        strategy=plan.strategy,
+        backend=platform,
+        dashboard=False,
+    )
+    async with pool:
+        workload = Workload([known_sources()[model]()])
+        await workload.load(pool)
+        for failure in _failures(plan):
+            console.print(f"{browser} {model} {platform} {_name(failure)} ...", highlight=False)
+            done.append(await _cell(plan, pool, workload, browser, model, platform, failure))
 
 
 async def _cell(

@@ -34,7 +34,8 @@ SECRET = "what nobody else may read"
 
 def facts(**more):
     inputs = {"text": described(SECRET), "x": described(np.ones((2, 3), np.float32))}
-    return {"format": 1, "operation": {"inputs": inputs}, **more}
+    parts = {"operation": {"inputs": inputs}, "result": {}, "model": {}, "pool": {}}
+    return {"format": 1, **parts, **more}
 
 
 def test_a_bundle_comes_back_as_it_was_written(tmp_path):
@@ -84,6 +85,9 @@ def test_what_is_no_bundle_is_refused(content, tmp_path):
         archive.writestr("bundle.json", '{"format": 99}')
     with pytest.raises(BadInput, match="another version"):
         read_bundle(tmp_path / "c.zip")
+    write_bundle(Bundle(facts(model="a model")), tmp_path / "d.zip")
+    with pytest.raises(BadInput, match="nothing of its model"):
+        read_bundle(tmp_path / "d.zip")
 
 
 def test_a_model_is_named_so_that_it_can_be_loaded_again(tmp_path):
