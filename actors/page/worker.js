@@ -439,10 +439,11 @@ function befall() {
   }
 }
 
+const ANSWERED_MS = 200; // within which the answer has left, on a slow machine, too
 async function fail({ what, ...how }, socket) {
   switch (what) {
     case "lie": lie = { left: how.times, ...how }; break;
-    case "loop": setTimeout(() => { for (;;); }, 20); break; // once this is answered
+    case "loop": setTimeout(() => { for (;;); }, ANSWERED_MS); break;
     case "hold": {
       let held = hold(how.bytes);
       setTimeout(() => { held = null; }, how.seconds * 1000, held);
@@ -451,7 +452,7 @@ async function fail({ what, ...how }, socket) {
     case "destroy": how.times ? armed.destroy = how.times : await destroyDevice(); break;
     case "exhaust": armed.exhaust = how.times; break;
     case "tooLarge": armed.tooLarge = how.times; break;
-    case "flood": setTimeout(() => socket.send(new Uint8Array(how.bytes)), 20); break;
+    case "flood": setTimeout(() => socket.send(new Uint8Array(how.bytes)), ANSWERED_MS); break;
     default: return { kind: "error", body: { what: "unknown_kind", message: what } };
   }
   return { kind: "faulted" };

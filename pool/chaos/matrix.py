@@ -1,9 +1,9 @@
 """The test matrix: browsers x model types x platforms x failure types, a small run for each cell.
 
-One pool for each browser, platform and model; its cells follow one another in it, each with one fault
-at its beginning. A cell says what really happened: what can't be had here is "impossible", what native
-onnxruntime answered in place of a browser is "simulated" and no success. This module must not break
-anything itself: `runner` has it done.
+One pool for each browser, platform and model; its cells follow one another in it, each with one
+fault at its beginning. A cell says what really happened: what can't be had here is "impossible",
+what native onnxruntime answered in place of a browser is "simulated" and no success. This module
+must not break anything itself: `runner` has it done.
 """
 
 from __future__ import annotations
