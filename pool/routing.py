@@ -181,10 +181,11 @@ class Routing:
     ) -> RunReply | None:
         """Have `ref` run an operation: over the data plane if it is on this node, else by Ray.
 
-        None if the table no longer has it. Raises `BrowserLost`.
+        None if the table no longer has it, or this client has left: a call through Ray would then
+        connect to it anew, and wait for a cluster that may be gone. Raises `BrowserLost`.
         """
         host = self._hosts.get(ref)
-        if host is None:
+        if host is None or self.gone is not None:
             return None
         try:
             with self._sending(ref):

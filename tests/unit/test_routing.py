@@ -268,6 +268,15 @@ async def test_link_is_let_go_when_its_host_left_the_table():
         assert routing._links.open_now() == routing._tokens == {}
 
 
+async def test_who_has_left_asks_nobody_any_more():
+    host = serving_host()
+    async with worker(host) as (_, at), routed(at) as (routing, _):
+        (status,) = routing.candidates()
+        await routing.stop()
+        assert await routing.run(status.ref, request(status.ref), X) is None
+    assert host.runs == 0
+
+
 async def test_long_order_ends_when_the_supervisor_is_given_up():
     async with routed() as (routing, tables):
         never = asyncio.create_task(routing.unless_gone(asyncio.Event().wait()))
