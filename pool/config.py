@@ -58,7 +58,7 @@ class PoolConfig:
     strategy: str = "progressive"  # the order of recovery actions, see `recovery.plan`
     strict: bool = True  # refuse to start rather than run below `level`
     max_connections: int = 32  # browsers at most, over all types
-    max_recovery_attempts: int = 3  # failed attempts, or 4 times as many lost connections, at most
+    max_recovery_attempts: int = 3  # failed attempts; of lost connections and workers 4 times that
     headless: bool = True  # False shows the browsers' windows
     backend: str = "auto"  # or "wasm", "webgpu", "webnn": forced for every model
     threads: int = 1  # wasm threads of each session; more helps few browsers on many cores

@@ -60,7 +60,7 @@ class AnsweringPolicy:
     wait_when_full: bool
 
 
-_LOST_RATIO = 4  # so many connections may be lost for each attempt that may fail
+_LOST_RATIO = 4  # so many connections and workers may be lost for each attempt that may fail
 
 
 def next_action(
@@ -132,8 +132,8 @@ def _stop(policy: AnsweringPolicy, failures: Sequence[Failure]) -> GiveUp | None
     if policy.level is Level.NONE:
         return GiveUp("level none recovers from nothing")
     # What a browser did may be the operation's doing, and each attempt may cost another browser.
-    # A lost connection never is: those of a node that dies may be several in a row.
-    may_be_its_doing = [failure for failure in failures if not _left_whole(failure)]
+    # The loss of a connection or of a worker is not: a node that dies costs several at once.
+    may_be_its_doing = [f for f in failures if not (_left_whole(f) or _worker_lost(f))]
     lost = len(failures) - len(may_be_its_doing)
     if len(may_be_its_doing) >= policy.attempts_max or lost >= _LOST_RATIO * policy.attempts_max:
         return GiveUp(f"{len(failures)} attempts failed")
@@ -158,6 +158,10 @@ def _reported(failure: Failure) -> bool:
     """Whether a host that lives on said that this operation does not work."""
     reports = (Category.API_ERROR, Category.INTERNAL_ERROR)
     return failure.category in reports and failure.scope is Scope.OPERATION
+
+
+def _worker_lost(failure: Failure) -> bool:
+    return failure.evidence.get("what") == "worker_exited"
 
 
 def _left_whole(failure: Failure) -> bool:

@@ -12,7 +12,7 @@ from pool.pool import BrowserPool
 from recovery.supervision import RestartLimit
 
 _LEASE_SECONDS = 10.0
-_HANG_SECONDS = 3.0  # with WASM an operation of these models takes a tenth of that ...
+_HANG_SECONDS = 8.0  # with WASM these models take 0.5 s, and more while browsers restart ...
 _HANG_SECONDS_ELSEWHERE = 30.0  # ... but a WebGPU in software may take long to compile its shaders
 _LAUNCH_SECONDS = 30.0
 _MESSAGE_BYTES = 16 << 20

@@ -117,10 +117,11 @@ def test_attempts_are_bounded():
     assert decide(attempts=attempts, hosts=hosts) == GiveUp("3 attempts failed")
 
 
-def test_lost_connections_are_no_operations_doing_and_bounded_on_their_own():
+def test_lost_connections_and_workers_are_no_operations_doing_and_bounded_on_their_own():
     hosts = [host_status("a"), host_status("b")]
-    several = [dropped(A), dropped(B), dropped(B), crashed(HostRef("c", 0))]  # a node died, say
-    assert isinstance(decide(attempts=several, hosts=hosts), Send)
+    gone = failure(Category.CRASH, ref=A, evidence={"what": "worker_exited"})
+    several = [dropped(B), Attempt(A, gone), Attempt(A, gone), crashed(HostRef("c", 0))]
+    assert isinstance(decide(attempts=several, hosts=hosts), Send), "a node died, say"
     assert isinstance(decide(attempts=[dropped(A)] * 11, hosts=hosts), Send)
     assert decide(attempts=[dropped(A)] * 12, hosts=hosts) == GiveUp("12 attempts failed")
 
