@@ -288,6 +288,8 @@ class ChaosRunner:
         if due.fault.kind is FaultKind.CLOCK_STEP:
             ahead = CLOCK_STEP_SECONDS[due.fault.intensity]
             self._steps_of_clock.append(self._steps_of_clock[-1] + ahead)
+        elif due.fault.kind is FaultKind.SUPERVISOR_DEATH:
+            self._steps_of_clock.append(0.0)  # the next one's clock is right again
         engine = self._engines.get(injected.target, "")
         self.progress.faults.append(
             replace(record, outcome="unseen", injected=injected, engine=engine)
