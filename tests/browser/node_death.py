@@ -92,9 +92,9 @@ async def story(cluster: Cluster, second: Any, folder: str) -> dict[str, Any]:
         repairs = [*state.repairs, *filter(None, [state.browsers[away].repair])]
         failures = [repair.failure for repair in repairs if repair.browser_id == away]
         return {
+            "nodes": len(set(nodes.values())),
             "raylet_killed": list(made.pids) == raylets,
             "noticed_as": [str(failure.category) for failure in failures],
-            "nodes": len(set(nodes.values())),
             "asked": OPERATIONS,
             "answered": sum(result.success for result in results),
             "right": sum(
