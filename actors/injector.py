@@ -212,7 +212,7 @@ class BrowserFailureInjector:
             case FaultKind.WORKER_DEATH:
                 return self._end_soon(os.getpid(), SIGNALS[how])
             case FaultKind.NODE_DEATH:
-                return self._end_soon(self._raylet_pid(fault), SIGNALS[how])
+                return self._end_node_soon(self._raylet_pid(fault), SIGNALS[how])
             case _:
                 raise impossible(fault, "nobody knows how")
         return _Hit()
@@ -321,6 +321,10 @@ class BrowserFailureInjector:
         asyncio.get_running_loop().call_later(_SELF_SECONDS, _kill, pid, number)
         return _Hit((pid,), at=self._wall() + _SELF_SECONDS)
 
+    def _end_node_soon(self, raylet: int, number: signal.Signals) -> _Hit:
+        asyncio.get_running_loop().call_later(_SELF_SECONDS, _end_node, raylet, number)
+        return _Hit((raylet,), at=self._wall() + _SELF_SECONDS)
+
     def _later(self, work: Any) -> None:
         task = asyncio.create_task(_unless_gone(work), name="fault")
         self._tasks.add(task)
@@ -402,6 +406,17 @@ def _signal(process: psutil.Process, number: signal.Signals) -> bool:
     except psutil.NoSuchProcess:
         return False
     return True
+
+
+def _end_node(raylet: int, number: signal.Signals) -> None:
+    """The raylet and what it started: workers would outlive it by many seconds. This one is last."""
+    with contextlib.suppress(psutil.Error):
+        node = psutil.Process(raylet)
+        below = [process for process in node.children(recursive=True) if process.pid != os.getpid()]
+        node.send_signal(number)
+        for process in below:
+            _signal(process, signal.SIGKILL)
+    _kill(os.getpid(), signal.SIGKILL)
 
 
 def _kill(pid: int, number: signal.Signals) -> None:

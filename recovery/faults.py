@@ -247,7 +247,7 @@ FAULTS: Mapping[FaultKind, Facts] = {
         )
     ),
     FaultKind.WORKER_DEATH: Facts(_signals("the browser's Ray worker", Level.MEDIUM)),
-    FaultKind.NODE_DEATH: Facts(_signals("the raylet of the browser's node", Level.HIGH)),
+    FaultKind.NODE_DEATH: Facts(_signals("the browser's raylet, and its workers die", Level.HIGH)),
     FaultKind.SUPERVISOR_DEATH: Facts(
         _signals("the supervisor's process", Level.MEDIUM, frozenset()), Place.SUPERVISOR
     ),
