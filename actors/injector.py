@@ -409,7 +409,7 @@ def _signal(process: psutil.Process, number: signal.Signals) -> bool:
 
 
 def _end_node(raylet: int, number: signal.Signals) -> None:
-    """The raylet and what it started: workers would outlive it by many seconds. This one is last."""
+    """The raylet and all it started: workers would outlive it by seconds. This one goes last."""
     with contextlib.suppress(psutil.Error):
         node = psutil.Process(raylet)
         below = [process for process in node.children(recursive=True) if process.pid != os.getpid()]
