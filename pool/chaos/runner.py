@@ -46,6 +46,9 @@ _EVENTS_MAX = 200_000  # of the control log that are kept for the account
 _SUPERVISOR_AWAY_SECONDS = 30.0
 
 
+_RAISED = (PoolError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a run is asked for. `settle`: wait until every browser is back before the next fault;
@@ -206,7 +209,7 @@ class ChaosRunner:
             result = await self._answer(question, op_id)
         except PoolBusy as error:
             refused = str(error)
-        except Exception as error:  # whatever it is, an operation that raises has failed
+        except _RAISED as error:  # whatever it is, an operation that raises has failed
             result = _failed(error, op_id, question)
         took = time.monotonic() - began
         record = OpRecord(
