@@ -765,7 +765,9 @@ class BrowserHost:
         """What is known of the page now, or was last, for whoever looks into a failure."""
         bridge, session = self._bridge, self._session
         picture = b""
-        if screenshot and session is not None and self._readiness is not Readiness.DEAD:
+        # WebKitGTK's driver never answers to that, and would be deaf to all else meanwhile.
+        seen = screenshot and self._kind is not BrowserType.SAFARI
+        if seen and session is not None and self._readiness is not Readiness.DEAD:
             with contextlib.suppress(BrowserLost, TimeoutError):
                 async with asyncio.timeout(_SCREENSHOT_SECONDS):
                     picture = await session.screenshot()
