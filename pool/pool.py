@@ -25,6 +25,7 @@ from actors.ray_actors import RayHistory, RayNative, RaySupervisor
 from actors.ray_metrics import ClientMetrics
 from actors.supervisor import ModelOrder, SupervisorConfig, Table
 from pool.answering import Rules, Simulate, Tensors
+from pool.bundles import collect, write_bundle
 from pool.components import READ, prepare_read, run_stages
 from pool.composing import Asking, Composition
 from pool.config import PoolConfig, backend_order
@@ -927,8 +928,6 @@ class BrowserPool:
         `with_data`. What can't be had any more (a dead page's screenshot) is left out. Raises
         `UnknownModel`, and `OSError` if the file can't be written.
         """
-        from pool.bundles import collect, write_bundle
-
         found = await collect(
             self,
             result,

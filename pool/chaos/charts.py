@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,20 +22,35 @@ _DPI = 100
 _WIDTH = 10.0  # inches
 _GOOD, _BAD, _MARK = "#2a7f62", "#c0392b", "#34495e"
 _NOTICE_GOAL_MS = 20.0
+_ROWS = 8  # of a chart that has none: as high as one with so many
 _OUTCOMES = {"passed": _GOOD, "failed": _BAD, "impossible": "#cccccc", "simulated": "#e0a030"}
 
 
-def draw_charts(run: ChaosRun, folder: Path) -> dict[str, str]:
-    """Draw what there is to draw; returns file names by title.
+def draw_charts(
+    run: ChaosRun, by_fault: Mapping[str, Mapping[str, Any]], folder: Path
+) -> dict[str, str]:
+    """Draw what there is to draw; returns file names by title. `by_fault`: as `report.summary` has
+    it.
 
     Raises `SetupError` if matplotlib is not installed, and `OSError`.
     """
     drawn: dict[str, str] = {}
-    for title, name, draw in _CHARTS:
-        rows = draw.__kwdefaults__["height"](run) if draw.__kwdefaults__ else 8
+    drawings: Sequence[tuple[str, str, int, Callable[[Axes], bool]]] = (
+        (
+            "Operations struck by a fault, answered right",
+            "answered.png",
+            max(len(by_fault), 3),
+            partial(_answered, by_fault),
+        ),
+        ("Repair", "repaired.png", max(len(by_fault), 3), partial(_repaired, run)),
+        ("Notice", "noticed.png", max(len(by_fault), 3), partial(_noticed, run)),
+        ("Operations over time", "timeline.png", _ROWS, partial(_timeline, run)),
+        ("Memory of the control plane", "memory.png", _ROWS, partial(_memory, run)),
+    )
+    for title, name, rows, draw in drawings:
         figure = _figure(_WIDTH, 1.6 + 0.3 * rows)
         axes = figure.add_subplot()
-        if draw(run, axes):
+        if draw(axes):
             axes.set_title(title, loc="left", fontsize=11)
             axes.spines[["top", "right"]].set_visible(False)
             figure.savefig(folder / name)
@@ -82,14 +98,6 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _kinds(run: ChaosRun) -> list[str]:
-    return sorted({str(f.due.fault.kind) for f in run.faults if f.injected is not None})
-
-
-def _height(run: ChaosRun) -> int:
-    return max(len(_kinds(run)), 3)
-
-
 def _values(run: ChaosRun, value: Callable[[Any], float | None]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for fault in run.faults:
@@ -113,37 +121,26 @@ def _dots(axes: Axes, values: Mapping[str, Sequence[float]], label: str) -> bool
     return bool(values)
 
 
-def _answered(run: ChaosRun, axes: Axes, *, height: Any = _height) -> bool:
-    from pool.chaos.report import answered_right, share
-
-    ops = {op.number: op for op in run.operations}
-    rows = []
-    for kind in _kinds(run):
-        struck = [
-            ops[number]
-            for fault in run.faults
-            if str(fault.due.fault.kind) == kind
-            for number in fault.struck
-            if number in ops
-        ]
-        if struck:
-            rows.append((kind, share(sum(map(answered_right, struck)), len(struck))))
-    for row, (_, one) in enumerate(rows):
-        rate = 100 * one.of / one.n
-        axes.barh(row, rate, color=_GOOD if one.of == one.n else _BAD, height=0.6)
-        axes.plot([100 * one.low, 100 * one.high], [row, row], color="black", lw=1.2)
-    axes.set_yticks(range(len(rows)), [f"{kind} ({one.of} of {one.n})" for kind, one in rows])
+def _answered(by_fault: Mapping[str, Mapping[str, Any]], axes: Axes) -> bool:
+    rows = [(kind, one["right"]) for kind, one in by_fault.items() if one["right"]["n"]]
+    for row, (_, right) in enumerate(rows):
+        rate = 100 * right["of"] / right["n"]
+        axes.barh(row, rate, color=_GOOD if right["of"] == right["n"] else _BAD, height=0.6)
+        axes.plot([100 * right["low"], 100 * right["high"]], [row, row], color="black", lw=1.2)
+    axes.set_yticks(
+        range(len(rows)), [f"{kind} ({right['of']} of {right['n']})" for kind, right in rows]
+    )
     axes.set_xlim(0, 101)
     axes.set_xlabel("per cent of struck operations answered right; the line is the 95 % interval")
     return bool(rows)
 
 
-def _repaired(run: ChaosRun, axes: Axes, *, height: Any = _height) -> bool:
+def _repaired(run: ChaosRun, axes: Axes) -> bool:
     values = _values(run, lambda fault: fault.repair_seconds)
     return _dots(axes, values, "seconds until the browser, or another in its place, was back")
 
 
-def _noticed(run: ChaosRun, axes: Axes, *, height: Any = _height) -> bool:
+def _noticed(run: ChaosRun, axes: Axes) -> bool:
     values = _values(run, lambda fault: fault.noticed_ms)
     axes.axvline(_NOTICE_GOAL_MS, color=_GOOD, lw=1, ls="--")
     return _dots(axes, values, "milliseconds until it was noticed (dashed: 20 ms)")
@@ -178,12 +175,3 @@ def _memory(run: ChaosRun, axes: Axes) -> bool:
     if names:
         axes.legend(frameon=False)
     return bool(names)
-
-
-_CHARTS: Sequence[tuple[str, str, Callable[..., bool]]] = (
-    ("Operations struck by a fault, answered right", "answered.png", _answered),
-    ("Repair", "repaired.png", _repaired),
-    ("Notice", "noticed.png", _noticed),
-    ("Operations over time", "timeline.png", _timeline),
-    ("Memory of the control plane", "memory.png", _memory),
-)

@@ -23,6 +23,7 @@ from actors.binaries import installed_kinds
 from pool.chaos import charts
 from pool.chaos.breakable import chaos_pool
 from pool.chaos.records import ChaosRun
+from pool.chaos.report import table
 from pool.chaos.runner import ChaosRunner, Plan
 from pool.chaos.workload import Question, Source, Workload, known_sources, native_answer
 from pool.config import BACKENDS
@@ -338,13 +339,13 @@ def _row(cell: Cell) -> tuple[str, ...]:
 
 def table_of(cells: Sequence[Cell]) -> Table:
     """The matrix, a row a cell."""
-    table = Table(title="noticed after (ms), repaired after (s)")
+    shown = Table(title="noticed after (ms), repaired after (s)")
     for column in _COLUMNS:
-        table.add_column(column)
+        shown.add_column(column)
     styles: Mapping[str, str] = {"failed": "red", "passed": "green"}
     for cell in cells:
-        table.add_row(*_row(cell), style=styles.get(cell.outcome, "dim"))
-    return table
+        shown.add_row(*_row(cell), style=styles.get(cell.outcome, "dim"))
+    return shown
 
 
 def picture(cells: Sequence[Cell], folder: Path) -> str:
@@ -369,9 +370,7 @@ def markdown(plan: MatrixPlan, cells: Sequence[Cell], drawn: str = "") -> str:
         f"{what}, {plan.operations} operations a cell. {summary_lines(cells)[0]}.",
         "",
         *([f"![Outcomes]({drawn})", ""] if drawn else []),
-        "| " + " | ".join(_COLUMNS) + " |",
-        "|" + "---|" * len(_COLUMNS),
-        *("| " + " | ".join(_row(cell)) + " |" for cell in cells),
+        *table(_COLUMNS, map(_row, cells)),
     ]
     told = [f"- {c.browser} {c.model} {c.platform} {c.failure}: {c.why}" for c in cells if c.why]
     return "\n".join([*lines, "", *told, ""])

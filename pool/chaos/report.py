@@ -260,15 +260,16 @@ def verdict(run: ChaosRun) -> list[tuple[str, bool]]:
 def write_report(run: ChaosRun, folder: Path) -> list[Path]:
     """Write run.json, plan.json, summary.json, charts and report.md. Raises `OSError`."""
     folder.mkdir(parents=True, exist_ok=True)
+    figures = summary(run)
     written = {
         "run.json": run.to_json(),
         "plan.json": run.schedule.to_json(),
-        "summary.json": json.dumps(summary(run), indent=1),
+        "summary.json": json.dumps(figures, indent=1),
     }
     drawn: Mapping[str, str] = {}
     note = ""
     try:
-        drawn = charts.draw_charts(run, folder)
+        drawn = charts.draw_charts(run, figures["by_fault"], folder)
     except SetupError:
         note = _CHART_FOLDER_NOTE
     written["report.md"] = markdown(run, drawn, note)

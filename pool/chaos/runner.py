@@ -154,7 +154,7 @@ class ChaosRunner:
         """All of it. The pool is left open, and is whole again if it can be."""
         plan = self._plan
         await self._look_at_browsers()
-        self._took_memory(await self._memory_sample(0))
+        self._memory.append(await self._memory_sample(0))
         self._began, self._began_at = time.monotonic(), time.time()
         numbers = iter(range(plan.operations))
         timed = asyncio.create_task(self._strike_in_time(), name="timed faults")
@@ -167,7 +167,7 @@ class ChaosRunner:
         whole = await self._whole(WHOLE_SECONDS)
         seconds = time.monotonic() - self._began
         beside = await asyncio.gather(*self._sampling, return_exceptions=True)
-        self._took_memory(await self._memory_sample(plan.operations))
+        self._memory.append(await self._memory_sample(plan.operations))
         await self._read_log()
         self._finish_faults()
         return ChaosRun(
@@ -497,10 +497,7 @@ class ChaosRunner:
 
     async def _sample(self, operations: int) -> None:
         with contextlib.suppress(PoolError):
-            self._took_memory(await self._memory_sample(operations))
-
-    def _took_memory(self, sample: MemorySample) -> None:
-        self._memory.append(sample)
+            self._memory.append(await self._memory_sample(operations))
 
     async def _memory_sample(self, operations: int) -> MemorySample:
         pids: dict[str, int] = {"client": os.getpid()}

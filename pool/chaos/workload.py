@@ -151,9 +151,6 @@ class Workload:
         self._questions: list[Question] = []
         self._expected: list[Expected] = []
 
-    def __len__(self) -> int:
-        return len(self._questions)
-
     def of(self, number: int) -> Question:
         """The question of operation `number`: each model has its turn."""
         return self._questions[number % len(self._questions)]
