@@ -116,7 +116,8 @@ def test_bundle_of_a_failure_tells_what_was_known_and_is_replayed(tmp_path: Path
     assert "telemetry.json" in bundle.files
     assert bundle.files["browsers/chrome-0.png"].startswith(b"\x89PNG")
     frames = json.loads(bundle.files["browsers/chrome-0.json"])["frames"]
-    assert [frame[2] for frame in frames[-2:]] == ["run", "error"]
+    own = [frame for frame in frames if bundle.facts["operation"]["op_id"] in frame[3]]
+    assert [frame[1:3] for frame in own] == [["to", "run"], ["from", "error"]]
     done = CliRunner().invoke(app, ["replay", str(path)])
     assert done.exit_code == 0, done.output
     assert "answered" in done.output
