@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from recovery.errors import SetupError
-from sharding.signature import ModelFile, ModelSpec
+from sharding.models.signature import ModelFile, ModelSpec
 
 MODELS = "/models/"  # what the request paths of models' files begin with
 

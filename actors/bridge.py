@@ -30,8 +30,8 @@ from tenacity import AsyncRetrying, RetryError, retry_if_exception_type
 from actors.assets import MODELS, Asset, index_html, model_assets, ort_version, static_assets
 from recovery.errors import BadFrame, BrowserLost, PageError
 from recovery.policies import PORT_FREES
-from sharding.frames import Frame, decode, encode
-from sharding.signature import ModelSpec
+from sharding.models.frames import Frame, decode, encode
+from sharding.models.signature import ModelSpec
 
 PROTOCOL = "tabpool.v1"
 _COOKIE = "tabpool"

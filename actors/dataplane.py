@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from actors.messages import RunReply, RunRequest
 from actors.relay import ROUTE, STEP, TO_CALLER, Relay
 from recovery.errors import BadFrame, BrowserLost, PoolError
-from sharding.frames import Frame, decode, encode
+from sharding.models.frames import Frame, decode, encode
 
 _LENGTH = struct.Struct("<Q")
 _OVERHEAD_BYTES = 1 << 20  # what a frame's header may add to its tensors

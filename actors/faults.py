@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 import psutil
 
 from actors.bridge import Bridge
+from actors.driver.processes import BrowserProcesses
 from actors.messages import LaunchReport
-from actors.processes import BrowserProcesses
 from recovery.errors import BadInput
 from recovery.kinds import BrowserType
 

@@ -1,6 +1,6 @@
 """The one writer of a pool's samples: takes them in at once, stores them in batches behind.
 
-A plain class, wrapped as a Ray actor in `actors.ray_actors`. Nobody waits for it: `add` only
+A plain class, wrapped as a Ray actor in `actors.ray.workers`. Nobody waits for it: `add` only
 fills the store's bounded buffer, and a thread writes. It must not judge what it stores.
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from recovery.errors import BadInput, PoolError
-from recovery.history import HistoryStore, HistoryUnavailable, PerformanceHistoryTracker
-from recovery.samples import Sample
+from recovery.history.samples import Sample
+from recovery.history.tracker import HistoryStore, HistoryUnavailable, PerformanceHistoryTracker
 
 _FLUSH_SECONDS = 1.0
 _ASKABLE = frozenset(
@@ -74,7 +74,7 @@ class HistoryKeeper:
         )
 
     async def query(self, sql: str, params: Sequence[Any] = ()) -> list[dict[str, Any]]:
-        """Rows of one SELECT over the tables and views of `recovery.history`."""
+        """Rows of one SELECT over the tables and views of `recovery.history.tracker`."""
         store = self._require()
         await asyncio.to_thread(store.flush)
         return await asyncio.to_thread(store.query, sql, list(params))

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple, Protocol
 
 import psutil
 
-from actors.binaries import Binaries
-from actors.processes import BrowserProcesses
+from actors.driver.binaries import Binaries
+from actors.driver.processes import BrowserProcesses
 from recovery.breaker import CircuitState
 from recovery.errors import BrowserError, FaultRefused
 from recovery.faults import (
@@ -80,7 +80,7 @@ class PageServer(Protocol):
 
 
 class Driven(Protocol):
-    """The browser's WebDriver session (`actors.session.Session`)."""
+    """The browser's WebDriver session (`actors.driver.session.Session`)."""
 
     async def reload(self) -> None: ...
     async def leave(self) -> None: ...

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from actors.arguments import Gpu
+from actors.driver.arguments import Gpu
 from recovery.breaker import BreakerConfig, Snapshot
 from recovery.failures import Failure
 from recovery.kinds import Backend, Readiness
 from recovery.records import BrowserFacts, HostRef, HostStatus, NumericId
 from recovery.resources import BrowserLoad, NodeLoad
-from sharding.stages import StepOrder
+from sharding.sequences.stages import StepOrder
 
 
 @dataclass(frozen=True)

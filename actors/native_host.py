@@ -2,7 +2,7 @@
 
 It answers operations as a browser host does and loads a model when it is first asked for it. A
 bounded number of models stays open, the least used goes. A plain class, wrapped as a Ray actor in
-`actors.ray_actors`. It must never be taken for a browser: its answers say `native`.
+`actors.ray.workers`. It must never be taken for a browser: its answers say `native`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from recovery.errors import PoolError
 from recovery.failures import categorize_browser_failure
 from recovery.kinds import Backend, Readiness
 from recovery.records import HostRef, HostStatus
-from sharding.native import NativeSession
-from sharding.signature import ModelSpec
+from sharding.models.native import NativeSession
+from sharding.models.signature import ModelSpec
 
 _MODELS_MAX = 4
 _NAME = "native"

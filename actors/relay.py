@@ -25,8 +25,8 @@ from recovery.errors import BrowserLost, CallerError
 from recovery.failures import Failure, categorize_browser_failure
 from recovery.records import HostRef
 from recovery.sequences import ELSEWHERE
-from sharding.frames import Array, Frame
-from sharding.stages import StepOrder
+from sharding.models.frames import Array, Frame
+from sharding.sequences.stages import StepOrder
 
 ROUTES_MAX = 1024  # of all sequences through one worker; the oldest goes
 ROUTE, ROUTED, STEP, COPY, DONE, FAILED = "route", "routed", "step", "copy", "done", "failed"

@@ -25,13 +25,13 @@ from recovery.breaker import (
     Breaker,
     BreakerConfig,
     CircuitBreaker,
+    CircuitBreakerRegistry,
     CircuitOpenError,
     Succeeded,
     admit,
     step,
     succeed,
 )
-from recovery.breakers import CircuitBreakerRegistry
 
 GOAL_US = 5.0
 EVERYTHING = BreakerConfig(

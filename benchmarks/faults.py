@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from actors.processes import BrowserProcesses
-from pool.demo_models import minilm_folder
-from pool.operations import EMBED
-from pool.registry import read_model
+from actors.driver.processes import BrowserProcesses
+from pool.models.bundled import minilm_folder
+from pool.models.registry import read_model
+from pool.operations.registry import EMBED
 from recovery.kinds import BrowserType
-from sharding.native import NativeSession
+from sharding.models.native import NativeSession
 
 _T = TypeVar("_T")
 _Array = np.ndarray[Any, Any]

@@ -28,19 +28,19 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from actors.binaries import find_binaries
-from actors.browser import host_settings
+from actors.browser.host import host_settings
+from actors.driver.binaries import find_binaries
+from actors.driver.processes import BrowserProcesses
 from actors.faults import wrong_answers
 from actors.messages import HostConfig
-from actors.processes import BrowserProcesses
 from benchmarks.faults import FAULTS, Fault, Question, make_question, struck
 from benchmarks.plain_selenium import PlainSelenium
 from benchmarks.report import Report, quantile, run
 from pool import BrowserPool
 from pool.results import Result
+from recovery.control import ModelPhase, Phase
 from recovery.errors import BadInput, BrowserError
 from recovery.kinds import BrowserType, Level
-from recovery.pool_state import ModelPhase, Phase
 from recovery.supervision import RestartLimit
 
 _BROWSERS: Mapping[str, Mapping[str, int]] = {

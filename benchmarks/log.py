@@ -22,11 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.report import Report, run
-from recovery.failures import Category, Failure, Scope, Severity
-from recovery.kinds import Backend, BrowserType, Level
-from recovery.log import Disk, Log, LogConfig
-from recovery.plan import STRATEGIES
-from recovery.pool_state import (
+from recovery.control import (
     Body,
     BrowserFailed,
     BrowserReady,
@@ -36,8 +32,12 @@ from recovery.pool_state import (
     ModelWanted,
     PoolOpened,
 )
+from recovery.failures import Category, Failure, Scope, Severity
+from recovery.kinds import Backend, BrowserType, Level
+from recovery.log.log import Disk, Log, LogConfig
+from recovery.log.segments import event_line
+from recovery.plan import STRATEGIES
 from recovery.records import BrowserFacts, HostRef, NumericId
-from recovery.segments import event_line
 from recovery.supervision import RestartLimit
 
 _REPLAYED = 100_000

@@ -29,8 +29,8 @@ from selenium.webdriver.chrome.service import Service as ChromeService
 from selenium.webdriver.firefox.service import Service as FirefoxService
 from urllib3.exceptions import HTTPError
 
-from actors.arguments import LaunchSettings
-from actors.binaries import Binaries
+from actors.driver.arguments import LaunchSettings
+from actors.driver.binaries import Binaries
 from recovery.kinds import BrowserType
 
 _SCRIPT_SECONDS = 30  # the same as a pool's `hang_seconds`

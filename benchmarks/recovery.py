@@ -32,10 +32,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from actors.binaries import find_binaries
-from actors.browser import host_settings
+from actors.browser.host import host_settings
+from actors.driver.binaries import find_binaries
+from actors.driver.processes import BrowserProcesses
 from actors.messages import HostConfig
-from actors.processes import BrowserProcesses
 from benchmarks.faults import ENGINES, FAULTS, Fault, Question, make_question, struck
 from benchmarks.plain_selenium import PlainSelenium
 from benchmarks.report import Report, quantile, run

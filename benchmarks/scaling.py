@@ -22,8 +22,8 @@ from rich.progress import Progress
 from benchmarks.faults import Question, make_question
 from benchmarks.report import Report, run
 from pool import BrowserPool
-from pool.demo_models import ocr_detector_path, silero_vad_path
-from recovery.pool_state import ModelPhase, Phase
+from pool.models.bundled import ocr_detector_path, silero_vad_path
+from recovery.control import ModelPhase, Phase
 
 _CALLERS = 8
 _MOST = 3

@@ -22,15 +22,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from actors.driver.profiles import cache_root
 from actors.faults import crash_tab, kill_process
-from actors.profiles import cache_root
 from benchmarks.report import Report, run
 from pool import BrowserPool, Result
-from pool.demo_models import kjv_llama_folder
+from pool.models.bundled import kjv_llama_folder
 from recovery.breaker import BreakerConfig
+from recovery.control import ModelPhase, Phase
 from recovery.errors import BadInput, SequenceLost
 from recovery.kinds import BrowserType
-from recovery.pool_state import ModelPhase, Phase
 from recovery.supervision import RestartLimit
 
 SHARDS = 3

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from actors.session import attach
+from actors.driver.session import attach
 from benchmarks.report import Report, quantile, run
 from pool import BrowserPool
 

@@ -4,7 +4,7 @@ from pool import BrowserPool
 """
 
 from pool.config import PoolConfig
-from pool.generating import GeneratedToken
+from pool.operations.generate import GeneratedToken
 from pool.pool import BrowserPool, PoolView
 from pool.repair import ProgressiveRecoveryManager, recover_browser
 from pool.results import RecoveryStep, Result

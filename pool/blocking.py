@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 if TYPE_CHECKING:
+    from pool.models.registry import ModelEntry
     from pool.pool import BrowserPool, PoolView
-    from pool.registry import ModelEntry
     from pool.results import Result
 
 _T = TypeVar("_T")

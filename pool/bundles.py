@@ -4,7 +4,7 @@ A bundle is a zip archive: `bundle.json` (operation, result, model, pool, versio
 chaos run), `events.jsonl` (the end of the control log), `telemetry.json`, and for each browser its
 console, the headers of its last frames and, if its page lives, a screenshot. Of what users sent,
 names, dtypes, shapes and hashes only, unless data was asked for (`inputs.npz`). This module must
-not run anything: `pool.replay_command` does.
+not run anything: `pool.commands.replay` does.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pool.doctor import machine
-from pool.registry import ModelEntry
+from pool.models.registry import ModelEntry
 from pool.results import Result
-from recovery import log
 from recovery.errors import BadInput, PoolError
-from sharding.manager import COMPONENT_BASED
-from sharding.manifest import MANIFEST_NAME
+from recovery.log import log
+from sharding.cutting.manager import COMPONENT_BASED
+from sharding.cutting.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from pool.config import PoolConfig

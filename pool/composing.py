@@ -1,8 +1,8 @@
 """One part of a model asked through the pool, and several parts asked for one answer.
 
 `Asking` takes a part (or a whole model) through the answering loop; `Composition` keeps the one
-account of an operation that asks several (`pool.components` says which, with what). This module
-must not choose a browser, and knows no operation's meaning.
+account of an operation that asks several (`pool.models.components` says which, with what). This
+module must not choose a browser, and knows no operation's meaning.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functools import partial
 
 from pool.answering import Answering, Question, Rules, Simulate, Tensors
 from pool.latency import Latencies
-from pool.registry import ModelEntry
+from pool.models.registry import ModelEntry
 from pool.results import Result
 from pool.routing import Routing
 from recovery.errors import CallerError, MessageTooLarge
@@ -27,8 +27,8 @@ from recovery.kinds import Level
 from recovery.levels import ORDER, REDUNDANT, held
 from recovery.records import HostRef
 from recovery.voting import Closeness
-from sharding.frames import Array, Frame, encoded_size
-from sharding.signature import ModelSpec
+from sharding.models.frames import Array, Frame, encoded_size
+from sharding.models.signature import ModelSpec
 
 _SUMMED = ("in_page_ms", "queue_ms", "bytes_in", "bytes_out", "attempts")
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from actors.arguments import Gpu
+from actors.driver.arguments import Gpu
 from actors.messages import HostConfig
 from recovery.breaker import BreakerConfig
 from recovery.errors import BadInput, LevelUnavailable

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from actors.arguments import Gpu
-from actors.browser import BrowserHost
+from actors.browser.host import BrowserHost
+from actors.driver.arguments import Gpu
 from actors.messages import HostConfig, LaunchOrder
 from pool.config import has_gpu
 from recovery.errors import PoolError, SetupError

@@ -19,17 +19,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from actors import ray_actors
 from actors.messages import Examination, LaunchReport, RunReply, RunRequest
-from actors.ray_actors import RayHistory, RayNative, RaySupervisor
-from actors.ray_metrics import ClientMetrics
-from actors.supervisor import ModelOrder, SupervisorConfig, Table
+from actors.ray import workers as ray_actors
+from actors.ray.metrics import ClientMetrics
+from actors.ray.workers import RayHistory, RayNative, RaySupervisor
+from actors.supervisor.supervisor import ModelOrder, SupervisorConfig, Table
 from pool.answering import Rules, Simulate, Tensors
 from pool.bundles import collect, write_bundle
-from pool.components import READ, prepare_read, run_stages
 from pool.composing import Asking, Composition
 from pool.config import PoolConfig, backend_order
-from pool.generating import (
+from pool.latency import Latencies
+from pool.models.components import READ, prepare_read, run_stages
+from pool.models.loading import Part, read_parts
+from pool.models.registry import ModelEntry, ModelRegistry, entry_from_plain, entry_to_plain
+from pool.models.tokens import TextEncoder, encoder_for
+from pool.operations.generate import (
     GENERATE,
     GeneratedToken,
     Generating,
@@ -37,17 +41,21 @@ from pool.generating import (
     SequenceView,
     prepare_generate,
 )
-from pool.latency import Latencies
-from pool.loading import Part, read_parts
-from pool.operations import OperationRegistry
+from pool.operations.registry import OperationRegistry
 from pool.recorder import Recorder
-from pool.registry import ModelEntry, ModelRegistry, entry_from_plain, entry_to_plain
 from pool.results import Result
 from pool.routing import Routing
 from pool.state_folders import hold, new_folder, state_root
 from pool.telemetry import telemetry
-from pool.tokens import TextEncoder, encoder_for
-from recovery.caretaking import first_names
+from recovery.control import (
+    ALIVE,
+    COMING,
+    BrowserRecord,
+    ModelPhase,
+    Phase,
+    PoolState,
+    Repair,
+)
 from recovery.errors import (
     BadInput,
     CallerError,
@@ -66,23 +74,15 @@ from recovery.failures import Failure
 from recovery.faults import FAULTS, Fault, FaultKind, Injected, Place
 from recovery.kinds import Backend, BrowserType, Level, ModelType, RecoveryLevel, Strategy
 from recovery.levels import BROWSERS_NEEDED, ORDER, held
+from recovery.maintenance import first_names
 from recovery.placement import Placing
 from recovery.plan import strategy_order
-from recovery.pool_state import (
-    ALIVE,
-    COMING,
-    BrowserRecord,
-    ModelPhase,
-    Phase,
-    PoolState,
-    Repair,
-)
 from recovery.records import HostRef, HostStatus
 from recovery.voting import Closeness
-from sharding.inputs import check_inputs
-from sharding.pipeline import PipelineRules, Rendezvous
-from sharding.signature import ModelSpec
-from sharding.stages import STAGE_MARK
+from sharding.models.inputs import check_inputs
+from sharding.models.signature import ModelSpec
+from sharding.sequences.pipeline import PipelineRules, Rendezvous
+from sharding.sequences.stages import STAGE_MARK
 
 _OP_ID_MAX = 128
 _WATCH_SECONDS_MAX = 5.0
@@ -378,10 +378,10 @@ class BrowserPool:
         `type` overrides what is detected, `backend` the pool's. `example` are inputs that suit
         the model: it is warmed with them, and probes compare what it makes of them; without,
         inputs are made up. With `shards` the model is cut by layer as `strategy` says (see
-        `sharding.partition`), and each browser loads a part; `path` may also be a folder that
-        `tabpool shard` made. With `strategy="component_based"` it is a folder of several models
-        that work together: each is loaded as `name@ITS_NAME` on a browser of its own, and can be
-        asked by that name, too. Returns when every browser has what it should, warm. Raises
+        `sharding.cutting.partition`), and each browser loads a part; `path` may also be a folder
+        that `tabpool shard` made. With `strategy="component_based"` it is a folder of several
+        models that work together: each is loaded as `name@ITS_NAME` on a browser of its own, and
+        can be asked by that name, too. Returns when every browser has what it should, warm. Raises
         `NotAModel` or `BadInput` before any browser is touched, `PageError` when no browser can
         load it, and `LevelUnavailable` when too few can.
         """
@@ -870,7 +870,7 @@ class BrowserPool:
         return statistics
 
     async def history(self, question: str, **options: Any) -> Any:
-        """Ask `recovery.history.PerformanceHistoryTracker`, by the name of its method."""
+        """Ask `recovery.history.tracker.PerformanceHistoryTracker`, by the name of its method."""
         self._require_open()
         if self._history is None:
             raise PoolClosed("this pool keeps no history (history=False, or it could not start)")

@@ -14,11 +14,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from pool.registry import ModelEntry
+from pool.models.registry import ModelEntry
 from pool.results import Result
 from recovery.errors import PoolError
+from recovery.history.samples import OperationSample, Sample
 from recovery.records import HostStatus
-from recovery.samples import OperationSample, Sample
 
 _HAND_ON_SECONDS = 0.5
 _HISTORY_SECONDS = 5.0  # for one batch

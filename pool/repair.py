@@ -11,10 +11,10 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from recovery.control import PoolState, Repair
 from recovery.errors import BadInput
 from recovery.failures import Failure, categorize_browser_failure
 from recovery.kinds import RecoveryLevel
-from recovery.pool_state import PoolState, Repair
 from recovery.records import HostRef, HostStatus
 
 

@@ -19,11 +19,11 @@ from actors.dataplane import DataLink
 from actors.links import Links
 from actors.messages import Examination, RunReply, RunRequest
 from actors.relay import Chain, Hop
-from actors.supervisor import Host, ModelOrder, Table
+from actors.supervisor.supervisor import Host, ModelOrder, Table
+from recovery.control import COMING, ModelPhase, Phase
 from recovery.errors import BrowserLost, PoolClosed, PoolError
 from recovery.faults import Fault, Injected
 from recovery.kinds import Readiness
-from recovery.pool_state import COMING, ModelPhase, Phase
 from recovery.records import HostRef, HostStatus
 
 _QUEUE_NEWS_SECONDS = 0.1  # a host that said it is full is asked again after this

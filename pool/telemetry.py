@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from recovery.pool_state import BrowserRecord, Repair
+from recovery.control import BrowserRecord, Repair
 
 if TYPE_CHECKING:
     from pool.pool import PoolView

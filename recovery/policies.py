@@ -1,7 +1,7 @@
 """Every retry policy of the project, as tenacity arguments, written once.
 
 A policy says when to stop and how long to wait; the caller adds what to retry on. Restarts of
-browsers are not here: they are decided event by event in `recovery.pool_state`.
+browsers are not here: they are decided event by event in `recovery.control.decide`.
 """
 
 from __future__ import annotations

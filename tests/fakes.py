@@ -1,6 +1,6 @@
 """Stand-ins for browsers, clocks and logs, with faults by script: by count, by gate, by call.
 
-Nothing here sleeps for luck. A `FakeHost` behaves as `actors.browser.BrowserHost` does towards
+Nothing here sleeps for luck. A `FakeHost` behaves as `actors.browser.host.BrowserHost` does towards
 its supervisor and its clients, without a browser; `in_virtual_time` runs a test on a loop whose
 clock jumps to the next timer, so that seconds cost nothing.
 """
@@ -26,20 +26,19 @@ from actors.messages import (
     RunRequest,
     Wear,
 )
-from actors.supervisor import MemoryLog, ModelOrder
-from recovery.breaker import CircuitState
-from recovery.breakers import BreakerKey
-from recovery.codec import as_logged
+from actors.supervisor.supervisor import MemoryLog, ModelOrder
+from recovery.breaker import BreakerKey, CircuitState
+from recovery.control import Event, PoolState
 from recovery.errors import BrowserLost, LaunchFailed, PageError, PoolError, StaleTerm
 from recovery.failures import Category, Failure, Scope, Severity, categorize_browser_failure
 from recovery.faults import Fault
 from recovery.kinds import Backend, BrowserType, ModelType, Readiness
-from recovery.pool_state import Event, PoolState
+from recovery.log.codec import as_logged
+from recovery.log.segments import LogUnavailable
 from recovery.records import BrowserFacts, HostRef, HostStatus, NumericId
 from recovery.resources import BrowserLoad, NodeLoad
-from recovery.segments import LogUnavailable
-from sharding.known_answers import KnownAnswer
-from sharding.signature import ModelSpec, TensorSpec, Tolerance
+from sharding.models.known_answers import KnownAnswer
+from sharding.models.signature import ModelSpec, TensorSpec, Tolerance
 
 FACTS = BrowserFacts(product="Fake", version="1")
 NUMERIC = NumericId("fake-ort", Backend.WASM)

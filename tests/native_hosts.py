@@ -18,9 +18,9 @@ from recovery.errors import PageError
 from recovery.failures import categorize_browser_failure
 from recovery.kinds import Backend, BrowserType, Readiness
 from recovery.records import HostRef, HostStatus, NumericId
-from sharding.native_stages import NativeStage
-from sharding.pipeline import StepReply
-from sharding.stages import Line, SequenceCaches, StepOrder
+from sharding.sequences.native_stages import NativeStage
+from sharding.sequences.pipeline import StepReply
+from sharding.sequences.stages import Line, SequenceCaches, StepOrder
 
 NUMERIC = NumericId("native", Backend.NATIVE)
 

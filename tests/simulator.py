@@ -31,21 +31,13 @@ import numpy as np
 import pool.answering
 import pool.routing
 from actors.messages import LaunchOrder, LaunchReport, RunReply, RunRequest
-from actors.supervisor import MemoryOrders, Supervisor, SupervisorConfig, Table
+from actors.supervisor.supervisor import MemoryOrders, Supervisor, SupervisorConfig, Table
 from pool.answering import Answering, Question, Rules
 from pool.results import Result
 from pool.routing import Routing
 from recovery.adjustments import adjust
 from recovery.answering import _reported
-from recovery.codec import decode, encode, state_from_plain, state_to_plain
-from recovery.errors import BrowserLost, LaunchFailed
-from recovery.failures import Failure
-from recovery.faults import CLOCK_STEP_SECONDS, FaultKind, Intensity, Schedule, read_schedule
-from recovery.faults import Clock as ScheduleClock
-from recovery.kinds import BrowserType, Level, Readiness, RecoveryLevel, Strategy
-from recovery.levels import BROWSERS_NEEDED, COPIES
-from recovery.plan import strategy_order
-from recovery.pool_state import (
+from recovery.control import (
     ALIVE,
     COMING,
     DEAD_MAX,
@@ -58,7 +50,15 @@ from recovery.pool_state import (
     PoolState,
     apply,
 )
-from recovery.segments import LogUnavailable
+from recovery.errors import BrowserLost, LaunchFailed
+from recovery.failures import Failure
+from recovery.faults import CLOCK_STEP_SECONDS, FaultKind, Intensity, Schedule, read_schedule
+from recovery.faults import Clock as ScheduleClock
+from recovery.kinds import BrowserType, Level, Readiness, RecoveryLevel, Strategy
+from recovery.levels import BROWSERS_NEEDED, COPIES
+from recovery.log.codec import decode, encode, state_from_plain, state_to_plain
+from recovery.log.segments import LogUnavailable
+from recovery.plan import strategy_order
 from recovery.supervision import RestartLimit
 from recovery.voting import QUORUM
 from tests.fakes import FakeHost, VirtualTimeLoop, order

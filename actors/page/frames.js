@@ -1,4 +1,4 @@
-// Frames in the safetensors layout, the page's side of sharding/frames.py: 8 bytes of header
+// Frames in the safetensors layout, the page's side of sharding/models/frames.py: 8 bytes of header
 // length, a JSON header padded to a multiple of 8, then raw little-endian tensor data. Tensors
 // lie in descending item size, so that each can be viewed in place. No number becomes text.
 

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from actors.binaries import installed_kinds
+from actors.driver.binaries import installed_kinds
 from pool.chaos import charts
 from pool.chaos.breakable import chaos_pool
 from pool.chaos.records import ChaosRun
@@ -27,8 +27,8 @@ from pool.chaos.report import table
 from pool.chaos.runner import ChaosRunner, Plan
 from pool.chaos.workload import Question, Source, Workload, known_sources, native_answer
 from pool.config import BACKENDS
+from pool.models.registry import read_model
 from pool.pool import BrowserPool
-from pool.registry import read_model
 from recovery.errors import BadInput, PoolError, SetupError
 from recovery.faults import FAULTS, Clock, Due, Fault, FaultKind, Intensity, Schedule
 from recovery.kinds import BrowserType, Level, ModelType, detect_browser_type

@@ -22,16 +22,16 @@ from pool.chaos.evidence import ENDS, GONE, STOPPED, Noticed, Seen, evidence, ju
 from pool.chaos.records import ChaosRun, FaultRecord, MemorySample, OpRecord
 from pool.chaos.workload import Question, Workload
 from pool.doctor import machine
-from pool.leftovers import Traces
+from pool.leaks import Traces
 from pool.pool import BrowserPool
 from pool.results import Result
-from recovery import log
+from recovery.control import COMING, ModelPhase, Phase, PoolState, Repair
 from recovery.errors import FaultRefused, PoolBusy, PoolError, SequenceLost
 from recovery.faults import CLOCK_STEP_SECONDS, Clock, Due, FaultKind, Injected, Place, Schedule
 from recovery.faults import FAULTS as KINDS
 from recovery.kinds import RecoveryLevel
 from recovery.levels import ORDER
-from recovery.pool_state import COMING, ModelPhase, Phase, PoolState, Repair
+from recovery.log import log
 
 WHOLE_SECONDS = 90.0  # that repairs may take before a fault happens all the same
 _ENDED_SECONDS = 3.0  # within which a process that was killed must be gone

@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from pool.demo_models import kjv_llama_folder, minilm_folder, ocr_folder, silero_vad_path
-from pool.operations import OperationRegistry
+from pool.models.bundled import kjv_llama_folder, minilm_folder, ocr_folder, silero_vad_path
+from pool.models.registry import ModelEntry
+from pool.models.tokens import encoder_for
+from pool.operations.registry import OperationRegistry
 from pool.pool import BrowserPool
-from pool.registry import ModelEntry
 from pool.results import Result
-from pool.tokens import encoder_for
 from recovery.errors import BadInput, InternalError, OperationFailed
 from recovery.kinds import Backend, ModelType
-from sharding.known_answers import varied_inputs
-from sharding.native import NativeSession
+from sharding.models.known_answers import varied_inputs
+from sharding.models.native import NativeSession
 
 Array = np.ndarray[Any, Any]
 PAGE = Path(__file__).parents[1] / "assets" / "page.npz"

@@ -15,21 +15,27 @@ import numpy as np
 import psutil
 import pytest
 
-from actors import ray_actors
-from actors.binaries import find_binaries
-from actors.browser import BrowserHost
+from actors.browser.host import BrowserHost
+from actors.driver.binaries import find_binaries
 from actors.messages import HostConfig, LaunchOrder, LaunchReport
+from actors.ray import workers as ray_actors
 from pool import BrowserPool
-from pool.demo_models import silero_vad_path
+from pool.models.bundled import silero_vad_path
+from recovery.control import ModelPhase, Phase
 from recovery.errors import BrowserMissing
 from recovery.kinds import BrowserType
-from recovery.pool_state import ModelPhase, Phase
 from recovery.records import HostRef
 from recovery.supervision import RestartLimit
 
 GONE_SECONDS = 5.0  # the promise: nothing outlives its owner by more
 ENGINES = (BrowserType.CHROME, BrowserType.FIREFOX, BrowserType.SAFARI)
-_MARKS = ("tabpool-profile-", "actors/warden.py", "chromedriver", "geckodriver", "WebKitWebDriver")
+_MARKS = (
+    "tabpool-profile-",
+    "actors/driver/reaper.py",
+    "chromedriver",
+    "geckodriver",
+    "WebKitWebDriver",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

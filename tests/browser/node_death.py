@@ -15,11 +15,11 @@ import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 
-from actors.ray_actors import this_node
+from actors.ray.workers import this_node
 from pool import BrowserPool, Result
-from pool.demo_models import kjv_llama_folder, silero_vad_path
+from pool.models.bundled import kjv_llama_folder, silero_vad_path
+from recovery.control import Phase
 from recovery.faults import Fault, FaultKind, Injected, Intensity
-from recovery.pool_state import Phase
 from tests.browser.conftest import FRAME
 
 LEASE = 8.0  # shorter ones are lost on a busy machine while browsers start

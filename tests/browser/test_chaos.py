@@ -20,7 +20,7 @@ from pool.chaos.records import ChaosRun, read_run
 from pool.chaos.report import verdict
 from pool.chaos.runner import ChaosRunner, Plan
 from pool.chaos.workload import Workload, source_of
-from pool.cli import app
+from pool.commands.main import app
 from recovery.errors import FaultRefused
 from recovery.faults import Due, Fault, FaultKind, Intensity, Schedule
 from recovery.kinds import BrowserType

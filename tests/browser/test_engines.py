@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.arguments import Gpu
-from actors.browser import BrowserHost
+from actors.browser.host import BrowserHost
+from actors.driver.arguments import Gpu
 from actors.messages import RunRequest
-from pool.demo_models import minilm_folder, ocr_detector_path, silero_vad_path
-from pool.registry import read_model
+from pool.models.bundled import minilm_folder, ocr_detector_path, silero_vad_path
+from pool.models.registry import read_model
 from recovery.errors import BrowserLost, LaunchFailed, PageError
 from recovery.kinds import Backend, BrowserType
 from recovery.records import HostRef
-from sharding.native import NativeSession
-from sharding.signature import ModelSpec
+from sharding.models.native import NativeSession
+from sharding.models.signature import ModelSpec
 from tests.browser.conftest import ENGINES, launched
 
 # WASM is the reference build; native onnxruntime has other kernels for the same float32 sums.

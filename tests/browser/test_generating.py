@@ -19,9 +19,9 @@ from actors.faults import crash_tab, kill_network, kill_process, wrong_answers
 from actors.messages import LaunchReport
 from pool import BrowserPool, Result
 from recovery.breaker import BreakerConfig
+from recovery.control import ModelPhase, Phase
 from recovery.errors import BadInput, SequenceLost
 from recovery.kinds import BrowserType
-from recovery.pool_state import ModelPhase, Phase
 from tests.browser.conftest import LIMIT, eventually, repaired, require
 from tests.unit.test_pipeline import DECODERS, PROMPT, reference
 

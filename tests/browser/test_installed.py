@@ -75,7 +75,7 @@ def test_doctor_says_in_json_what_this_machine_has(wheel_site: Path, tmp_path: P
 
 
 def test_doctor_fails_when_no_browser_is_usable(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pool.cli", "doctor", "--browsers", "firefox"]
+    command = [sys.executable, "-m", "pool.commands.main", "doctor", "--browsers", "firefox"]
     nowhere = {**os.environ, "TABPOOL_FIREFOX": str(tmp_path / "firefox")}
     done = subprocess.run(command, env=nowhere, cwd=_ROOT, capture_output=True, text=True)
     assert done.returncode == 1

@@ -15,16 +15,16 @@ import numpy as np
 import psutil
 import pytest
 
+from actors.driver.processes import page_processes
 from actors.faults import crash_tab, kill_process, wrong_answers
 from actors.messages import LaunchReport
-from actors.processes import page_processes
 from pool import BrowserPool, Result
-from pool.demo_models import silero_vad_path
+from pool.models.bundled import silero_vad_path
 from recovery.breaker import BreakerConfig
 from recovery.errors import LevelUnavailable
 from recovery.failures import Category
 from recovery.kinds import Backend, BrowserType, Level, Readiness
-from sharding.native import NativeSession
+from sharding.models.native import NativeSession
 from tests.browser.conftest import FRAME, eventually, pool_of, repaired, settled
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.chaos]

@@ -15,7 +15,7 @@ import pytest
 
 from actors.faults import kill_process
 from pool import BrowserPool
-from pool.demo_models import minilm_folder, ocr_folder
+from pool.models.bundled import minilm_folder, ocr_folder
 from recovery.errors import BadInput, NotAModel, UnknownModel
 from recovery.kinds import BrowserType
 from tests.browser.conftest import LIMIT, eventually, repaired, require

@@ -22,13 +22,13 @@ import pytest
 from actors.faults import crash_tab, kill_process
 from actors.messages import LaunchReport
 from pool import BrowserPool, Result
-from pool.demo_models import minilm_folder, silero_vad_path
-from pool.operations import EMBED
-from pool.registry import read_model
+from pool.models.bundled import minilm_folder, silero_vad_path
+from pool.models.registry import read_model
+from pool.operations.registry import EMBED
+from recovery.control import Phase
 from recovery.errors import BadInput, NotAModel, PoolBusy, PoolClosed, UnknownModel
 from recovery.kinds import BrowserType
-from recovery.pool_state import Phase
-from sharding.native import NativeSession
+from sharding.models.native import NativeSession
 from tests.browser.conftest import ENGINES, GONE_SECONDS, our_processes, require, wait_gone
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from actors.browser import BrowserHost
+from actors.browser.host import BrowserHost
 from actors.faults import crash_tab, drop_sockets, kill_network
 from actors.messages import HostEvent, LaunchOrder, LaunchReport, RunReply, RunRequest
 from recovery.breaker import BreakerConfig, CircuitState

@@ -18,11 +18,11 @@ import pytest
 
 from actors.faults import kill_network, kill_process
 from pool import BrowserPool, ProgressiveRecoveryManager, recover_browser
-from recovery import log
+from recovery.control import Phase
 from recovery.failures import Category, Failure, Scope, Severity
 from recovery.kinds import BrowserType, Readiness, RecoveryLevel
+from recovery.log import log
 from recovery.plan import register_strategy
-from recovery.pool_state import Phase
 from tests.browser.conftest import ENGINES, FRAME, eventually, pool_of, repaired, settled
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.chaos]
@@ -195,9 +195,9 @@ async def test_the_supervisor_is_killed_again_and_again_and_every_operation_is_a
 def the_log_tells(state_dir: Path) -> None:
     (folder,) = state_dir.glob("undying@*")
     assert log.verify(folder / "log").ok
-    command = [sys.executable, "-m", "pool.cli", "log", "show", "--state-dir", str(state_dir)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert shown.count("term_began") == _SUPERVISOR_KILLS
+    command = [sys.executable, "-m", "pool.commands.main", "log", "show", "--state-dir",
+    str(state_dir)] shown = subprocess.run(command, capture_output=True, text=True,
+    check=True).stdout assert shown.count("term_began") == _SUPERVISOR_KILLS
 
 
 def supervisor_pid(pool: str) -> int:

@@ -1,4 +1,6 @@
-"""A page takes steps by the same rules as `sharding.stages.SequenceCaches`, order for order."""
+"""A page takes steps by the same rules as `sharding.sequences.stages.SequenceCaches`, order for
+order.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ from actors.messages import RunRequest
 from recovery.errors import PageError
 from recovery.kinds import Backend, BrowserType
 from recovery.records import HostRef
-from sharding.cut import cut
-from sharding.native_stages import NativeStage
-from sharding.stages import DELTA, StepOrder, line_of_manifest, stage_specs
+from sharding.cutting.cut import cut
+from sharding.sequences.native_stages import NativeStage
+from sharding.sequences.stages import DELTA, StepOrder, line_of_manifest, stage_specs
 from tests.browser.conftest import ENGINES, launched
 from tests.unit.test_pipeline import DECODERS, PROMPT
 

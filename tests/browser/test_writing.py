@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pool.demo_models import kjv_llama_folder
+from pool.models.bundled import kjv_llama_folder
 from recovery.errors import SetupError
 from recovery.kinds import BrowserType
 from tests.browser.conftest import require
@@ -26,7 +26,7 @@ def test_text_goes_on_when_the_browser_of_a_stage_is_killed(tmp_path: Path) -> N
     for kind in (BrowserType.CHROME, BrowserType.FIREFOX):
         require(kind)
     options = "--browsers chrome=1,firefox=1 --shards 2 --max-new-tokens 16 --ignore-eos --kill 6"
-    command = [sys.executable, "-m", "pool.cli", "generate", "--json", *options.split()]
+    command = [sys.executable, "-m", "pool.commands.main", "generate", "--json", *options.split()]
     run = subprocess.run(
         command,
         env={**os.environ, "TABPOOL_STATE": str(tmp_path)},

@@ -8,8 +8,8 @@ from zipfile import ZipFile
 
 import pytest
 
-from actors.arguments import Gpu, LaunchSettings, default_settings
-from actors.binaries import find_binaries
+from actors.driver.arguments import Gpu, LaunchSettings, default_settings
+from actors.driver.binaries import find_binaries
 from recovery.adjustments import (
     ADJUSTMENTS,
     WITHOUT_EQUIVALENT,

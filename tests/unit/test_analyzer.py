@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from recovery.errors import BadInput, NotAModel
-from sharding import analyzer as module
-from sharding.analyzer import BYTES_PER_SECOND, ModelShardingAnalyzer
-from sharding.layers import find_boundaries
-from sharding.native import NativeSession
-from sharding.partition import Host, peak_bytes
+from sharding.cutting import analyzer as module
+from sharding.cutting.analyzer import BYTES_PER_SECOND, ModelShardingAnalyzer
+from sharding.cutting.layers import find_boundaries
+from sharding.cutting.partition import Host, peak_bytes
+from sharding.models.native import NativeSession
 from tests import models
 
 DECODERS = Path(__file__).parents[1] / "assets" / "decoders"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from actors.messages import RunReply
-from actors.supervisor import Supervisor, SupervisorConfig
+from actors.supervisor.supervisor import Supervisor, SupervisorConfig
 from pool.answering import Answering, Question, Rules
 from pool.results import Result
 from pool.routing import Routing

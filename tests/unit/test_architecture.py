@@ -18,12 +18,16 @@ ROOMS = ("benchmarks", "pool", "actors", "sharding", "recovery")  # each may imp
 PACKAGES = ROOMS[1:]
 # The only modules that may import each; scripts and benchmarks may import what they need.
 DOORS = {
-    "selenium": {"actors/session.py"},
-    "ray": {"actors/ray_actors.py", "actors/ray_cluster.py", "actors/ray_metrics.py"},
-    "onnx": {"sharding/cut.py", "sharding/graph.py", "sharding/signature.py"},
-    "onnxruntime": {"sharding/native.py"},
-    "duckdb": {"recovery/history.py"},
-    "tokenizers": {"pool/tokens.py"},
+    "selenium": {"actors/driver/session.py"},
+    "ray": {"actors/ray/workers.py", "actors/ray/cluster.py", "actors/ray/metrics.py"},
+    "onnx": {
+        "sharding/cutting/cut.py",
+        "sharding/cutting/graph.py",
+        "sharding/models/signature.py",
+    },
+    "onnxruntime": {"sharding/models/native.py"},
+    "duckdb": {"recovery/history/tracker.py"},
+    "tokenizers": {"pool/models/tokens.py"},
     "matplotlib": {"pool/chaos/charts.py"},
 }
 
@@ -73,7 +77,7 @@ packaged = pytest.mark.parametrize(
 
 def test_there_is_something_to_check():
     assert {source.room for source in sources()} == set(ROOMS)
-    assert {"actors/session.py", "pool/pool.py"} <= {source.path for source in sources()}
+    assert {"actors/driver/session.py", "pool/pool.py"} <= {source.path for source in sources()}
 
 
 @each_source
@@ -98,13 +102,16 @@ def test_each_dependency_has_one_door(source):
 
 
 def test_warden_is_a_script_of_the_standard_library_alone():
-    (warden,) = [source for source in sources() if source.path == "actors/warden.py"]
+    (warden,) = [source for source in sources() if source.path == "actors/driver/reaper.py"]
     assert {name.split(".")[0] for name, _ in warden.imports()} <= sys.stdlib_module_names
 
 
 def test_recovery_starts_no_process_and_opens_no_socket():
     forbidden = {"socket", "subprocess", "asyncio", "threading", "aiohttp", "multiprocessing"}
-    stores = {"recovery/log.py", "recovery/history.py"}  # they write from a thread of their own
+    stores = {
+        "recovery/log/log.py",
+        "recovery/history/tracker.py",
+    }  # they write from a thread of their own
     for source in sources():
         if source.room == "recovery" and source.path not in stores:
             found = forbidden & {name.split(".")[0] for name, _ in source.imports()}
@@ -146,17 +153,17 @@ def test_constructors_do_nothing_but_store(source):
 
 
 def test_main_classes_are_made_without_any_io(monkeypatch):
-    from actors.arguments import default_settings
-    from actors.binaries import Binaries
     from actors.bridge import Bridge, PageConfig
-    from actors.browser import BrowserHost
+    from actors.browser.host import BrowserHost
     from actors.dataplane import DataLink, DataServer
-    from actors.death_watch import DeathWatch
+    from actors.driver.arguments import default_settings
+    from actors.driver.binaries import Binaries
+    from actors.driver.death_watch import DeathWatch
+    from actors.driver.processes import Warden
+    from actors.driver.session import Session
     from actors.messages import HostConfig
-    from actors.processes import Warden
-    from actors.ray_actors import PoolSupervisor
-    from actors.session import Session
-    from actors.supervisor import Supervisor, SupervisorConfig
+    from actors.ray.workers import PoolSupervisor
+    from actors.supervisor.supervisor import Supervisor, SupervisorConfig
     from pool import BrowserPool
     from pool.routing import Routing
     from recovery.kinds import BrowserType, Level

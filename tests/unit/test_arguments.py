@@ -2,9 +2,9 @@ import pickle
 
 import pytest
 
-from actors.arguments import Gpu, LaunchSettings, default_settings
-from actors.binaries import Binaries
-from actors.session import driver_command
+from actors.driver.arguments import Gpu, LaunchSettings, default_settings
+from actors.driver.binaries import Binaries
+from actors.driver.session import driver_command
 from recovery.kinds import BrowserType
 
 

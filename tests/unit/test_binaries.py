@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from actors import binaries
-from actors.binaries import find_binaries
+from actors.driver import binaries
+from actors.driver.binaries import find_binaries
 from recovery.errors import BrowserMissing
 from recovery.kinds import BrowserType
 

@@ -6,8 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recovery.breaker import BreakerConfig, Change, CircuitOpenError, CircuitState
-from recovery.breakers import BreakerKey, CircuitBreakerRegistry, RegistryConfig, open_max
+from recovery.breaker import (
+    BreakerConfig,
+    BreakerKey,
+    Change,
+    CircuitBreakerRegistry,
+    CircuitOpenError,
+    CircuitState,
+    RegistryConfig,
+    open_max,
+)
 from recovery.errors import BadInput, BrowserLost, PageError
 from recovery.failures import Category, Scope, Severity
 from tests.fakes import failure

@@ -20,8 +20,8 @@ from yarl import URL
 from actors.assets import index_html, ort_version, static_assets
 from actors.bridge import PROTOCOL, Bridge, BridgeEvent, PageConfig
 from recovery.errors import BrowserLost, MessageTooLarge, PageError
-from sharding.frames import Frame, decode, encode
-from sharding.signature import ModelFile
+from sharding.models.frames import Frame, decode, encode
+from sharding.models.signature import ModelFile
 from tests import fakes
 
 LIMIT = 1 << 16

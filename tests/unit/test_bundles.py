@@ -20,8 +20,8 @@ from pool.bundles import (
 )
 from pool.chaos.workload import PAGE
 from pool.config import PoolConfig
-from pool.loading import read_parts
-from pool.registry import read_model
+from pool.models.loading import read_parts
+from pool.models.registry import read_model
 from pool.results import RecoveryStep, Result
 from recovery.errors import BadInput
 from recovery.failures import categorize_browser_failure

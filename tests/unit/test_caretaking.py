@@ -2,9 +2,7 @@
 
 import pytest
 
-from recovery.caretaking import Caretaker, free_names
-from recovery.kinds import BrowserType
-from recovery.pool_state import (
+from recovery.control import (
     BrowserRecord,
     BrowserRecycled,
     BrowserUnwanted,
@@ -13,6 +11,8 @@ from recovery.pool_state import (
     Phase,
     PoolState,
 )
+from recovery.kinds import BrowserType
+from recovery.maintenance import Caretaker, free_names
 from recovery.resources import BrowserLoad, NodeLoad, ResourceLimits
 from recovery.scaling import ScalingLimits
 

@@ -6,10 +6,10 @@ import pytest
 from typer.testing import CliRunner
 
 from pool.bundles import Bundle, described, write_bundle
-from pool.chaos.command import chaos_again, parse_faults
 from pool.chaos.matrix import Cell, MatrixPlan, judged, markdown, picture, summary_lines
 from pool.chaos.workload import source_of
-from pool.cli import app
+from pool.commands.chaos import chaos_again, parse_faults
+from pool.commands.main import app
 from recovery.errors import BadInput
 from recovery.faults import FaultKind, Intensity
 from recovery.kinds import Level

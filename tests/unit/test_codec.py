@@ -8,21 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recovery.breaker import Breaker, CircuitBreaker, Snapshot
-from recovery.codec import (
-    EVENT_BYTES_MAX,
-    CorruptLog,
-    as_logged,
-    decode,
-    encode,
-    event_from_plain,
-    state_from_plain,
-    state_to_plain,
-    to_plain,
-)
-from recovery.errors import InternalError
-from recovery.failures import Failure
-from recovery.plan import STRATEGIES
-from recovery.pool_state import (
+from recovery.control import (
     Body,
     BrowserFailed,
     BrowserReady,
@@ -35,6 +21,20 @@ from recovery.pool_state import (
     Repair,
     apply,
 )
+from recovery.errors import InternalError
+from recovery.failures import Failure
+from recovery.log.codec import (
+    EVENT_BYTES_MAX,
+    CorruptLog,
+    as_logged,
+    decode,
+    encode,
+    event_from_plain,
+    state_from_plain,
+    state_to_plain,
+    to_plain,
+)
+from recovery.plan import STRATEGIES
 from recovery.records import BrowserFacts, HostRef, NumericId
 from recovery.supervision import RestartLimit
 from tests.fakes import FACTS, failure

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from pool.components import example_for, find_reader, prepare_read, run_stages
-from pool.demo_models import ocr_folder
-from pool.loading import read_parts
-from pool.operations import EMBED, INFERENCE
-from pool.registry import ModelEntry, entry_from_plain, entry_to_plain
+from pool.models.bundled import ocr_folder
+from pool.models.components import example_for, find_reader, prepare_read, run_stages
+from pool.models.loading import read_parts
+from pool.models.registry import ModelEntry, entry_from_plain, entry_to_plain
+from pool.operations.registry import EMBED, INFERENCE
 from recovery.errors import BadInput, NotAModel, SetupError
 from recovery.kinds import ModelType
-from sharding.known_answers import record
-from sharding.native import NativeSession
-from sharding.signature import ModelSpec
+from sharding.models.known_answers import record
+from sharding.models.native import NativeSession
+from sharding.models.signature import ModelSpec
 from tests import models
 from tests.unit.test_cut import DECODERS, ROUNDED
 from tests.unit.test_reading import PAGE, TALL, distance, read_png

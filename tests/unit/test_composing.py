@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from actors.supervisor import ModelOrder, Supervisor, SupervisorConfig
+from actors.supervisor.supervisor import ModelOrder, Supervisor, SupervisorConfig
 from pool.answering import Rules
-from pool.components import run_stages
 from pool.composing import Asking, Composition
 from pool.latency import Latencies
-from pool.registry import ModelEntry
+from pool.models.components import run_stages
+from pool.models.registry import ModelEntry
 from pool.results import Result
 from pool.routing import Routing
 from recovery.errors import BadInput, MessageTooLarge, OperationFailed, PoolBusy
@@ -21,8 +21,8 @@ from recovery.kinds import Backend, BrowserType, Level
 from recovery.placement import Placing
 from recovery.plan import STRATEGIES
 from recovery.supervision import RestartLimit
-from sharding.signature import TensorSpec
-from sharding.stages import Line, Stage
+from sharding.models.signature import TensorSpec
+from sharding.sequences.stages import Line, Stage
 from tests.fakes import FakeHosts, spec
 
 X = {"x": np.arange(3, dtype=np.float32)}

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from actors.arguments import Gpu
+from actors.driver.arguments import Gpu
 from pool.config import PoolConfig, backend_order
 from recovery.errors import BadInput, LevelUnavailable
 from recovery.kinds import Backend, BrowserType, Level

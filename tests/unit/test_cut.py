@@ -7,13 +7,13 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from pool.demo_models import minilm_folder
+from pool.models.bundled import minilm_folder
 from recovery.errors import BadInput, NotAModel
-from sharding.cut import cut
-from sharding.layers import find_boundaries
-from sharding.manifest import MANIFEST_NAME, Manifest, read_manifest
-from sharding.native import NativeSession
-from sharding.signature import read_signature
+from sharding.cutting.cut import cut
+from sharding.cutting.layers import find_boundaries
+from sharding.cutting.manifest import MANIFEST_NAME, Manifest, read_manifest
+from sharding.models.native import NativeSession
+from sharding.models.signature import read_signature
 from tests import models
 
 DECODERS = Path(__file__).parents[1] / "assets" / "decoders"

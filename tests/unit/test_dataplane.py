@@ -13,8 +13,8 @@ from actors.messages import RunReply, RunRequest
 from recovery.errors import BrowserLost, CallerError, MessageTooLarge
 from recovery.kinds import Backend
 from recovery.records import HostRef
-from sharding.frames import Frame, encode
-from sharding.stages import StepOrder
+from sharding.models.frames import Frame, encode
+from sharding.sequences.stages import StepOrder
 from tests.fakes import failure, host_status
 
 LIMIT = 1 << 20

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from actors.death_watch import DeathWatch, is_ending
+from actors.driver.death_watch import DeathWatch, is_ending
 from tests.fakes import until
 
 

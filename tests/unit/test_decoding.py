@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recovery.errors import BadInput
-from sharding.decoding import (
+from sharding.sequences.decoding import (
     NEW_TOKENS_MAX,
     OPTIONS,
     TOP_K_MAX,

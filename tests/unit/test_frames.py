@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from recovery.errors import BadFrame, BadInput, MessageTooLarge
-from sharding.frames import (
+from sharding.models.frames import (
     HEADER_BYTES_MAX,
     SUPPORTED_DTYPES,
     TENSORS_MAX,

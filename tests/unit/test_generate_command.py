@@ -10,12 +10,14 @@ import tokenizers
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pool import cli, demo_models, generate_command
-from pool.demo_passage import KILL_AFTER, checked
-from pool.generate_command import account, parse_browsers, summary
-from pool.generating import GeneratedToken, SequenceView, StageView
+from pool.commands import generate as generate_command
+from pool.commands import main as cli
+from pool.commands.generate import account, parse_browsers, summary
+from pool.commands.passage_view import Killed, PlainText, Screen, Written, picture, stage_state
+from pool.demo.passage import KILL_AFTER, checked
+from pool.models import bundled as demo_models
+from pool.operations.generate import GeneratedToken, SequenceView, StageView
 from pool.results import RecoveryStep, Result
-from pool.writing import Killed, PlainText, Screen, Written, picture, stage_state
 from recovery.errors import BadInput, LevelUnavailable, NotAModel, SetupError
 from recovery.failures import categorize_browser_failure
 from recovery.kinds import BrowserType, Level

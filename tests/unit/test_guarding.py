@@ -1,6 +1,6 @@
 """The circuit breakers of one browser, on a clock of their own."""
 
-from actors.guarding import HostBreakers
+from actors.browser.breakers import HostBreakers
 from recovery.breaker import BreakerConfig, CircuitState, Snapshot
 from recovery.failures import Category, Failure, Scope, Severity
 

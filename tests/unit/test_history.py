@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recovery import history
 from recovery.errors import BadInput, IllegalTransition, SetupError
 from recovery.failures import Category, Scope, Severity
-from recovery.history import (
+from recovery.history import tracker as history
+from recovery.history.samples import OperationSample, RecoverySample
+from recovery.history.tracker import (
     DAMAGED_MAX,
     HistoryConfig,
     HistoryStore,
@@ -28,7 +29,6 @@ from recovery.history import (
     RungOutcome,
 )
 from recovery.kinds import Backend, BrowserType, Level, ModelType, RecoveryLevel, Strategy
-from recovery.samples import OperationSample, RecoverySample
 
 ROOT = Path(__file__).parents[2]
 NOW = 1_800_000_000.0
@@ -368,7 +368,7 @@ def test_a_path_that_can_be_no_file_is_refused(tmp_path):
 
 HOLDER = """
 import sys, pathlib, duckdb
-from recovery.history import HistoryStore
+from recovery.history.tracker import HistoryStore
 store = HistoryStore(pathlib.Path(sys.argv[1]))
 store.open()
 print("held by the store", flush=True)
@@ -406,7 +406,7 @@ def test_a_second_process_is_locked_out(path):
 
 FULL_DISK = """
 import pathlib, resource, sys
-from recovery.history import HistoryStore, HistoryUnavailable
+from recovery.history.tracker import HistoryStore, HistoryUnavailable
 from tests.unit.test_history import ids, op
 
 def limit(size):

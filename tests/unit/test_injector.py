@@ -11,9 +11,9 @@ import sys
 import psutil
 import pytest
 
-from actors.binaries import Binaries
+from actors.driver.binaries import Binaries
+from actors.driver.processes import BrowserProcesses
 from actors.injector import BrowserFailureInjector, SupervisorFailureInjector, Victim
-from actors.processes import BrowserProcesses
 from recovery.breaker import CircuitState
 from recovery.errors import FaultRefused
 from recovery.faults import FAULTS, Fault, FaultKind, Intensity, Place

@@ -3,8 +3,8 @@ import pytest
 
 from recovery.errors import BadInput
 from recovery.kinds import ModelType
-from sharding.inputs import check_inputs, warmup_inputs
-from sharding.signature import ModelSpec, TensorSpec, Tolerance
+from sharding.models.inputs import check_inputs, warmup_inputs
+from sharding.models.signature import ModelSpec, TensorSpec, Tolerance
 
 
 def model(*inputs: TensorSpec) -> ModelSpec:

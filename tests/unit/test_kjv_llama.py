@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pool.demo_models import kjv_llama_folder
-from pool.loading import read_parts
-from pool.tokens import encoder_for
+from pool.models.bundled import kjv_llama_folder
+from pool.models.loading import read_parts
+from pool.models.tokens import encoder_for
 from recovery.kinds import Level
-from sharding.cut import cut
-from sharding.decoding import Decoding
-from sharding.stages import decoder_line, line_of_manifest, stage_specs
+from sharding.cutting.cut import cut
+from sharding.sequences.decoding import Decoding
+from sharding.sequences.stages import decoder_line, line_of_manifest, stage_specs
 from tests.native_hosts import NativeHosts
 from tests.unit.test_pipeline import generate, reference
 

@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from actors.probes import Probes
-from pool.demo_models import minilm_folder, silero_vad_path
-from pool.registry import read_model
+from actors.browser.probes import Probes
+from pool.models.bundled import minilm_folder, silero_vad_path
+from pool.models.registry import read_model
 from recovery.kinds import Backend
 from recovery.records import NumericId
-from sharding.known_answers import (
+from sharding.models.known_answers import (
     ELEMENTS_MAX,
     KnownAnswer,
     _kept,
@@ -19,7 +19,7 @@ from sharding.known_answers import (
     record,
     varied_inputs,
 )
-from sharding.native import NativeSession
+from sharding.models.native import NativeSession
 
 FRAME = {
     "input": np.ones((1, 512), np.float32),

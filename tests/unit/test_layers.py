@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from pool.demo_models import minilm_folder, ocr_detector_path
+from pool.models.bundled import minilm_folder, ocr_detector_path
 from recovery.errors import NotAModel
-from sharding.cut import cut
-from sharding.layers import find_boundaries
-from sharding.native import NativeSession
+from sharding.cutting.cut import cut
+from sharding.cutting.layers import find_boundaries
+from sharding.models.native import NativeSession
 from tests import models
 
 DECODERS = Path(__file__).parents[1] / "assets" / "decoders"

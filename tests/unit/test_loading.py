@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pool.loading import read_parts
+from pool.models.loading import read_parts
 from recovery.errors import BadInput, NotAModel
 from recovery.kinds import Level
-from sharding.manager import ModelShardingManager
-from sharding.partition import STRATEGIES
+from sharding.cutting.manager import ModelShardingManager
+from sharding.cutting.partition import STRATEGIES
 from tests.native_hosts import NativeHosts
 from tests.unit.test_pipeline import DECODERS, GREEDY, PROMPT, generate, reference, same
 

@@ -13,22 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recovery.codec import encode
-from recovery.errors import CallerError, IllegalTransition, SetupError
-from recovery.kinds import BrowserType, Level
-from recovery.log import (
-    CorruptLog,
-    Disk,
-    Log,
-    LogConfig,
-    LogInUse,
-    LogUnavailable,
-    Lost,
-    show,
-    verify,
-)
-from recovery.plan import STRATEGIES
-from recovery.pool_state import (
+from recovery.control import (
     Body,
     BrowserFailed,
     BrowserReady,
@@ -44,7 +29,22 @@ from recovery.pool_state import (
     PoolState,
     apply,
 )
-from recovery.segments import Store, event_line, scan, seal
+from recovery.errors import CallerError, IllegalTransition, SetupError
+from recovery.kinds import BrowserType, Level
+from recovery.log.codec import encode
+from recovery.log.log import (
+    CorruptLog,
+    Disk,
+    Log,
+    LogConfig,
+    LogInUse,
+    LogUnavailable,
+    Lost,
+    show,
+    verify,
+)
+from recovery.log.segments import Store, event_line, scan, seal
+from recovery.plan import STRATEGIES
 from recovery.supervision import RestartLimit
 from tests.fakes import FACTS, NUMERIC, failure
 

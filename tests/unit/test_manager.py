@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from recovery.errors import BadInput, NotAModel
-from sharding import manager as module
-from sharding.analyzer import ModelShardingAnalyzer
-from sharding.manager import ModelShardingManager
-from sharding.manifest import MANIFEST_NAME, read_manifest
-from sharding.partition import Host, partition
+from sharding.cutting import manager as module
+from sharding.cutting.analyzer import ModelShardingAnalyzer
+from sharding.cutting.manager import ModelShardingManager
+from sharding.cutting.manifest import MANIFEST_NAME, read_manifest
+from sharding.cutting.partition import Host, partition
 from tests import models
 
 DECODERS = Path(__file__).parents[1] / "assets" / "decoders"

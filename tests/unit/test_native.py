@@ -3,7 +3,7 @@ import pytest
 
 from recovery.errors import BadInput, InternalError, NotAModel, PageError
 from recovery.kinds import Backend
-from sharding.native import NativeSession
+from sharding.models.native import NativeSession
 from tests import models
 
 

@@ -7,12 +7,12 @@ import numpy as np
 
 from actors.messages import RunRequest
 from actors.native_host import NativeHost
-from pool.demo_models import silero_vad_path
-from pool.registry import read_model
+from pool.models.bundled import silero_vad_path
+from pool.models.registry import read_model
 from recovery.failures import Category
 from recovery.kinds import Backend
 from recovery.records import HostRef
-from sharding.native import NativeSession
+from sharding.models.native import NativeSession
 
 FRAME = {
     "input": np.ones((1, 512), np.float32),

@@ -4,7 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pool.operations import (
+from pool.models.registry import ModelEntry, read_model
+from pool.models.tokens import TextEncoder, encoder_for
+from pool.operations.registry import (
     EMBED,
     INFERENCE,
     OperationRegistry,
@@ -13,11 +15,9 @@ from pool.operations import (
     prepare_embed,
     prepare_inference,
 )
-from pool.registry import ModelEntry, read_model
-from pool.tokens import TextEncoder, encoder_for
 from recovery.errors import BadInput, InternalError, UnknownOperation
-from sharding.native import NativeSession
-from sharding.signature import TensorSpec
+from sharding.models.native import NativeSession
+from sharding.models.signature import TensorSpec
 from tests import models
 
 ASSETS = Path(__file__).parents[2] / "pool" / "assets" / "minilm"

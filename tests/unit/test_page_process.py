@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 
-import actors.browser
-from actors.browser import BrowserHost
+import actors.browser.host
+from actors.browser.host import BrowserHost
 from actors.messages import HostConfig
 from recovery.kinds import BrowserType
 
@@ -25,7 +25,9 @@ def host(monkeypatch) -> BrowserHost:
 
 def used(monkeypatch, **seconds: float) -> None:
     now = {10: seconds["page"], 11: seconds["spare"]}
-    monkeypatch.setattr(actors.browser, "cpu_seconds", lambda pids: {pid: now[pid] for pid in pids})
+    monkeypatch.setattr(
+        actors.browser.host, "cpu_seconds", lambda pids: {pid: now[pid] for pid in pids}
+    )
 
 
 def test_process_that_loads_the_model_is_the_page(host, monkeypatch):

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recovery.errors import BadInput
-from sharding import partition as module
-from sharding.partition import (
+from sharding.cutting import partition as module
+from sharding.cutting.partition import (
     HOSTS_MAX,
     LAYERS_MAX,
     LOAD_OVERHEAD_BYTES,
@@ -570,7 +570,7 @@ def test_what_does_not_fit_is_refused_with_what_would_help(
 
 
 def test_peak_is_what_the_signature_of_a_model_says():
-    from sharding import signature
+    from sharding.models import signature
 
     assert signature.LOAD_OVERHEAD_BYTES == LOAD_OVERHEAD_BYTES
     assert "twice the files' bytes" in signature.read_signature.__doc__
@@ -578,7 +578,7 @@ def test_peak_is_what_the_signature_of_a_model_says():
 
 
 def test_module_needs_no_onnx():
-    code = "import sys, sharding.partition; sys.exit('onnx' in sys.modules)"
+    code = "import sys, sharding.cutting.partition; sys.exit('onnx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -12,12 +12,12 @@ import pytest
 
 from recovery.errors import SequenceLost
 from recovery.kinds import Level
-from sharding.cut import cut
-from sharding.decoding import Decoding
-from sharding.layers import find_boundaries
-from sharding.native import NativeSession
-from sharding.pipeline import Generation, PipelineRules, Rendezvous
-from sharding.stages import line_of_manifest, line_of_map, stage_specs
+from sharding.cutting.cut import cut
+from sharding.cutting.layers import find_boundaries
+from sharding.models.native import NativeSession
+from sharding.sequences.decoding import Decoding
+from sharding.sequences.pipeline import Generation, PipelineRules, Rendezvous
+from sharding.sequences.stages import line_of_manifest, line_of_map, stage_specs
 from tests.native_hosts import NativeHosts
 
 DECODERS = Path(__file__).parent.parent / "assets" / "decoders"

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from recovery.errors import SequenceLost
 from recovery.kinds import Level
 from recovery.records import HostRef
-from sharding.cut import cut
-from sharding.decoding import Decoding
-from sharding.pipeline import Generation, PipelineRules, StepReply
-from sharding.stages import line_of_manifest, stage_specs
+from sharding.cutting.cut import cut
+from sharding.sequences.decoding import Decoding
+from sharding.sequences.pipeline import Generation, PipelineRules, StepReply
+from sharding.sequences.stages import line_of_manifest, stage_specs
 from tests.native_hosts import NativeHosts
 from tests.unit.test_pipeline import DECODERS, NEW, PROMPT, reference
 

@@ -7,12 +7,7 @@ from hypothesis import strategies as st
 
 from recovery.adjustments import adjust
 from recovery.breaker import CircuitBreaker
-from recovery.errors import IllegalTransition
-from recovery.failures import Category, Scope
-from recovery.kinds import BrowserType, Level, ModelType, RecoveryLevel
-from recovery.placement import Placing
-from recovery.plan import HOPELESS_ATTEMPTS, STRATEGIES
-from recovery.pool_state import (
+from recovery.control import (
     COMING,
     HISTORY_MAX,
     LOAD_AGAIN_SECONDS,
@@ -47,6 +42,11 @@ from recovery.pool_state import (
     apply,
     decide,
 )
+from recovery.errors import IllegalTransition
+from recovery.failures import Category, Scope
+from recovery.kinds import BrowserType, Level, ModelType, RecoveryLevel
+from recovery.placement import Placing
+from recovery.plan import HOPELESS_ATTEMPTS, STRATEGIES
 from recovery.supervision import RestartLimit
 from tests.fakes import FACTS, NUMERIC, failure
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from tenacity import stop_after_attempt
 
-from actors import profiles
-from actors.binaries import Binaries
-from actors.profiles import (
+from actors.driver import profiles
+from actors.driver.binaries import Binaries
+from actors.driver.profiles import (
     new_profile_path,
     save_template,
     template_lock,

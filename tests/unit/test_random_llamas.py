@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recovery.kinds import Level
-from sharding.cut import cut
-from sharding.stages import line_of_manifest, stage_specs
+from sharding.cutting.cut import cut
+from sharding.sequences.stages import line_of_manifest, stage_specs
 from tests.native_hosts import NativeHosts
 from tests.unit.test_pipeline import generate, reference, same
 
@@ -76,7 +76,7 @@ def test_any_llama_cut_anywhere_and_struck_anywhere(
 
 
 async def _generate(line, hosts, level, prompt):
-    from sharding.decoding import Decoding
+    from sharding.sequences.decoding import Decoding
 
     decoding = Decoding(max_new_tokens=NEW, logits=True)
     return await generate(line, hosts, level, decoding, prompt)

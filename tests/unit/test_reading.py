@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pool.demo_models import ocr_detector_path
-from pool.reading import (
+from pool.models.bundled import ocr_detector_path
+from pool.operations.read import (
     LINE_WIDTH_MAX,
     Line,
     decode_line,
@@ -19,7 +19,7 @@ from pool.reading import (
     read_dictionary,
     read_page,
 )
-from pool.text_boxes import (
+from pool.operations.text_boxes import (
     BOXES_MAX,
     Box,
     PageScale,
@@ -28,7 +28,7 @@ from pool.text_boxes import (
     in_reading_order,
 )
 from recovery.errors import BadInput, BrowserLost, SetupError
-from sharding.native import NativeSession
+from sharding.models.native import NativeSession
 
 PAGE = Path(__file__).parents[1] / "assets" / "reading"
 WHITE = np.full((64, 96, 3), 255, np.uint8)

@@ -3,9 +3,7 @@
 import pytest
 
 from recovery.breaker import CircuitBreaker
-from recovery.failures import Category
-from recovery.kinds import BrowserType, Readiness
-from recovery.pool_state import (
+from recovery.control import (
     BreakersMoved,
     BrowserFailed,
     BrowserFound,
@@ -19,11 +17,15 @@ from recovery.pool_state import (
     ModelPhase,
     Phase,
     PoolState,
+    Reconciliation,
     Reconnect,
+    Seen,
     Stop,
     Unload,
+    reconcile,
 )
-from recovery.reconcile import Reconciliation, Seen, reconcile
+from recovery.failures import Category
+from recovery.kinds import BrowserType, Readiness
 from tests.fakes import FACTS, NUMERIC, failure
 
 CHROME = BrowserType.CHROME

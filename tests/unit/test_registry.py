@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 
-from pool.registry import ModelRegistry, detect_model_type, read_model
+from pool.models.registry import ModelRegistry, detect_model_type, read_model
 from recovery.errors import BadInput, NotAModel, UnknownModel
 from recovery.kinds import ModelType
 from tests import models

@@ -16,10 +16,10 @@ from recovery.errors import BrowserLost, PageError
 from recovery.failures import categorize_browser_failure
 from recovery.kinds import BrowserType, Readiness
 from recovery.records import HostRef, HostStatus
-from sharding.cut import cut
-from sharding.frames import Frame
-from sharding.native_stages import NativeStage
-from sharding.stages import CHOICE_SCORES, StepOrder, line_of_manifest, stage_specs
+from sharding.cutting.cut import cut
+from sharding.models.frames import Frame
+from sharding.sequences.native_stages import NativeStage
+from sharding.sequences.stages import CHOICE_SCORES, StepOrder, line_of_manifest, stage_specs
 from tests.unit.test_pipeline import DECODERS, PROMPT, reference
 
 LIMIT = 1 << 24

@@ -7,11 +7,11 @@ import pytest
 
 from actors.dataplane import DataServer
 from actors.messages import RunReply, RunRequest
-from actors.supervisor import Route, Table
+from actors.supervisor.supervisor import Route, Table
 from pool.routing import Routing
+from recovery.control import PoolState
 from recovery.errors import BrowserLost, PoolClosed
 from recovery.kinds import BrowserType, Readiness
-from recovery.pool_state import PoolState
 from recovery.records import HostRef, HostStatus
 from tests.fakes import NUMERIC, FakeHost, eventually, order, until
 

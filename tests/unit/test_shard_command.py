@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pool import cli, shard_command
-from pool.shard_command import parse_size
+from pool.commands import main as cli
+from pool.commands import shard as shard_command
+from pool.commands.shard import parse_size
 from recovery.errors import BadInput, NotAModel
-from sharding.manager import ModelShardingManager
-from sharding.manifest import read_manifest
-from sharding.partition import peak_bytes
+from sharding.cutting.manager import ModelShardingManager
+from sharding.cutting.manifest import read_manifest
+from sharding.cutting.partition import peak_bytes
 from tests import models
 
 LLAMA = Path(__file__).parents[1] / "assets" / "decoders" / "builder-llama.onnx"  # three layers

@@ -7,7 +7,7 @@ from onnx import TensorProto, helper
 
 from recovery.errors import NotAModel
 from recovery.kinds import ModelType
-from sharding.signature import LOAD_OVERHEAD_BYTES, TensorSpec, Tolerance, read_signature
+from sharding.models.signature import LOAD_OVERHEAD_BYTES, TensorSpec, Tolerance, read_signature
 from tests import models
 
 

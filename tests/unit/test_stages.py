@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recovery.errors import BadInput, NotAModel, PageError
-from sharding.cut import cut
-from sharding.frames import Frame, decode, encode
-from sharding.layers import find_boundaries
-from sharding.signature import CacheSpec, TensorSpec
-from sharding.stages import (
+from sharding.cutting.cut import cut
+from sharding.cutting.layers import find_boundaries
+from sharding.models.frames import Frame, decode, encode
+from sharding.models.signature import CacheSpec, TensorSpec
+from sharding.sequences.stages import (
     CHOICE_IDS,
     CHOICE_SCORES,
     DELTA,

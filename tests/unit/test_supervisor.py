@@ -7,15 +7,15 @@ from itertools import pairwise
 
 import pytest
 
-from actors.supervisor import MemoryOrders, Supervisor, SupervisorConfig
+from actors.supervisor.supervisor import MemoryOrders, Supervisor, SupervisorConfig
+from recovery.control import Event, ModelPhase, Phase, PoolState, apply
 from recovery.errors import BadInput, BrowserMissing, InternalError, PoolClosed, SetupError
 from recovery.failures import Category
 from recovery.kinds import BrowserType, Level, Readiness
+from recovery.log.segments import LogUnavailable
 from recovery.plan import STRATEGIES
-from recovery.pool_state import Event, ModelPhase, Phase, PoolState, apply
 from recovery.records import HostRef
 from recovery.resources import ResourceLimits
-from recovery.segments import LogUnavailable
 from recovery.supervision import RestartLimit
 from tests.fakes import NUMERIC, FakeHosts, GatedLog, eventually, failure, in_virtual_time, order
 

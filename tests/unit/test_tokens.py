@@ -8,10 +8,10 @@ from onnx import TensorProto
 from tokenizers import models as token_models
 from tokenizers import pre_tokenizers
 
-from pool.registry import read_model
-from pool.tokens import TEXT_CHARACTERS_MAX, TEXTS_MAX, TextEncoder, encoder_for
+from pool.models.registry import read_model
+from pool.models.tokens import TEXT_CHARACTERS_MAX, TEXTS_MAX, TextEncoder, encoder_for
 from recovery.errors import BadInput, NotAModel
-from sharding.signature import TensorSpec
+from sharding.models.signature import TensorSpec
 from tests import models
 
 ASSETS = Path(__file__).parents[2] / "pool" / "assets" / "minilm"

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors.processes import Warden, WardenOrder, busiest, cpu_seconds, kill_trees
+from actors.driver.processes import Warden, WardenOrder, busiest, cpu_seconds, kill_trees
 from recovery.errors import LaunchFailed
 from tests.fakes import until
 
@@ -44,7 +44,7 @@ os._exit(7)
 """
 _HOLDER = """
 import asyncio, os, sys
-from actors.processes import Warden, WardenOrder
+from actors.driver.processes import Warden, WardenOrder
 async def main():
     warden = Warden()
     driver = [sys.executable, "-I", "-S", "-c", sys.argv[1], sys.argv[2]]

@@ -1,0 +1,1 @@
+"""One browser: launched, served, watched, reported."""

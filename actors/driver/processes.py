@@ -1,0 +1,268 @@
+"""Processes of one browser: the warden that guards them, and which of them serve its page.
+
+The ledger of what was started is the process tree below the warden itself, so it can't miss a
+process and can't name one that is not ours. This module must not know Selenium or the page.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from recovery.errors import LaunchFailed
+from recovery.kinds import BrowserType
+
+# How each engine's page processes can be told from its others, by their command lines.
+PAGE_MARKS = {
+    BrowserType.CHROME: "--type=renderer",
+    BrowserType.EDGE: "--type=renderer",
+    BrowserType.FIREFOX: "-contentproc",
+    BrowserType.SAFARI: "WebKitWebProcess",
+}
+_OWN_UI = "--top-chrome-webui"  # a renderer that draws Chromium's own toolbar
+_STARTED_SECONDS = 15.0
+_WORKED_SECONDS = 0.1  # CPU time is counted in steps of 0.01 s, and others collect garbage
+_WORKED_RATIO = 4.0  # by which a page's process outdoes those that happen to be busy
+_ENDED_SECONDS = 6.0  # longer than the warden's own limit
+
+
+@dataclass(frozen=True)
+class WardenOrder:
+    """What a warden is to start, on which profile (made from `template` if there is one)."""
+
+    driver: Sequence[str]
+    xvfb: Sequence[str] | None
+    profile: str
+    template: str | None
+    environment: Mapping[str, str]
+
+    def line(self) -> bytes:
+        fields = {
+            "driver": list(self.driver),
+            "xvfb": list(self.xvfb) if self.xvfb else None,
+            "profile": self.profile,
+            "template": self.template,
+            "environment": dict(self.environment),
+        }
+        return json.dumps(fields).encode() + b"\n"
+
+
+class Warden:
+    """A running warden, seen from the actor that owns it."""
+
+    def __init__(self) -> None:
+        self.pid = 0
+        self.driver_pid = 0
+        self._stdin: asyncio.StreamWriter | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._done = False
+        self._profile = ""
+
+    async def start(self, order: WardenOrder, on_exit: Callable[[int, int], None]) -> None:
+        """Start the driver below a new warden.
+
+        `on_exit(pid, status)` is called for each direct or adopted child that ends.
+        Raises `LaunchFailed` when the driver (or its display) can't be started.
+        """
+        launcher = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-I",
+            "-S",
+            str(Path(__file__).with_name("reaper.py")),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        assert launcher.stdin is not None
+        assert launcher.stdout is not None
+        self._profile = order.profile
+        self._stdin = launcher.stdin
+        started: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._reader = asyncio.create_task(
+            self._read(launcher.stdout, started, on_exit), name="warden-reader"
+        )
+        try:
+            async with asyncio.timeout(_STARTED_SECONDS):
+                self._stdin.write(order.line())
+                await self._stdin.drain()
+                await started
+        except (TimeoutError, OSError) as error:
+            await self.end()
+            raise LaunchFailed(
+                f"{order.driver[0]} could not be started: {str(error) or 'no answer'}. "
+                "Run `tabpool doctor` to see what this machine has."
+            ) from error
+
+    async def _read(
+        self,
+        stdout: asyncio.StreamReader,
+        started: asyncio.Future[int],
+        on_exit: Callable[[int, int], None],
+    ) -> None:
+        async for line in stdout:
+            match json.loads(line):
+                case {"started": int(pid), "what": "warden"}:
+                    self.pid = pid
+                case {"started": int(pid), "what": "driver"} if not started.done():
+                    self.driver_pid = pid  # before its exit can be told
+                    started.set_result(pid)
+                case {"error": str(text)} if not started.done():
+                    started.set_exception(OSError(text))
+                case {"exited": int(pid), "status": int(status)}:
+                    on_exit(pid, status)
+                case {"done": True}:
+                    self._done = True
+        if not started.done():
+            started.set_exception(OSError("its warden ended"))
+            started.exception()  # nobody may be waiting any more
+        if not self._done:  # it was killed, and its driver with it
+            on_exit(self.driver_pid, -signal.SIGKILL)
+
+    def tree(self) -> list[psutil.Process]:
+        """Every living process below the warden."""
+        try:
+            return psutil.Process(self.pid).children(recursive=True) if self.pid else []
+        except psutil.NoSuchProcess:
+            return []
+
+    def memory_bytes(self) -> int:
+        """Resident bytes of the whole tree; memory shared by its processes counts in each."""
+        total = 0
+        for process in self.tree():
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_info().rss
+        return total
+
+    async def end(self, survivors: Sequence[int] = ()) -> None:
+        """Let the warden kill everything below it and remove the profile.
+
+        Should the warden itself have been killed, `survivors` (pids that the caller knows to
+        be of this browser) are killed with their descendants. Does not raise.
+        """
+        stdin, self._stdin = self._stdin, None
+        reader, self._reader = self._reader, None
+        if stdin is None or reader is None:
+            return
+        stdin.close()
+        try:
+            async with asyncio.timeout(_ENDED_SECONDS):
+                await asyncio.shield(reader)
+        except TimeoutError:
+            reader.cancel()
+        pid, self.pid = self.pid, 0
+        if self._done:  # said as its last word; its own end follows at once
+            await asyncio.to_thread(wait_for_end, pid, 1.0)
+        else:
+            kill_trees([known for known in (pid, *survivors) if known])
+            await asyncio.to_thread(shutil.rmtree, self._profile, ignore_errors=True)
+
+
+def page_processes(tree: Callable[[], Sequence[psutil.Process]], kind: BrowserType) -> list[int]:
+    """The pids in `tree()` that serve pages, by their command lines. Spare ones are among them."""
+    found = []
+    for process in tree():
+        with contextlib.suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            if PAGE_MARKS[kind] in line and _OWN_UI not in line:
+                found.append(process.pid)
+    return found
+
+
+@dataclass(frozen=True)
+class BrowserProcesses:
+    """A browser's processes, for whoever wants to break one.
+
+    `pids` are those that are known by name, `root` is the process that all of them are below: by
+    that it is known whose they are.
+    """
+
+    kind: BrowserType
+    pids: Mapping[str, int]
+    root: int
+
+    def tree(self) -> list[psutil.Process]:
+        """All of them. Empty if `root` has ended."""
+        try:
+            return psutil.Process(self.root).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def named(self, which: str) -> list[psutil.Process]:
+        """The "browser" or the "driver", if it still is below `root`."""
+        return [process for process in self.tree() if process.pid == self.pids.get(which)]
+
+    def pages(self) -> list[psutil.Process]:
+        """Those that serve pages, spare ones among them, but not the browser itself."""
+        tree = self.tree()
+        pids = set(page_processes(lambda: tree, self.kind)) - {self.pids.get("browser")}
+        return [process for process in tree if process.pid in pids]
+
+    def marked(self, mark: str) -> list[psutil.Process]:
+        """Those with `mark` in their command line."""
+        found = []
+        for process in self.tree():
+            with contextlib.suppress(psutil.Error):
+                if any(mark in word for word in process.cmdline()):
+                    found.append(process)
+        return found
+
+    def network(self) -> list[psutil.Process]:
+        """Chromium's network process."""
+        return self.marked("network.mojom.NetworkService")
+
+    def gpu(self) -> list[psutil.Process]:
+        """Chromium's GPU process."""
+        return self.marked("--type=gpu-process")
+
+
+def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
+    """The CPU time that each process has used. Those that are gone are left out."""
+    used = {}
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            times = psutil.Process(pid).cpu_times()
+            used[pid] = times.user + times.system
+    return used
+
+
+def busiest(before: Mapping[int, float], after: Mapping[int, float]) -> int:
+    """The one process that worked between the two measurements, or 0 if that is not plain."""
+    worked = sorted((after[pid] - before.get(pid, 0.0), pid) for pid in after)
+    if not worked or worked[-1][0] < _WORKED_SECONDS:
+        return 0
+    rest = worked[-2][0] if len(worked) > 1 else 0.0
+    return worked[-1][1] if worked[-1][0] >= _WORKED_RATIO * rest else 0
+
+
+def kill_trees(pids: Sequence[int]) -> None:
+    """SIGKILL the given processes and all their descendants. Does not raise."""
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            root = psutil.Process(pid)
+            for process in [*root.children(recursive=True), root]:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+
+
+def wait_for_end(pid: int, seconds: float | None = None) -> None:
+    if sys.platform == "linux":  # a pidfd also tells of an end that nobody has reaped yet
+        with contextlib.suppress(OSError):
+            fd = os.pidfd_open(pid)
+            select.select([fd], [], [], seconds)
+            os.close(fd)
+    else:
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(pid).wait(seconds)

@@ -1,0 +1,251 @@
+"""One Selenium session, and the only door to Selenium.
+
+Every driver call runs in one thread of the session's own and has a short timeout, because a
+call in progress can't be cancelled: to free the thread, end the driver process. Selenium's
+errors stop here. This module must not serve pages or decide what a failure means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any, TypeVar
+
+from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
+from selenium.webdriver.chrome.remote_connection import ChromeRemoteConnection
+from selenium.webdriver.common.options import ArgOptions
+from selenium.webdriver.edge.remote_connection import EdgeRemoteConnection
+from selenium.webdriver.firefox.remote_connection import FirefoxRemoteConnection
+from selenium.webdriver.remote.client_config import ClientConfig
+from selenium.webdriver.remote.remote_connection import RemoteConnection
+from tenacity import Retrying, retry_if_exception_type
+from urllib3.exceptions import HTTPError
+
+from actors.driver.arguments import LaunchSettings
+from actors.driver.binaries import Binaries
+from recovery.errors import BrowserLost, LaunchFailed
+from recovery.kinds import BrowserType
+from recovery.policies import DRIVER_ANSWERS
+
+_T = TypeVar("_T")
+_WINDOW = (1000, 700)  # pixels, of a window that is brought back
+CALL_SECONDS = 20  # the longest that one driver call may take
+
+
+def free_port() -> int:
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def driver_command(binaries: Binaries, port: int) -> list[str]:
+    """The command line that starts the driver on `port` of loopback."""
+    match binaries.kind:
+        case BrowserType.CHROME | BrowserType.EDGE:
+            return [binaries.driver, f"--port={port}"]
+        case BrowserType.FIREFOX:
+            # Without a port of its own every Firefox would ask for 9222, and the second one quits.
+            own = ("--websocket-port", str(free_port()))
+            return [binaries.driver, "--host", "127.0.0.1", "--port", str(port), *own]
+        case BrowserType.SAFARI if binaries.driver.endswith("safaridriver"):
+            return [binaries.driver, "--port", str(port)]
+        case BrowserType.SAFARI:
+            return [binaries.driver, f"--port={port}", "--host=127.0.0.1"]
+
+
+def _options(settings: LaunchSettings, binaries: Binaries, profile: Path) -> ArgOptions:
+    arguments = list(settings.arguments)
+    options: Any
+    match settings.kind:
+        case BrowserType.CHROME | BrowserType.EDGE:
+            edge = settings.kind is BrowserType.EDGE
+            options = webdriver.EdgeOptions() if edge else webdriver.ChromeOptions()
+            options.binary_location = binaries.browser
+            arguments.append(f"--user-data-dir={profile}")
+        case BrowserType.FIREFOX:
+            options = webdriver.FirefoxOptions()
+            options.binary_location = binaries.browser
+            arguments += ["-profile", str(profile)]
+            for name, value in settings.preferences.items():
+                options.set_preference(name, value)
+        case BrowserType.SAFARI if binaries.driver.endswith("safaridriver"):
+            options = webdriver.SafariOptions()
+            arguments = []
+        case BrowserType.SAFARI:
+            options = webdriver.WebKitGTKOptions()
+            options.binary_location = binaries.browser
+    for argument in arguments:
+        options.add_argument(argument)
+    # The page is ready when it says so over its sockets, not when the document has loaded.
+    options.page_load_strategy = "none"
+    assert isinstance(options, ArgOptions)
+    return options
+
+
+class Session:
+    """A browser under a driver that already runs (see `Warden`)."""
+
+    def __init__(self, settings: LaunchSettings, binaries: Binaries, profile: Path) -> None:
+        self._settings = settings
+        self._binaries = binaries
+        self._profile = profile
+        self._driver: webdriver.Remote | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"selenium-{settings.kind}")
+        self.capabilities: dict[str, Any] = {}
+        self.driver_url = ""
+        self._page = ""  # its window's handle, while it is hidden
+
+    @property
+    def id(self) -> str:
+        """The WebDriver session id; empty while there is none."""
+        return str(self._driver.session_id) if self._driver else ""
+
+    async def start(self, port: int) -> None:
+        """Create the session through the driver on `port`. Raises `LaunchFailed`."""
+        try:
+            await self._call(lambda: self._create(port))
+        except (WebDriverException, HTTPError, OSError) as error:
+            raise LaunchFailed(
+                f"{self._settings.kind} ({self._binaries.browser}) did not start: "
+                f"{_first_line(error)}. `tabpool doctor` shows what this machine has.",
+                browser=str(self._settings.kind),
+            ) from error
+
+    def _create(self, port: int) -> None:
+        self.driver_url = url = f"http://127.0.0.1:{port}"
+        answers = Retrying(retry=retry_if_exception_type(OSError), **DRIVER_ANSWERS)
+        answers(_driver_ready, port)
+        config = ClientConfig(url, keep_alive=True, timeout=CALL_SECONDS)
+        connection = _connection(self._settings.kind, config)
+        self._driver = webdriver.Remote(
+            command_executor=connection,
+            options=_options(self._settings, self._binaries, self._profile),
+        )
+        self.capabilities = dict(self._driver.capabilities)
+
+    @property
+    def browser_pid(self) -> int:
+        """The browser's own process id where its driver tells it, else 0."""
+        for name in ("goog:processID", "ms:processID", "moz:processID"):
+            if name in self.capabilities:
+                return int(self.capabilities[name])
+        return 0
+
+    async def open(self, url: str) -> None:
+        """Begin to load `url`. Raises `BrowserLost`."""
+        await self.drive(lambda driver: driver.get(url))
+
+    async def drive(self, command: Callable[[webdriver.Remote], _T]) -> _T:
+        """Run one command in the session's thread. Raises `BrowserLost` when it fails."""
+        try:
+            return await self._call(lambda: command(self._require()))
+        except (WebDriverException, HTTPError, OSError) as error:
+            raise BrowserLost(
+                f"{self._settings.kind} no longer obeys its driver: {_first_line(error)}"
+            ) from error
+
+    # -- what a user may do to a page -------------------------------------------------------------
+
+    async def reload(self) -> None:
+        # Not the driver's own commands, nor at once: WebKit's would answer after a minute only.
+        await self._run_soon("location.reload()")
+
+    async def leave(self) -> None:
+        """Open another page in place of this one."""
+        await self._run_soon("location.replace('about:blank')")
+
+    async def _run_soon(self, script: str) -> None:
+        await self.drive(lambda driver: driver.execute_script(f"setTimeout(() => {script})"))
+
+    async def hide(self) -> None:
+        """Open another tab in front of the page; in WebKit, where that stays behind, minimise."""
+
+        def cover(driver: webdriver.Remote) -> None:
+            if self._settings.kind is BrowserType.SAFARI:
+                driver.minimize_window()
+                return
+            self._page = driver.current_window_handle
+            driver.switch_to.new_window("tab")
+
+        await self.drive(cover)
+
+    async def show(self) -> None:
+        """Undo `hide`."""
+
+        def uncover(driver: webdriver.Remote) -> None:
+            if self._settings.kind is BrowserType.SAFARI:
+                driver.set_window_rect(width=_WINDOW[0], height=_WINDOW[1])
+                return
+            driver.close()
+            driver.switch_to.window(self._page)
+
+        await self.drive(uncover)
+
+    async def screenshot(self) -> bytes:
+        """What is to be seen, as PNG."""
+        return await self.drive(lambda driver: driver.get_screenshot_as_png())
+
+    async def quit(self) -> None:
+        """Ask the browser to close in order, so that its profile is whole on disk."""
+        await self.drive(lambda driver: driver.quit())
+        self._driver = None
+
+    def close(self) -> None:
+        """Let the thread go. Ends nothing: the warden does that."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _require(self) -> webdriver.Remote:
+        if self._driver is None:
+            raise BrowserLost("the browser session is not open")
+        return self._driver
+
+    async def _call(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def attach(driver_url: str, session_id: str) -> webdriver.Remote:
+    """Join a session that runs, as a plain Selenium driver. Closing it is its owner's business."""
+
+    class _Attached(webdriver.Remote):
+        def start_session(self, capabilities: dict[str, Any]) -> None:
+            self.session_id = session_id
+
+    config = ClientConfig(driver_url, keep_alive=True, timeout=CALL_SECONDS * 3)
+    connection = RemoteConnection(client_config=config)
+    return _Attached(command_executor=connection, options=ArgOptions())
+
+
+def _connection(kind: BrowserType, config: ClientConfig) -> RemoteConnection:
+    match kind:
+        case BrowserType.CHROME:
+            return ChromeRemoteConnection(config.remote_server_addr, client_config=config)
+        case BrowserType.EDGE:
+            return EdgeRemoteConnection(config.remote_server_addr, client_config=config)
+        case BrowserType.FIREFOX:
+            return FirefoxRemoteConnection(config.remote_server_addr, client_config=config)
+        case BrowserType.SAFARI:
+            return RemoteConnection(client_config=config)
+
+
+def _driver_ready(port: int) -> None:
+    # Not through urllib: it would ask a proxy from the environment for loopback, too.
+    connection = HTTPConnection("127.0.0.1", port, timeout=CALL_SECONDS)
+    try:
+        connection.request("GET", "/status")
+        connection.getresponse().read()
+    except HTTPException as error:
+        raise ConnectionError(str(error)) from error
+    finally:
+        connection.close()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).removeprefix(
+        "Message: "
+    )

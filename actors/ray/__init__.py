@@ -1,0 +1,1 @@
+"""The door to Ray: workers, handles to them, clusters for tests, metrics."""

@@ -1,0 +1,1 @@
+"""The supervisor: what it wants of browsers, and how it gets it."""

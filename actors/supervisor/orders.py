@@ -1,0 +1,67 @@
+"""Model orders on disk, beside the log: what a new supervisor loads models from.
+
+One JSON file per model, written aside, synced and renamed before the event that wants the model is
+logged. The log itself holds names and digests only, because an order may be large. This module
+must not load a model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from actors.supervisor.supervisor import ModelOrder
+from recovery.log.segments import LogUnavailable
+
+_ORDER = TypeAdapter(ModelOrder)
+ORDER_BYTES_MAX = 32 << 20
+
+
+class DiskOrders:
+    """An order store in a folder of its own, made when it is first needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    async def save(self, order: ModelOrder) -> None:
+        """Raises `LogUnavailable` if it could not be kept."""
+        await asyncio.to_thread(self._save, order)
+
+    async def load(self, name: str, digest: str) -> ModelOrder | None:
+        """The order for this content of the model; None if there is none that can be read."""
+        return await asyncio.to_thread(self._load, name, digest)
+
+    async def remove(self, name: str) -> None:
+        """Forget a model. Unknown ones are no error."""
+        await asyncio.to_thread(self._path(name).unlink, missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return (
+            self._folder / f"{name}.json"
+        )  # model names hold no separators: `pool.models.registry`
+
+    def _save(self, order: ModelOrder) -> None:
+        data = _ORDER.dump_json(order)
+        if len(data) > ORDER_BYTES_MAX:
+            raise LogUnavailable(f"the order of {order.spec.name} takes {len(data)} bytes")
+        path = self._path(order.spec.name)
+        aside = path.with_suffix(".new")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with open(aside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        except OSError as error:
+            raise LogUnavailable(f"{path} can't be written: {error}") from error
+
+    def _load(self, name: str, digest: str) -> ModelOrder | None:
+        try:
+            order = _ORDER.validate_json(self._path(name).read_bytes())
+        except (OSError, ValidationError):
+            return None
+        return order if order.spec.digest == digest else None

@@ -1,0 +1,346 @@
+"""`tabpool chaos`: break browsers on purpose while they work, and report what came of it.
+
+It reads options, opens a pool, lets `runner` (or `matrix`) work and `report` write. This module
+must not make a fault itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from actors.ray.cluster import LocalCluster
+from pool.chaos import matrix as matrices
+from pool.chaos.breakable import chaos_pool
+from pool.chaos.bundle import BundleWriter
+from pool.chaos.records import ChaosRun
+from pool.chaos.report import verdict, write_report
+from pool.chaos.runner import ChaosRunner, Plan
+from pool.chaos.view import shown
+from pool.chaos.workload import Workload, source_of
+from pool.commands.generate import parse_browsers
+from pool.config import PoolConfig
+from recovery.errors import BadInput
+from recovery.faults import (
+    FAULTS,
+    FaultKind,
+    Intensity,
+    Schedule,
+    draw_schedule,
+    read_schedule,
+    schedule_from_json,
+)
+from recovery.kinds import BrowserType
+
+EPILOG = (
+    "Example: `tabpool chaos --ops 100 --seed 7 --report out` asks 100 operations of four "
+    "browsers, breaks one of them each 10 operations, compares every answer with the one without "
+    "faults, and writes out/report.md with charts. `--plan out/plan.json` runs the same faults "
+    "again. `--faults tab_crash,full_disk` chooses, `--faults all,-wrong_answer` leaves out. "
+    "`tabpool chaos --list` says what each fault does, and which level survives it. "
+    "`tabpool chaos --matrix --quick` tries each kind of failure on each browser and model. "
+    "Exit code 0 if every promise was kept, 1 if not."
+)
+_BROWSERS = "chrome=2,firefox=1,safari=1"
+_DEFAULT = PoolConfig()
+
+
+def chaos(
+    ops: Annotated[int, typer.Option(help="How many operations to ask in all.")] = 100,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="The same seed draws the same faults; by default a new one, printed."),
+    ] = None,
+    level: Annotated[
+        str, typer.Option(help="The pool's level: none, low, medium, high or critical.")
+    ] = "high",
+    strategy: Annotated[
+        str, typer.Option(help="The order of recovery actions, as BrowserPool takes it.")
+    ] = _DEFAULT.strategy,
+    faults: Annotated[
+        str,
+        typer.Option(
+            help="Which faults, separated by commas; `all`, and `-name` to leave one out."
+        ),
+    ] = "all,-wrong_answer",
+    intensity: Annotated[
+        str, typer.Option(help="How hard: any of mild, moderate, severe.")
+    ] = "mild,moderate,severe",
+    every: Annotated[float, typer.Option(help="A fault each so many operations.")] = 10,
+    browsers: Annotated[
+        str, typer.Option(help="Which browsers, and how many of each: chrome=2,firefox=1,safari=1.")
+    ] = _BROWSERS,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="What to ask, separated by commas: text, audio, vision, multimodal, llama (models "
+            "that come with tabpool or its npm packages), or paths of models."
+        ),
+    ] = "text",
+    backend: Annotated[str, typer.Option(help="auto, wasm, webgpu or webnn.")] = "wasm",
+    at_once: Annotated[int, typer.Option(help="Operations under way at a time.")] = 4,
+    nodes: Annotated[
+        int, typer.Option(help="Ray nodes on this machine: faults that take a node need 2.")
+    ] = 1,
+    ungated: Annotated[
+        bool, typer.Option("--ungated", help="Also break browsers whose circuit is open.")
+    ] = False,
+    overlap: Annotated[
+        bool,
+        typer.Option("--overlap", help="Break the next before what is broken has been repaired."),
+    ] = False,
+    deadline: Annotated[float, typer.Option(help="Seconds that an operation may take.")] = 120.0,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan.json of another run: the same faults again.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="A folder for report.md, run.json, plan.json and charts.")
+    ] = None,
+    with_data: Annotated[
+        bool, typer.Option("--with-data", help="Failure bundles hold inputs and outputs, too.")
+    ] = False,
+    list_faults: Annotated[
+        bool, typer.Option("--list", help="Say what each fault does, and break nothing.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the account as JSON instead of words.")
+    ] = False,
+    matrix: Annotated[
+        bool,
+        typer.Option(
+            "--matrix", help="Try each failure on each browser, model type and platform instead."
+        ),
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Matrix: chrome with text and audio only.")
+    ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Matrix: every browser, model type, failure, intensity.")
+    ] = False,
+    models: Annotated[
+        str, typer.Option(help="Matrix: of text, audio, vision, multimodal; by default all.")
+    ] = "",
+    platforms: Annotated[
+        str, typer.Option(help="Matrix: of wasm, webgpu, webnn; by default wasm.")
+    ] = "wasm",
+    no_failures: Annotated[
+        bool, typer.Option("--no-failures", help="Matrix: break nothing, only ask.")
+    ] = False,
+    test_timeout: Annotated[float, typer.Option(help="Matrix: seconds for one cell.")] = 90.0,
+    retry_count: Annotated[
+        int, typer.Option(help="Matrix: how often a cell that failed is tried again.")
+    ] = 0,
+    workers: Annotated[int, typer.Option(help="Matrix: operations under way at a time.")] = 2,
+    simulate: Annotated[
+        bool,
+        typer.Option(
+            "--simulate",
+            help="Matrix: where a browser is missing, native onnxruntime answers; labelled as "
+            "simulated, and counted apart.",
+        ),
+    ] = False,
+) -> None:
+    """Break browsers on purpose while they work, and report what came of it."""
+    console = Console(stderr=as_json)
+    if list_faults:
+        _list(console)
+        return
+    kinds = parse_faults(faults)
+    hows = [_word(Intensity, word, "--intensity") for word in _split(intensity)]
+    if ops < 1 or at_once < 1 or nodes < 1:
+        raise BadInput("--ops, --at-once and --nodes: expected whole numbers over 0.")
+    if matrix:
+        asked = matrices.MatrixPlan(
+            seed=secrets.randbelow(1 << 31) if seed is None else seed,
+            browsers=_split(browsers) if browsers != _BROWSERS else (),
+            models=_split(models),
+            platforms=_split(platforms),
+            kinds=() if no_failures else tuple(kinds),
+            intensities=tuple(hows),
+            level=level,
+            strategy=strategy,
+            operations=ops if ops != 100 else 12,
+            workers=workers,
+            seconds=test_timeout,
+            retries=retry_count,
+            simulate=simulate,
+            quick=quick,
+            full=full,
+        )
+        raise typer.Exit(matrices.run(asked, console, report, as_json=as_json))
+    counts = parse_browsers(browsers)
+    if plan is not None:
+        schedule = read_schedule(plan)
+    else:
+        drawn = secrets.randbelow(1 << 31) if seed is None else seed
+        schedule = draw_schedule(
+            drawn, _slots(counts), until=ops, every=every, kinds=kinds, intensities=hows
+        )
+    settings = {
+        "level": level,
+        "strategy": strategy,
+        "browsers": browsers,
+        "model": model,
+        "backend": backend,
+        "operations": str(ops),
+        "at_once": str(at_once),
+        "nodes": str(nodes),
+        "gated": str(not ungated),
+        "settle": str(not overlap),
+        "deadline": f"{deadline:g}",
+        "simulation": "off",
+    }
+    bundles = BundleWriter(report, schedule, settings, with_data=with_data)
+    run = run_chaos(console, schedule, settings, bundles)
+    raise typer.Exit(_tell(console, run, report, as_json))
+
+
+def run_chaos(
+    console: Console,
+    schedule: Schedule,
+    settings: Mapping[str, str],
+    bundles: BundleWriter | None = None,
+) -> ChaosRun:
+    """A run as `settings` (those of a `ChaosRun`) say. Raises `BadInput` for those that can't be.
+
+    Blocks until its pool is closed.
+    """
+    counts = parse_browsers(settings["browsers"])
+    plan = Plan(
+        schedule,
+        int(settings["operations"]),
+        int(settings["at_once"]),
+        settings["gated"] == "True",
+        settings["settle"] == "True",
+        float(settings["deadline"]),
+        settings=settings,
+    )
+    workload = Workload([source_of(word) for word in _split(settings["model"])])
+    options = {name: settings[name] for name in ("level", "strategy", "backend")}
+    console.print(f"seed {schedule.seed}, {len(schedule.faults)} faults", highlight=False)
+    nodes = int(settings["nodes"])
+    return asyncio.run(_chaos(console, counts, options, workload, plan, nodes, bundles))
+
+
+def chaos_again(console: Console, chaos: Mapping[str, Any]) -> int:
+    """Run again what a failure bundle says of its chaos run, up to the operation that failed.
+
+    Returns the exit code. Raises `BadInput`.
+    """
+    try:
+        schedule = schedule_from_json(json.dumps(chaos["schedule"]))
+        settings = {**chaos["settings"], "operations": str(int(chaos["number"]) + 1)}
+        run = run_chaos(console, schedule, settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"the bundle's chaos run is incomplete: {error!r}") from error
+    return _tell(console, run, None, as_json=False)
+
+
+async def _chaos(
+    console: Console,
+    counts: dict[str, int],
+    options: dict[str, Any],
+    workload: Workload,
+    plan: Plan,
+    nodes: int,
+    bundles: BundleWriter | None,
+) -> ChaosRun:
+    cluster = LocalCluster(nodes, sum(counts.values()) + 2) if nodes > 1 else None
+    address = None
+    if cluster is not None:
+        with console.status(f"starting {nodes} Ray nodes ..."):
+            address = await asyncio.to_thread(cluster.start)
+    try:
+        pool = chaos_pool(counts, address=address, **options)
+        async with pool:
+            with console.status("loading models, and asking them before anything is broken ..."):
+                await workload.load(pool)
+            runner = ChaosRunner(
+                pool,
+                workload,
+                plan,
+                tell=bundles.keep if bundles else lambda *_: None,
+                on_node_death=cluster.fill_up if cluster else lambda: None,
+            )
+            if bundles is not None:
+                bundles.look_at(pool)
+            async with shown(console, pool, runner, plan.operations):
+                run = await runner.run()
+            if bundles is not None:
+                await bundles.done()
+        left = await runner.left_behind()
+    finally:
+        if cluster is not None:
+            await asyncio.to_thread(cluster.stop)
+    return run.with_leftovers(left)
+
+
+def _tell(console: Console, run: ChaosRun, folder: Path | None, as_json: bool) -> int:
+    checks = verdict(run)
+    if as_json:
+        typer.echo(run.to_json())
+    for words, holds in checks:
+        console.print(f"  {'[green]ok[/green] ' if holds else '[red]NOT[/red]'} {words}")
+    if folder is not None:
+        for path in write_report(run, folder):
+            console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+    return 0 if all(holds for _, holds in checks) else 1
+
+
+def _list(console: Console) -> None:
+    for kind, facts in FAULTS.items():
+        engines = "" if len(facts.engines) == len(BrowserType) else ", ".join(sorted(facts.engines))
+        console.print(f"[bold]{kind}[/bold]" + (f" ({engines} only)" if engines else ""))
+        for how, dose in facts.doses.items():
+            noticed = ", ".join(sorted(dose.noticed)) or "nothing"
+            console.print(
+                f"  {how}: {dose.what}. Survived from level {dose.level} on; noticed as {noticed}"
+                f"{', or not at all' if dose.quiet else ''}.",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+
+
+def parse_faults(text: str) -> list[FaultKind]:
+    """The kinds that "all,-wrong_answer" or "tab_crash,full_disk" names. Raises `BadInput`."""
+    chosen: list[FaultKind] = []
+    for word in _split(text):
+        if word == "all":
+            chosen = list(FaultKind)
+        elif word.startswith("-"):
+            left_out = _word(FaultKind, word[1:], "--faults")
+            chosen = [kind for kind in chosen if kind is not left_out]
+        else:
+            chosen.append(_word(FaultKind, word, "--faults"))
+    if not chosen:
+        raise BadInput(f"--faults {text}: that leaves none of {', '.join(FaultKind)}.", got=text)
+    return list(dict.fromkeys(chosen))
+
+
+def _slots(counts: Mapping[str, int]) -> dict[str, BrowserType]:
+    return {
+        f"{kind}-{n}": BrowserType(kind) for kind, count in counts.items() for n in range(count)
+    }
+
+
+def _split(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _word(kind: Any, word: str, option: str) -> Any:
+    try:
+        return kind(word)
+    except ValueError:
+        raise BadInput(
+            f"{option}: expected some of {', '.join(kind)}, got {word!r}.",
+            expected=list(kind),
+            got=word,
+        ) from None

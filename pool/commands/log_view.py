@@ -1,0 +1,45 @@
+"""One event of the control log as one line for people. This module must not read the log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+_TEXT_MAX = 160
+
+
+def logged_line(event: Mapping[str, Any]) -> str:
+    """`event` is what `recovery.log.log.show` yields."""
+    if event["type"] == "unreadable":
+        return f"?????  {event['file']} at byte {event['offset']}: {event['line'][:_TEXT_MAX]}"
+    at = datetime.fromtimestamp(event["at"]).isoformat(sep=" ", timespec="milliseconds")
+    body = dict(event["body"])
+    return f"{event['seq']:5d}  {at}  term {event['term']}  {event['type']:20s} {_told(body)}"
+
+
+def _told(body: dict[str, Any]) -> str:
+    who = body.pop("browser_id", None)
+    if who is not None and "epoch" in body:
+        who = f"{who}#{body.pop('epoch')}"
+    said = [who] if who else []
+    for name, value in body.items():
+        match name, value:
+            case "failure", Mapping():
+                said.append(f"{value['category']} ({value['severity']}): {value['message']}")
+            case "facts", Mapping():
+                said.append(f"{value['product']} {value['version']}")
+            case "strategy", Mapping():
+                said.append(f"strategy {value['name']}")
+            case "breakers", Mapping():
+                states = [f"{m or 'browser'} {b['breaker'][0]}" for m, b in value.items()]
+                said.append("circuits: " + ", ".join(states))
+            case "numeric", Mapping():
+                said.append(f"on {value['backend']}")
+            case _, None | False | {}:
+                pass
+            case _, str() | int() | float():
+                said.append(f"{name} {value}")
+            case _:
+                pass
+    return "; ".join(said)[:_TEXT_MAX]

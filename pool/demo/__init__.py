@@ -1,0 +1,1 @@
+"""`make demo`: real browsers, some of them killed."""

@@ -1,0 +1,270 @@
+"""The breakers of one pool, or of one browser's actor: by browser, and by model on a browser.
+
+A pool must never open every circuit at once: then nothing would answer, however little is wrong.
+So the registry knows how many peers of a breaker are open (those of other processes too, as far
+as it was told), and holds a breaker closed that would be one too many, as Envoy's maximal
+ejection percentage does. A failure counts against the model on the browser; against the browser
+only if it reaches further than the one operation.
+
+This module must not act on a failure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from recovery.breaker.circuit import (
+    BreakerConfig,
+    Change,
+    CircuitBreaker,
+    CircuitState,
+    Permit,
+    Snapshot,
+    as_failure,
+)
+from recovery.errors import BadInput
+from recovery.failures import Failure, Scope
+
+_NO_LOCK = nullcontext()
+_NOT_SERVING = frozenset({CircuitState.OPEN, CircuitState.HALF_OPEN, CircuitState.FORCED_OPEN})
+
+
+class BreakerKey(NamedTuple):
+    """A browser (its slot in the pool, whatever its epoch), or a model on it."""
+
+    browser: str
+    model: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.model} on {self.browser}" if self.model else self.browser
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryConfig:
+    """The limits of a registry."""
+
+    open_share_max: float = 0.5  # of a breaker's peers and itself that may be open at once
+    breakers_max: int = 1024  # beyond it, the closed breaker that was asked for longest ago goes
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.open_share_max <= 1.0:
+            raise BadInput(f"open_share_max must be from 0 to 1, not {self.open_share_max!r}.")
+        if self.breakers_max < 1:
+            raise BadInput(f"breakers_max must be at least 1, not {self.breakers_max!r}.")
+
+
+def open_max(peers: int, share: float) -> int:
+    """How many of `peers` circuits may be open at once: one of two or more, and never all."""
+    return min(max(int(peers * share), 1 if share else 0), peers - 1)
+
+
+class CircuitBreakerRegistry:
+    """Makes breakers by key, caps how many are open, and adds up their metrics.
+
+    Peers are the browsers, or the browsers that hold the same model. `config` is every browser's,
+    `model_config` every model's (the same if not given). `lock` as in `CircuitBreaker`: one for
+    all, so that the cap is exact.
+    """
+
+    def __init__(
+        self,
+        config: BreakerConfig | None = None,
+        *,
+        model_config: BreakerConfig | None = None,
+        limits: RegistryConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        on_change: Callable[[Change], object] | None = None,
+        lock: AbstractContextManager[Any] = _NO_LOCK,
+    ) -> None:
+        self.config = config or BreakerConfig()
+        self.model_config = model_config or self.config
+        self.limits = limits or RegistryConfig()
+        self._clock = clock
+        self._wall = wall
+        self._on_change = on_change
+        self._lock = lock
+        self._breakers: dict[BreakerKey, CircuitBreaker] = {}  # the latest asked for last
+        self._elsewhere: dict[BreakerKey, CircuitState] = {}
+
+    def __len__(self) -> int:
+        return len(self._breakers)
+
+    def __repr__(self) -> str:
+        return f"<CircuitBreakerRegistry [{len(self)} circuits | {len(self.not_serving())} open]>"
+
+    def breaker(self, browser: str, model: str = "") -> CircuitBreaker:
+        """The breaker of a browser or of a model on it, made on first use."""
+        key = BreakerKey(browser, model)
+        with self._lock:
+            breaker = self._breakers.pop(key, None) or self._made(key)
+            self._breakers[key] = breaker
+        return breaker
+
+    def guard(self, browser: str, model: str) -> BothGuard:
+        """A context manager for one call of a model on a browser: both breakers must admit it."""
+        return BothGuard(self.breaker(browser), self.breaker(browser, model))
+
+    def forget(self, browser: str, model: str | None = None) -> None:
+        """Drop a browser's breakers, or one model's on it: it left the pool."""
+        for key in [key for key in self._breakers if _is_of(key, browser, model)]:
+            del self._breakers[key]
+        for key in [key for key in self._elsewhere if _is_of(key, browser, model)]:
+            del self._elsewhere[key]
+
+    # -- the cap --
+
+    def may_open(self, key: BreakerKey) -> bool:
+        """Whether one more of this breaker's peers may stop serving."""
+        peers = {k: s for k, s in self.states().items() if bool(k.model) is bool(key.model)}
+        if key.model:
+            peers = {k: s for k, s in peers.items() if k.model == key.model}
+        peers.setdefault(key, CircuitState.CLOSED)
+        others = sum(state in _NOT_SERVING for k, state in peers.items() if k != key)
+        return others < open_max(len(peers), self.limits.open_share_max)
+
+    def note_elsewhere(self, states: Mapping[BreakerKey, CircuitState]) -> None:
+        """The states of breakers in other processes, as last heard; replaces what was noted."""
+        latest = list(states.items())[-self.limits.breakers_max :]
+        self._elsewhere = dict(latest)
+
+    def states(self) -> dict[BreakerKey, CircuitState]:
+        """Every circuit that is known, here and elsewhere."""
+        here = {key: breaker.state for key, breaker in self._breakers.copy().items()}
+        return {**self._elsewhere, **here}
+
+    def not_serving(self) -> tuple[BreakerKey, ...]:
+        """The keys of the circuits that refuse calls, or are being probed."""
+        return tuple(key for key, state in self.states().items() if state in _NOT_SERVING)
+
+    # -- metrics and moving house --
+
+    def get_metrics(self) -> dict[str, Any]:
+        """The sums over all breakers of this process, and each one's metrics by its name."""
+        circuits = {
+            str(key): breaker.get_metrics() for key, breaker in self._breakers.copy().items()
+        }
+        total = {name: _sum(circuits.values(), name) for name in _SUMMED}
+        executions, openings = total["executions"], total["circuit_open_count"]
+        downtime = sum(
+            each["avg_downtime_seconds"] * each["recoveries"] for each in circuits.values()
+        )
+        return {
+            "circuits_by_state": {
+                str(state): _count(circuits.values(), state) for state in CircuitState
+            },
+            **total,
+            "success_rate": total["successes"] / executions if executions else 0.0,
+            "recovery_rate": total["recoveries"] / openings if openings else 0.0,
+            "avg_downtime_seconds": (
+                downtime / total["recoveries"] if total["recoveries"] else 0.0
+            ),
+            "circuits": circuits,
+        }
+
+    def snapshot(self, browser: str) -> dict[BreakerKey, Snapshot]:
+        """A browser's breakers, for its next epoch."""
+        return {
+            key: breaker.snapshot()
+            for key, breaker in self._breakers.copy().items()
+            if key.browser == browser
+        }
+
+    def restore(self, snapshots: Mapping[BreakerKey, Snapshot]) -> None:
+        """Go on where another process's breakers were."""
+        for key, snapshot in snapshots.items():
+            self.breaker(*key).restore(snapshot)
+
+    def _made(self, key: BreakerKey) -> CircuitBreaker:
+        if len(self._breakers) >= self.limits.breakers_max:
+            closed = (k for k, b in self._breakers.items() if b.state is CircuitState.CLOSED)
+            del self._breakers[next(closed, next(iter(self._breakers)))]
+        return CircuitBreaker(
+            str(key),
+            self.model_config if key.model else self.config,
+            browser=key.browser,
+            clock=self._clock,
+            wall=self._wall,
+            on_change=self._on_change,
+            may_open=lambda: self.may_open(key),
+            lock=self._lock,
+        )
+
+
+class BothGuard:
+    """Protects one call of a model on a browser by the breakers of both."""
+
+    __slots__ = ("_browser", "_browser_permit", "_model", "_model_permit")
+
+    def __init__(self, browser: CircuitBreaker, model: CircuitBreaker) -> None:
+        self._browser = browser
+        self._model = model
+
+    def __enter__(self) -> None:
+        self._browser_permit: Permit = self._browser.allow()
+        try:
+            self._model_permit: Permit = self._model.allow()
+        except BaseException:
+            self._browser.abandon(self._browser_permit)
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self._model.success(self._model_permit)
+            self._browser.success(self._browser_permit)
+            return
+        failure: Failure | BaseException = error
+        if self._model.counts(error):
+            failure = as_failure(error)
+        self._model.failure(self._model_permit, failure)
+        if isinstance(failure, Failure) and failure.scope is Scope.OPERATION:
+            # Neither the browser's fault, nor a sign that it is well.
+            self._browser.abandon(self._browser_permit)
+        else:
+            self._browser.failure(self._browser_permit, failure)
+
+    async def __aenter__(self) -> None:
+        self.__enter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.__exit__(kind, error, trace)
+
+
+_SUMMED = (
+    "executions",
+    "successes",
+    "failures",
+    "recorded_failures",
+    "slow_calls",
+    "refused",
+    "circuit_open_count",
+    "openings_held",
+    "recoveries",
+)
+
+
+def _sum(metrics: Iterable[Mapping[str, Any]], name: str) -> int:
+    return sum(int(each[name]) for each in metrics)
+
+
+def _count(metrics: Iterable[Mapping[str, Any]], state: CircuitState) -> int:
+    return sum(each["current_state"] == state for each in metrics)
+
+
+def _is_of(key: BreakerKey, browser: str, model: str | None) -> bool:
+    return key.browser == browser and (model is None or key.model == model)

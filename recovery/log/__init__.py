@@ -1,0 +1,1 @@
+"""The control log: events on disk before anything is done about them."""

@@ -1,0 +1,1 @@
+"""Models cut by layer: where, into what, for which browsers."""

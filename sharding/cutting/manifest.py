@@ -1,0 +1,222 @@
+"""The manifest of a cut model: which shard has which layers, takes what, and sends what.
+
+Plain data and its JSON, and the check that the files are those that were cut: no more is
+needed to load the shards, so this module must not import onnx, and must not cut.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from recovery.errors import NotAModel
+from sharding.models.signature import TensorSpec, digest_of
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = 1  # of the JSON; another number is refused
+MANIFEST_BYTES_MAX = 16 << 20
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One tensor that a layer keeps from step to step.
+
+    `past` is the graph's input and `present` the output that becomes `past` of the next step.
+    Most begin empty and grow by a position per token. One with a `window` (positions; 0 for
+    none) is a ring of fixed length: it begins as zeros of at least that length.
+    """
+
+    layer: int
+    past: TensorSpec
+    present: TensorSpec
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One file of a shard, beside the manifest. `digest` is SHA-256, in hexadecimal."""
+
+    name: str
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One piece of the model: an ONNX file of its own, with the layers `[span[0], span[1])`.
+
+    Its inputs are `receives` (the previous shard's `sends`, by the same names), `shared` (the
+    uncut model's own inputs that this shard needs too, such as masks) and the caches' `past`.
+    Its outputs are `sends`, `outputs` (the uncut model's own) and the caches' `present`.
+    `files` begins with the graph file; the others are its external data.
+    """
+
+    span: tuple[int, int]
+    files: tuple[ShardFile, ...]
+    receives: tuple[TensorSpec, ...]
+    sends: tuple[TensorSpec, ...]
+    shared: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    caches: tuple[Cache, ...]
+
+    @property
+    def graph_file(self) -> str:
+        return self.files[0].name
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files together."""
+        return sum(file.bytes for file in self.files)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All shards of one model, first to last. `source` is the uncut model's `ModelSpec.digest`.
+
+    `inputs` are those of the uncut model that are no caches, whether a shard takes them or not.
+    """
+
+    name: str
+    source: str
+    kind: str
+    layers: int
+    inputs: tuple[TensorSpec, ...]
+    shards: tuple[Shard, ...]
+
+    def to_json(self) -> str:
+        """The text of the manifest file."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+
+
+def read_manifest(folder: str | Path, *, verify: bool = True) -> Manifest:
+    """The manifest in `folder`, after a check of every shard file's size and SHA-256.
+
+    Without `verify` the shard files are not looked at.
+
+    Raises `NotAModel`: no manifest, another format, a field that is missing or of the wrong
+    kind, spans that leave out a layer, a file that lies elsewhere, is missing, or differs.
+    """
+    path = Path(folder).absolute() / MANIFEST_NAME
+    try:
+        if path.stat().st_size > MANIFEST_BYTES_MAX:
+            raise _refuse(path, f"at most {MANIFEST_BYTES_MAX:,} bytes", "more")
+        manifest = _parse(path, json.loads(path.read_bytes()))
+    except OSError as error:
+        raise _refuse(path, "the manifest of a cut model", str(error.strerror)) from error
+    # RecursionError: JSON that is nested too deeply is no manifest either.
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _refuse(path, "the manifest of a cut model", f"{error!r}") from error
+    if verify:
+        for shard in manifest.shards:
+            for file in shard.files:
+                _verify(path.parent, file)
+    return manifest
+
+
+def _refuse(path: Path, expected: str, got: str) -> NotAModel:
+    return NotAModel(
+        f"{path}: expected {expected}, got {got}. Cut the model again.",
+        path=str(path),
+        expected=expected,
+        got=got,
+    )
+
+
+def _verify(folder: Path, file: ShardFile) -> None:
+    path = folder / file.name
+    try:
+        size, digest = digest_of(path)
+    except OSError as error:
+        raise _refuse(path, "a shard's file", str(error.strerror)) from error
+    if (size, digest) != (file.bytes, file.digest):
+        raise _refuse(
+            path,
+            f"{file.bytes:,} bytes with SHA-256 {file.digest}",
+            f"{size:,} bytes with SHA-256 {digest}",
+        )
+
+
+def _parse(path: Path, data: dict[str, Any]) -> Manifest:
+    if data["format"] != FORMAT:
+        raise _refuse(path, f"a manifest of format {FORMAT}", f"format {data['format']!r}")
+    manifest = Manifest(
+        name=_text(data["name"]),
+        source=_text(data["source"]),
+        kind=_text(data["kind"]),
+        layers=_count(data["layers"]),
+        inputs=_specs(data["inputs"]),
+        shards=tuple(_shard(shard) for shard in data["shards"]),
+    )
+    expected = 0
+    for before, shard in zip((None, *manifest.shards), manifest.shards, strict=False):
+        start, end = shard.span
+        if start != expected or end <= start:
+            raise _refuse(path, f"a shard that begins at layer {expected}", f"{shard.span}")
+        if shard.receives != (before.sends if before else ()):
+            raise _refuse(path, f"shard {shard.span} to receive what is sent", "other tensors")
+        expected = end
+    if expected != manifest.layers or manifest.shards[-1].sends:
+        raise _refuse(path, f"shards of all {manifest.layers} layers", f"{expected} layers")
+    return manifest
+
+
+def _shard(data: dict[str, Any]) -> Shard:
+    start, end = data["span"]
+    files = tuple(
+        ShardFile(_file_name(file["name"]), _count(file["bytes"]), _text(file["digest"]))
+        for file in data["files"]
+    )
+    if not files:
+        raise ValueError("a shard without files")
+    return Shard(
+        span=(_count(start), _count(end)),
+        files=files,
+        receives=_specs(data["receives"]),
+        sends=_specs(data["sends"]),
+        shared=_specs(data["shared"]),
+        outputs=_specs(data["outputs"]),
+        caches=tuple(
+            Cache(
+                _count(cache["layer"]),
+                _spec(cache["past"]),
+                _spec(cache["present"]),
+                _count(cache["window"]),
+            )
+            for cache in data["caches"]
+        ),
+    )
+
+
+def _specs(data: list[Any]) -> tuple[TensorSpec, ...]:
+    return tuple(_spec(one) for one in data)
+
+
+def _spec(data: dict[str, Any]) -> TensorSpec:
+    shape = data["shape"]
+    if shape is not None:
+        shape = tuple(shape)
+        if not all(dim is None or type(dim) in (int, str) for dim in shape):
+            raise ValueError(f"a shape of {shape!r}")
+    return TensorSpec(_text(data["name"]), _text(data["dtype"]), shape)
+
+
+def _file_name(value: Any) -> str:
+    name = _text(value)
+    # Files lie beside the manifest; one that names another place is not ours.
+    if name in ("", ".", "..") or PurePosixPath(name).name != name or set("\\:\0") & set(name):
+        raise ValueError(f"a file name of {name!r}")
+    return name
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected text, got {value!r}")
+    return value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"expected a count, got {value!r}")
+    return value

@@ -1,0 +1,1 @@
+"""Models as files: signature, inputs, messages, and the native runtime as reference."""

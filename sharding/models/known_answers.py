@@ -1,0 +1,138 @@
+"""Known answers: inputs that can be made again anywhere, and what a model makes of them.
+
+The native runtime answers first, when a model is loaded; whoever runs the model later can be
+asked the same and compared. Large errors only: native kernels, quantisation and back ends differ
+in low bits. Nothing here runs a browser; this module must not decide what a wrong answer means.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from recovery.errors import BadInput, NotAModel, PageError
+from recovery.voting import same_bits
+from sharding.models.frames import Array
+from sharding.models.inputs import warmup_inputs
+from sharding.models.native import NativeSession
+from sharding.models.signature import ModelSpec
+
+INPUT_BYTES_MAX = 1 << 20  # of a question: it travels with every order to load the model
+ELEMENTS_MAX = 16_384  # kept of one output; of a longer one, every n-th
+# How far a right answer may lie from the native one, as a part of the largest number in it. An
+# int8 model may differ by some percent, as its kernels saturate otherwise on other processors
+# (onnxruntime, "Quantize ONNX models": U8S8 on AVX2); a flipped exponent bit is far above that.
+SCALE = 0.05
+_SEED = 20_250
+_MASK = "mask"
+_IDS = (100, 2)  # below what integers are drawn: any vocabulary has 100 words, some only 2
+
+
+@dataclass(frozen=True)
+class KnownTensor:
+    """One output: every `stride`-th of its elements, as little-endian bytes in base64."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    stride: int
+    data: str
+
+    def values(self) -> Array:
+        return np.frombuffer(base64.b64decode(self.data), np.dtype(self.dtype))
+
+
+@dataclass(frozen=True)
+class KnownAnswer:
+    """A question and what a model answers. Plain data: it travels and is stored."""
+
+    inputs: Mapping[str, KnownTensor]
+    outputs: Mapping[str, KnownTensor]
+
+
+def question(spec: ModelSpec, known: KnownAnswer | None) -> dict[str, Array]:
+    """The inputs to ask with; zeros where nothing is known."""
+    if known is None:
+        return warmup_inputs(spec)
+    return {name: tensor.values().reshape(tensor.shape) for name, tensor in known.inputs.items()}
+
+
+def varied_inputs(spec: ModelSpec, ids_max: int) -> dict[str, Array]:
+    """Inputs of a fixed seed: not zeros, or an answer would tell little. Masks are ones."""
+    arrays = warmup_inputs(spec)
+    rng = np.random.default_rng(_SEED)
+    for name, array in arrays.items():
+        if array.dtype.kind == "f":
+            arrays[name] = rng.standard_normal(array.shape).astype(array.dtype)
+        elif array.dtype.kind in "iu" and _MASK in name.lower():
+            arrays[name] = np.ones_like(array)
+        elif array.dtype.kind in "iu" and array.ndim:  # a number alone is a setting, not data
+            arrays[name] = rng.integers(0, ids_max, array.shape).astype(array.dtype)
+    return arrays
+
+
+def record(spec: ModelSpec, example: Mapping[str, Array] | None = None) -> KnownAnswer | None:
+    """Ask the native runtime for what it makes of `example`, or else of made-up inputs. Blocks.
+
+    None where it can't answer, or not twice the same.
+    """
+    session = NativeSession(spec.files[0].path)
+    try:
+        session.open()
+        made_up = (*(varied_inputs(spec, below) for below in _IDS), warmup_inputs(spec))
+        for inputs in (example, *made_up):
+            if inputs is None or sum(a.nbytes for a in inputs.values()) > INPUT_BYTES_MAX:
+                continue
+            try:
+                first, second = (session.run(inputs) for _ in range(2))
+            except (BadInput, PageError):
+                continue  # made-up inputs may not suit a model: zeros, perhaps
+            if first and same_bits(first, second):
+                asked = {name: _kept(array, array.size) for name, array in inputs.items()}
+                return KnownAnswer(asked, {name: _kept(array) for name, array in first.items()})
+    except NotAModel:
+        return None  # a browser may take what this build of the native runtime does not
+    finally:
+        session.close()
+    return None
+
+
+def difference(known: KnownAnswer, outputs: Mapping[str, Array]) -> str:
+    """What is plainly wrong with an answer, in words; empty if nothing is."""
+    if known.outputs.keys() != outputs.keys():
+        return f"outputs {', '.join(outputs)} instead of {', '.join(known.outputs)}"
+    for name, right in known.outputs.items():
+        got = outputs[name]
+        if (got.dtype.name, got.ndim) != (right.dtype, len(right.shape)):
+            return (
+                f"{name}: {got.dtype}{list(got.shape)} instead of {right.dtype}{list(right.shape)}"
+            )
+        if got.shape != right.shape:
+            continue  # as many as were found, say: near ties fall either way
+        if wrong := _far(name, right.values(), got.ravel()[:: right.stride]):
+            return wrong
+    return ""
+
+
+def _far(name: str, right: Array, got: Array) -> str:
+    if right.dtype.kind not in "f" or not right.size:
+        return ""  # integers are choices (an argmax, a shape): near ties fall either way
+    x, y = right.astype(np.float64), got.astype(np.float64)
+    if not np.array_equal(np.isfinite(x), np.isfinite(y)):
+        return f"{name}: {np.count_nonzero(~np.isfinite(y))} numbers are not finite"
+    x, y = np.where(np.isfinite(x), x, 0.0), np.where(np.isfinite(y), y, 0.0)
+    limit = SCALE * max(float(np.abs(x).max()), 1e-3)
+    worst = int(np.abs(x - y).argmax())
+    if abs(x[worst] - y[worst]) > limit:
+        return f"{name}: {y[worst]:.6g} instead of {x[worst]:.6g} (the limit is {limit:.3g})"
+    return ""
+
+
+def _kept(array: Array, elements_max: int = ELEMENTS_MAX) -> KnownTensor:
+    stride = max(-(-array.size // max(elements_max, 1)), 1)
+    kept = np.ascontiguousarray(array.ravel()[::stride])
+    kept = kept.astype(kept.dtype.newbyteorder("<"))
+    data = base64.b64encode(kept.tobytes()).decode()
+    return KnownTensor(array.dtype.name, tuple(array.shape), stride, data)

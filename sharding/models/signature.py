@@ -1,0 +1,335 @@
+"""What a model file is, read once: inputs, outputs, files, digest.
+
+The only door to `onnx`. A spec is plain data: whoever holds one needs neither the file nor
+onnx. This module must not run a model, and must not load the weights that lie in external
+data files (it reads them once, in pieces, for their digest).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # what onnx raises
+
+from recovery.errors import NotAModel
+from recovery.kinds import ModelType
+from sharding.models.frames import SUPPORTED_DTYPES
+
+GRAPH_BYTES_MAX = 2**31 - 1  # protobuf's limit on one message
+LOAD_OVERHEAD_BYTES = 64 << 20  # the runtime's own memory, arenas and the parsed graph
+
+_HEAD_SHOWN = 16  # bytes of a file that is no model, in the error
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph.
+
+    `dtype` is numpy's name of it. `shape` has an integer where a dimension is fixed, its name
+    where it is symbolic, and None where nothing is known of it; `shape` itself is None when the
+    graph does not even give the number of dimensions. A scalar has the shape `()`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...] | None
+
+    @property
+    def rank(self) -> int | None:
+        return None if self.shape is None else len(self.shape)
+
+    def __str__(self) -> str:
+        if self.shape is None:
+            return f"{self.dtype} of any shape"
+        dims = ", ".join("?" if dim is None else str(dim) for dim in self.shape)
+        return f"{self.dtype}[{dims}]"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far answers of different back ends may lie apart: |a - b| <= atol + rtol * |b|.
+
+    The default is for float32 on WASM against native or WebGPU: the differences that were
+    measured lie between 1e-6 and 1e-4 (other orders of summation, other fused kernels), and
+    real faults (a wrong layer, a flipped exponent bit) are orders of magnitude above it.
+    """
+
+    rtol: float = 1e-3
+    atol: float = 1e-4
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """One file of a model: where it lies on this machine, and how the graph refers to it.
+
+    `path` is absolute. `name` is relative to the graph file, with forward slashes (the graph
+    file's own is its file name). `digest` is SHA-256, in hexadecimal.
+    """
+
+    path: str
+    name: str
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """A tensor that a host keeps for a sequence, from one step to the next.
+
+    `past` is the graph's input, `present` the output that becomes the next step's `past`. A
+    sequence begins with zeros of `shape`, which has none of them if the cache grows: by a
+    position per token, along `axis`. A ring does not grow: its `axis` is -1.
+    """
+
+    past: str
+    present: str
+    dtype: str
+    shape: tuple[int, ...]
+    axis: int
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All that the pool knows of a model without running it. Picklable.
+
+    `digest` names the content: of a model in one file it is the SHA-256 of that file; external
+    data files enter it with their names. `files` begins with the graph file. `span` is the
+    range of layers `[start, end)` if this is a piece of a larger model. `load_peak_bytes` is an
+    estimate, see `read_signature`; what it reads knows no `caches` (`sharding.sequences.stages`
+    does).
+    """
+
+    name: str
+    digest: str
+    type: ModelType
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    files: tuple[ModelFile, ...]
+    load_peak_bytes: int
+    tolerance: Tolerance
+    opset: int
+    span: tuple[int, int] | None = None
+    caches: tuple[CacheSpec, ...] = ()  # of a decoder, or of a piece of one
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files together."""
+        return sum(file.bytes for file in self.files)
+
+
+def read_signature(
+    path: str | Path,
+    *,
+    name: str,
+    type: ModelType = ModelType.UNKNOWN,  # noqa: A002
+    tolerance: Tolerance | None = None,
+) -> ModelSpec:
+    """The spec of the ONNX model at `path` (a file; its external data files lie beside it).
+
+    Graph inputs that have an initializer are parameters, not inputs. A dimension given as 0
+    without a name counts as unknown (Silero VAD's exporter writes those). `load_peak_bytes` is
+    an estimate, not a measurement: twice the files' bytes, since a page holds what it fetched
+    and the runtime's copy of it at the same time, plus `LOAD_OVERHEAD_BYTES`.
+
+    Raises `NotAModel`, saying what was expected and what came: no such file, a folder, no ONNX,
+    truncated, external data that is missing, too short or outside the model's folder, inputs
+    or outputs that are no tensors of a supported dtype.
+    """
+    path = Path(path).absolute()
+    data = _read_graph_file(path)
+    try:
+        model = onnx.load_model_from_string(data, format="protobuf")
+        graph = model.graph
+        parameters = {tensor.name for tensor in graph.initializer}
+        parameters |= {tensor.values.name for tensor in graph.sparse_initializer}
+        inputs = tuple(
+            _tensor_spec(path, "input", value)
+            for value in graph.input
+            if value.name not in parameters
+        )
+        outputs = tuple(_tensor_spec(path, "output", value) for value in graph.output)
+        opsets = {entry.domain: entry.version for entry in model.opset_import}
+        external = dict(_external_data(path, model))
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise _not_onnx(path, data) from error
+    if not outputs or not opsets:
+        # Bytes that are no model, and models cut off between two fields, can parse as this.
+        raise _not_onnx(path, data)
+    graph_file = ModelFile(str(path), path.name, len(data), hashlib.sha256(data).hexdigest())
+    files = (graph_file, *_external_files(path, external))
+    return ModelSpec(
+        name=name,
+        digest=_digest(files),
+        type=type,
+        inputs=inputs,
+        outputs=outputs,
+        files=files,
+        load_peak_bytes=2 * sum(file.bytes for file in files) + LOAD_OVERHEAD_BYTES,
+        tolerance=tolerance or Tolerance(),
+        opset=opsets.get("", opsets.get("ai.onnx", 0)),
+    )
+
+
+def _read_graph_file(path: Path) -> bytes:
+    try:
+        if path.is_dir():
+            raise _refuse(path, "a folder", "an ONNX file")
+        size = path.stat().st_size
+        if size > GRAPH_BYTES_MAX:
+            raise _refuse(
+                path,
+                f"a file of {size:,} bytes",
+                f"a graph of at most {GRAPH_BYTES_MAX:,} bytes (larger models keep their weights "
+                "in external data files)",
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise _refuse(
+            path, str(error.strerror or error), "an ONNX file that can be read"
+        ) from error
+
+
+def _refuse(path: Path, got: str, expected: str) -> NotAModel:
+    return NotAModel(
+        f"{path}: expected {expected}, got {got}.", path=str(path), expected=expected, got=got
+    )
+
+
+def _not_onnx(path: Path, data: bytes) -> NotAModel:
+    if not data:
+        got = "an empty file"
+    elif data.startswith(b"version https://git-lfs"):
+        got = "a Git LFS pointer (fetch the file itself with `git lfs pull`)"
+    else:
+        got = f"{len(data):,} bytes that are no ONNX, or not all of it: {data[:_HEAD_SHOWN]!r}"
+    return _refuse(path, got, "a complete ONNX model")
+
+
+def _tensor_spec(path: Path, what: str, value: onnx.ValueInfoProto) -> TensorSpec:
+    kind = value.type.WhichOneof("value")
+    label = f"{what} {value.name!r}"
+    if kind != "tensor_type":
+        got = f"{label} of {kind or 'no type'}, which is not supported"
+        raise _refuse(path, got, "a model whose inputs and outputs are tensors")
+    tensor = value.type.tensor_type
+    dtype = _dtype_name(tensor.elem_type)
+    if dtype not in SUPPORTED_DTYPES:
+        raise _refuse(
+            path,
+            f"{label} of dtype {dtype}, which is not supported",
+            f"inputs and outputs of {', '.join(sorted(SUPPORTED_DTYPES))}",
+        )
+    shape = tuple(_dim(dim) for dim in tensor.shape.dim) if tensor.HasField("shape") else None
+    return TensorSpec(value.name, dtype, shape)
+
+
+def _dtype_name(element: int) -> str:
+    if element == onnx.TensorProto.STRING:
+        return "string"  # whose numpy dtype would be "object"
+    try:
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(element)).name
+    except KeyError:
+        return f"number {element}"
+
+
+def _dim(dim: Any) -> int | str | None:
+    if dim.dim_param:
+        return str(dim.dim_param)
+    return int(dim.dim_value) if dim.dim_value > 0 else None
+
+
+def _external_data(path: Path, model: onnx.ModelProto) -> Iterator[tuple[str, int]]:
+    """Each external data file's name with the bytes that it must have, ascending per file."""
+    needed: dict[str, int] = {}
+    for tensor in _tensors(model):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        pure = PurePosixPath(location)
+        # A backslash or a colon would mean something else on Windows.
+        if not location or pure.is_absolute() or ".." in pure.parts or set("\\:\0") & set(location):
+            raise _refuse(
+                path,
+                f"external data at {location!r} (tensor {tensor.name!r})",
+                "external data inside the model's own folder",
+            )
+        try:
+            end = int(entries.get("offset") or 0) + int(entries.get("length") or 0)
+        except ValueError:
+            raise _refuse(
+                path,
+                f"external data of tensor {tensor.name!r} with offset {entries.get('offset')!r} "
+                f"and length {entries.get('length')!r}",
+                "integers there",
+            ) from None
+        needed[str(pure)] = max(end, needed.get(str(pure), 0))
+    yield from sorted(needed.items())
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor that can lie in a file of its own, in subgraphs and functions too."""
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        yield from _node_tensors(function.node)
+
+
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Any) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            if attribute.HasField("g"):
+                yield from _graph_tensors(attribute.g)
+            for graph in attribute.graphs:
+                yield from _graph_tensors(graph)
+
+
+def _external_files(path: Path, needed: dict[str, int]) -> Iterator[ModelFile]:
+    for name, bytes_min in needed.items():
+        file = path.parent / name
+        try:
+            size, digest = digest_of(file)
+        except OSError as error:
+            raise _refuse(
+                path,
+                f"{file}: {error.strerror or error}",
+                f"the external data file {name!r} beside it",
+            ) from error
+        if size < bytes_min:
+            raise _refuse(
+                path,
+                f"{size:,} bytes in {file}",
+                f"at least {bytes_min:,} bytes of external data in {name!r}",
+            )
+        yield ModelFile(str(file), name, size, digest)
+
+
+def digest_of(path: Path) -> tuple[int, str]:
+    """Bytes and SHA-256 of a file, which is read in pieces. Raises `OSError`."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return stream.tell(), digest
+
+
+def _digest(files: tuple[ModelFile, ...]) -> str:
+    graph, *external = files
+    if not external:
+        return graph.digest
+    # Without the graph file's name: a model that was renamed is still the same model.
+    text = "".join([graph.digest, *(f"\n{file.digest} {file.name}" for file in external)])
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Sequences over the stages of a model: steps, decoding, pipeline, rebuilding."""
