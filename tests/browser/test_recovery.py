@@ -195,8 +195,8 @@ async def test_the_supervisor_is_killed_again_and_again_and_every_operation_is_a
 def the_log_tells(state_dir: Path) -> None:
     (folder,) = state_dir.glob("undying@*")
     assert log.verify(folder / "log").ok
-    command = [sys.executable, "-m", "pool.commands.main", "log", "show", "--state-dir",
-    str(state_dir)] shown = subprocess.run(command, capture_output=True, text=True,
+    program = [sys.executable, "-m", "pool.commands.main"]
+    command = [*program, "log", "show", "--state-dir", str(state_dir)] shown = subprocess.run(command, capture_output=True, text=True,
     check=True).stdout assert shown.count("term_began") == _SUPERVISOR_KILLS
 
 
