@@ -196,8 +196,9 @@ def the_log_tells(state_dir: Path) -> None:
     (folder,) = state_dir.glob("undying@*")
     assert log.verify(folder / "log").ok
     program = [sys.executable, "-m", "pool.commands.main"]
-    command = [*program, "log", "show", "--state-dir", str(state_dir)] shown = subprocess.run(command, capture_output=True, text=True,
-    check=True).stdout assert shown.count("term_began") == _SUPERVISOR_KILLS
+    command = [*program, "log", "show", "--state-dir", str(state_dir)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert shown.count("term_began") == _SUPERVISOR_KILLS
 
 
 def supervisor_pid(pool: str) -> int:
