@@ -32,7 +32,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from actors.browser.host import host_settings
+from actors.browser.startup import host_settings
 from actors.driver.binaries import find_binaries
 from actors.driver.processes import BrowserProcesses
 from actors.messages import HostConfig

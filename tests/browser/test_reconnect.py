@@ -31,9 +31,7 @@ LONG = {  # some 100 ms of work for MiniLM, so that a socket closes in the middl
 
 
 def bridge_of(host: BrowserHost) -> Any:
-    bridge = host._bridge
-    assert bridge is not None
-    return bridge
+    return host.page.bridge
 
 
 async def run(host: BrowserHost, ref: HostRef, op_id: str, **options: Any) -> RunReply:
@@ -125,9 +123,7 @@ async def test_broken_connections_are_opened_again_and_a_crashed_tab_is_a_crash(
 
 async def test_page_that_loads_itself_again_is_not_let_in() -> None:
     async with launched(BrowserType.CHROME, reconnect_seconds=0.5) as (host, _):
-        session = host._session
-        assert session is not None
-        await session.drive(lambda driver: driver.refresh())
+        await host.process.require_session().drive(lambda driver: driver.refresh())
         event = await next_event(host, 0)
         assert event.failure is not None
         assert event.failure.scope == "page"

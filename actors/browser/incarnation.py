@@ -1,0 +1,105 @@
+"""Which incarnation of a browser is present, how far its life has come, and why it ended.
+
+All parts of a host share this one record of it. It must not start or end a process: whoever
+made it hears of the end, once, and does the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from actors.messages import LaunchReport
+from recovery.errors import BrowserLost, StaleTerm
+from recovery.failures import Category, Failure, categorize_browser_failure
+from recovery.kinds import BrowserType, Readiness
+from recovery.records import BrowserFacts, HostRef
+
+
+class Incarnation:
+    """The present one of a slot. `on_end` hears why it is over; `console` is its page's."""
+
+    def __init__(
+        self,
+        browser_id: str,
+        kind: BrowserType,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        *,
+        on_end: Callable[[Failure], None],
+        console: Callable[[], tuple[str, ...]],
+    ) -> None:
+        self.ref = HostRef(browser_id, -1)
+        self.kind = kind
+        self.readiness = Readiness.STARTING
+        self.facts: BrowserFacts | None = None  # as the latest launch found them
+        self.report: LaunchReport | None = None  # while the incarnation is ready
+        self.ready_at = clock()
+        self.cause: Failure | None = None  # why it is over
+        self.ended_by: Category | None = None  # the incarnation before it
+        self.over = asyncio.Event()  # set once there is a cause
+        self._clock = clock
+        self._wall = wall
+        self._on_end = on_end
+        self._console = console
+
+    def begin(self, ref: HostRef) -> None:
+        """Another one begins. Raises `StaleTerm` if it is no newer than the present one."""
+        self.check_newer(ref)
+        self.ended_by = self.cause.category if self.cause else None
+        self.ref, self.cause, self.over = ref, None, asyncio.Event()
+        self.readiness = Readiness.STARTING
+
+    def check_newer(self, ref: HostRef) -> None:
+        if ref.epoch <= self.ref.epoch:
+            raise StaleTerm(f"{ref} was ordered, but {self.ref} has been here")
+
+    def ready(self, report: LaunchReport) -> None:
+        self.readiness, self.report, self.ready_at = Readiness.READY, report, self._clock()
+
+    def retire(self) -> None:
+        """It is used no more, for whatever reason."""
+        self.readiness, self.report = Readiness.DEAD, None
+
+    def is_present(self, ref: HostRef) -> bool:
+        """Whether `ref` is the present incarnation, and not over."""
+        return ref == self.ref and self.readiness is not Readiness.DEAD
+
+    def is_ready(self, ref: HostRef) -> bool:
+        return ref == self.ref and self.readiness is Readiness.READY
+
+    def require(self, ref: HostRef) -> None:
+        """Raises `BrowserLost` for an incarnation that is not the present one, or over."""
+        if not self.is_present(ref):
+            raise BrowserLost(f"{ref} is not here; {self.ref} is {self.readiness}")
+
+    def lost(self, ref: HostRef, what: str, message: str = "", **evidence: Any) -> None:
+        """`ref` is over. Only its first cause counts; the rest are its echoes."""
+        if ref != self.ref or self.cause is not None:
+            return
+        message = message or what.replace("_", " ")
+        self.end(self.failure(message, what, "", ref, console=self._console(), **evidence))
+
+    def end(self, failure: Failure) -> None:
+        """The present incarnation is over because of `failure`, unless it was before."""
+        if failure.ref != self.ref or self.cause is not None:
+            return
+        self.cause = failure
+        self.over.set()
+        self._on_end(failure)
+
+    def failure(
+        self, message: str, what: str, op_id: str, ref: HostRef | None = None, **evidence: Any
+    ) -> Failure:
+        """A failure of `ref`, or of the present incarnation, with its category."""
+        context = {
+            **evidence,
+            "what": what,
+            "ref": ref or self.ref,
+            "op_id": op_id,
+            "at": self._wall(),
+            "browser": str(self.kind),
+            "version": self.facts.version if self.facts else "",
+        }
+        return categorize_browser_failure(message, context)

@@ -1,0 +1,214 @@
+"""The models that a browser has: loaded when ordered, checked, warmed up, and released.
+
+What a model's file says is in its spec; the page gets it with its digest. This module must not
+run an operation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+
+from actors.assets import integrity, model_url
+from actors.browser.breakers import HostBreakers
+from actors.browser.incarnation import Incarnation
+from actors.browser.page import Page
+from actors.browser.page_process import PageProcess
+from actors.browser.probes import Probes
+from actors.injector import BrowserFailureInjector
+from actors.messages import HostConfig
+from recovery.errors import PageError
+from recovery.kinds import Backend
+from recovery.records import BrowserFacts, HostRef, NumericId
+from sharding.models.known_answers import KnownAnswer, difference, question
+from sharding.models.signature import ModelSpec
+
+_CHECKED_MAX = 1024  # files of models that are known to be unchanged
+
+
+class LoadedModels:
+    """The models of the present incarnation. One load or unload at a time, in the order asked."""
+
+    def __init__(
+        self,
+        incarnation: Incarnation,
+        page: Page,
+        process: PageProcess,
+        breakers: HostBreakers,
+        injector: BrowserFailureInjector,
+        config: HostConfig,
+        clock: Callable[[], float],
+    ) -> None:
+        self.probes = Probes()
+        self.numeric: dict[str, NumericId] = {}  # what decides each one's numbers here
+        self.specs: dict[str, ModelSpec] = {}
+        self._incarnation = incarnation
+        self._page = page
+        self._process = process
+        self._breakers = breakers
+        self._injector = injector
+        self._config = config
+        self._clock = clock
+        self._warm_runs = config.warm_runs
+        self._used_at: dict[str, float] = {}
+        self._checked: dict[tuple[str, str], tuple[int, ...]] = {}
+        self._turn = asyncio.Lock()  # an unload must not overtake the load before it
+
+    def begin(self, *, warm: bool) -> None:
+        """A new incarnation, without models. `warm`: whether each is run often as it is loaded."""
+        self._warm_runs = self._config.warm_runs if warm else 1
+        self.numeric, self.specs = {}, {}
+        self.probes.clear()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a model is being loaded or released."""
+        return self._turn.locked()
+
+    def used(self, model: str) -> None:
+        """It was asked for something just now."""
+        self._used_at[model] = self._clock()
+
+    def idle_seconds(self, since: float) -> dict[str, float]:
+        """For how long each model was not asked; `since` stands for those that never were."""
+        now = self._clock()
+        return {name: now - self._used_at.get(name, since) for name in self.numeric}
+
+    def facts_of(self, model: str) -> dict[str, str]:
+        """What a failure of this model should tell of it, if it is loaded."""
+        if model not in self.numeric:
+            return {"model": model}
+        numeric, spec = self.numeric[model], self.specs[model]
+        return {
+            "model": model,
+            "backend": str(numeric.backend),
+            "adapter": numeric.adapter,
+            "model_type": str(spec.type),
+        }
+
+    async def load(
+        self,
+        ref: HostRef,
+        spec: ModelSpec,
+        backends: tuple[Backend, ...],
+        known: KnownAnswer | None,
+    ) -> NumericId:
+        """Load a model and warm it up; see `BrowserHost.load`."""
+        async with self._turn:
+            self._incarnation.require(ref)
+            self._page.bridge.register(spec)
+            await asyncio.to_thread(check_unchanged, spec, self._checked)
+            used = self._process.measure()
+            asked = question(spec, known)
+            try:
+                async with asyncio.timeout(self._config.load_seconds):
+                    reply = await self._page.ask("load", self._order(spec, backends), asked)
+            except TimeoutError as error:
+                raise PageError(
+                    f"{spec.name} was not loaded within {self._config.load_seconds:g} s; "
+                    "raise `load_seconds` or cut the model into shards",
+                    what="load_failed",
+                ) from error
+            numeric = self._numeric_id(reply.body)
+            self._incarnation.require(ref)
+            warmed = not reply.body.get("warmError")  # else there is no answer to be judged
+            if known is not None and warmed and (wrong := difference(known, reply.tensors)):
+                await self._page.ask("unload", {"model": spec.name})
+                raise PageError(
+                    f"{spec.name} computes something else here than natively: {wrong}",
+                    what="wrong_answer",
+                    model=spec.name,
+                )
+            self.probes.learn(spec, numeric, asked, reply.tensors if known and warmed else {})
+            await self._injector.page_is_ready(partial(self._page.ask, "fault"))
+            # Whichever process loaded and warmed the model is the page's: its end is the page's.
+            self._process.name(used)
+            self.numeric[spec.name], self.specs[spec.name] = numeric, spec
+            self.used(spec.name)
+            return numeric
+
+    def _order(self, spec: ModelSpec, backends: tuple[Backend, ...]) -> dict[str, object]:
+        return {
+            "model": spec.name,
+            "digest": spec.digest,
+            "files": [
+                {"url": model_url(spec, number), "path": file.name, "integrity": integrity(file)}
+                for number, file in enumerate(spec.files)
+            ],
+            "backends": [str(each) for each in worth_trying(backends, self._incarnation.facts)],
+            "caches": [asdict(cache) for cache in spec.caches],
+            "warm": {"warmRuns": self._warm_runs, "warmMs": self._config.warm_ms},
+        }
+
+    def _numeric_id(self, body: Mapping[str, object]) -> NumericId:
+        facts = self._incarnation.facts
+        assert facts is not None
+        backend = Backend(str(body["backend"]))
+        return NumericId(
+            ort_build=str(body["build"]),
+            backend=backend,
+            threads=facts.threads,
+            adapter=facts.webgpu_adapter if backend is Backend.WEBGPU else "",
+        )
+
+    async def unload(self, ref: HostRef, model: str) -> None:
+        """Release a model's session. Unknown models are no error."""
+        async with self._turn:
+            self._incarnation.require(ref)
+            self.numeric.pop(model, None)
+            self._used_at.pop(model, None)
+            self.probes.forget(model)
+            self._breakers.forget(model)
+            spec = self.specs.pop(model, None)
+            if spec is not None:
+                await self._page.ask("unload", {"model": model})
+                self._page.bridge.unregister(spec)
+
+
+def worth_trying(backends: tuple[Backend, ...], facts: BrowserFacts | None) -> tuple[Backend, ...]:
+    """Of several back ends those that this page has; a forced one is tried in any case.
+
+    A software WebGPU adapter is 7 to 25 times slower than WASM, so it must be forced.
+    """
+    if len(backends) == 1 or facts is None:
+        return backends
+    has = {
+        Backend.WASM: True,
+        Backend.WEBGPU: facts.webgpu and not facts.webgpu_software,
+        Backend.WEBNN: facts.webnn,
+    }
+    return tuple(backend for backend in backends if has.get(backend, False))
+
+
+def check_unchanged(spec: ModelSpec, checked: dict[tuple[str, str], tuple[int, ...]]) -> None:
+    """Raises `PageError` if a file of the model is no longer the one that was registered.
+
+    `checked` remembers files by path and digest, so that a repair need not read one again that
+    nobody has written to since.
+    """
+    for file in spec.files:
+        for packed in (f"{file.path}.gz", f"{file.path}.br"):
+            if os.path.exists(packed):
+                raise PageError(
+                    f"{packed} lies beside the model, and the server would send it instead: "
+                    "move it elsewhere",
+                    what="load_failed",
+                )
+        stat = os.stat(file.path)
+        seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        if checked.get((file.path, file.digest)) == seen:
+            continue
+        with open(file.path, "rb") as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() != file.digest:
+                raise PageError(
+                    f"{file.path} has changed since {spec.name} was loaded: unload the model and "
+                    "load it again",
+                    what="load_failed",
+                )
+        if len(checked) >= _CHECKED_MAX:
+            checked.clear()
+        checked[file.path, file.digest] = seen

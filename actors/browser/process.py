@@ -1,0 +1,156 @@
+"""The processes of the present incarnation: driver and browser below a reaper, and the session.
+
+Started on a fresh profile, let go of and ended as one. This module must not wait for the page,
+and must not decide when a browser ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.browser.incarnation import Incarnation
+from actors.driver.arguments import LaunchSettings
+from actors.driver.binaries import Binaries
+from actors.driver.processes import BrowserProcesses, Warden, WardenOrder
+from actors.driver.profiles import new_profile_path
+from actors.driver.session import Session, driver_command, free_port
+from actors.injector import BrowserFailureInjector
+from recovery.errors import BrowserLost
+from recovery.kinds import BrowserType
+from recovery.records import HostRef
+
+_XVFB_ARGUMENTS = ("-screen", "0", "1024x768x24", "-nolisten", "tcp", "-noreset")
+
+
+@dataclass(frozen=True)
+class Detached:
+    """A browser that nobody uses any more, and that is not ended yet."""
+
+    session: Session | None
+    reaper: Warden | None
+    survivors: tuple[int, ...]  # to be killed by pid, should the reaper be dead
+
+
+class BrowserProcess:
+    """Driver, browser and session. `pids` are those that run, by name."""
+
+    def __init__(
+        self,
+        incarnation: Incarnation,
+        injector: BrowserFailureInjector,
+        watch: Callable[[int, Callable[[], None]], None],
+    ) -> None:
+        self.binaries: Binaries | None = None
+        self.session: Session | None = None
+        self.pids: dict[str, int] = {}
+        self._incarnation = incarnation
+        self._injector = injector
+        self._watch = watch
+        self._reaper: Warden | None = None
+        self._endings: set[asyncio.Task[None]] = set()
+
+    async def start(
+        self,
+        binaries: Binaries,
+        settings: LaunchSettings,
+        template: Path | None,
+    ) -> str:
+        """Start driver and browser on a new profile, and watch them. Returns the profile's path.
+
+        Raises `LaunchFailed`.
+        """
+        ref = self._incarnation.ref
+        reaper = self._reaper = Warden()
+        profile, port = new_profile_path(), free_port()
+        order = WardenOrder(
+            driver_command(binaries, port),
+            [binaries.xvfb, *_XVFB_ARGUMENTS] if binaries.xvfb else None,
+            profile,
+            str(template) if template else None,
+            {**settings.environment, **_private_directories(binaries, Path(profile))},
+        )
+        await reaper.start(order, self._on_exit(ref, reaper))
+        started = self._injector.launched_with(binaries, Path(profile))
+        session = self.session = Session(settings, started, Path(profile))
+        self.pids = {"driver": reaper.driver_pid}  # a driver that ends at once is noticed at once
+        await session.start(port)
+        self.pids = {
+            "driver": reaper.driver_pid,
+            "browser": session.browser_pid or _only_child(reaper),
+            "warden": reaper.pid,
+            "worker": os.getpid(),
+        }
+        for name in ("driver", "browser"):
+            if self.pids[name]:
+                self._watch(self.pids[name], self._ended(ref, f"{name}_exited"))
+        return profile
+
+    def _ended(self, ref: HostRef, what: str) -> Callable[[], None]:
+        return lambda: self._incarnation.lost(ref, what)
+
+    def _on_exit(self, ref: HostRef, reaper: Warden) -> Callable[[int, int], None]:
+        def on_exit(pid: int, status: int) -> None:
+            if pid == reaper.driver_pid and reaper is self._reaper:  # else it was let go
+                ended = f"the driver ended with {status}"
+                self._incarnation.lost(ref, "driver_exited", ended, status=status)
+
+        return on_exit
+
+    def detach(self) -> Detached:
+        """Let go of the browser: what becomes of it now is no event. It still runs."""
+        survivors = tuple(self.pids[name] for name in ("driver", "browser") if self.pids.get(name))
+        session, self.session = self.session, None
+        reaper, self._reaper = self._reaper, None
+        self.pids = {}
+        return Detached(session, reaper, survivors)
+
+    def end(self, detached: Detached) -> None:
+        """End a browser in the background. Does not wait."""
+        if detached.session is not None:
+            detached.session.close()
+        if detached.reaper is not None:
+            task = asyncio.ensure_future(detached.reaper.end(detached.survivors))
+            self._endings.add(task)
+            task.add_done_callback(self._endings.discard)
+
+    async def all_ended(self) -> None:
+        """Return when everything that was to end has ended."""
+        while self._endings:
+            await asyncio.gather(*self._endings)
+
+    def page_pids(self) -> list[int]:
+        """The processes that may serve the page. Reads the process table: not on the event loop."""
+        own = self.pids.values()
+        return [process.pid for process in self.tree().pages() if process.pid not in own]
+
+    def tree(self) -> BrowserProcesses:
+        """The processes as whoever breaks or examines them needs them."""
+        return BrowserProcesses(self._incarnation.kind, dict(self.pids), self.pids.get("warden", 0))
+
+    async def memory_bytes(self) -> int:
+        """Resident bytes of the whole process tree."""
+        reaper = self._reaper
+        return await asyncio.to_thread(reaper.memory_bytes) if reaper else 0
+
+    def require_session(self) -> Session:
+        if self.session is None:
+            raise BrowserLost(f"{self._incarnation.ref} is not running")
+        return self.session
+
+
+def _private_directories(binaries: Binaries, profile: Path) -> Mapping[str, str]:
+    """WebKitGTK takes no profile argument: its caches and data follow the XDG variables."""
+    if binaries.kind is not BrowserType.SAFARI:
+        return {}
+    names = {"XDG_CACHE_HOME": "cache", "XDG_DATA_HOME": "data", "XDG_CONFIG_HOME": "config"}
+    return {variable: str(profile / name) for variable, name in names.items()}
+
+
+def _only_child(reaper: Warden) -> int:
+    """The browser's pid where its driver does not tell: the driver's first child."""
+    children = [p for p in reaper.tree() if p.ppid() == reaper.driver_pid]
+    return children[0].pid if children else 0

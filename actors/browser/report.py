@@ -1,0 +1,147 @@
+"""What a host says of itself: to clients, to its supervisor, to whoever looks into a failure.
+
+This module must not change anything; it keeps the memory that was measured last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+import psutil
+
+from actors.browser.breakers import HostBreakers
+from actors.browser.events import HostEvents
+from actors.browser.incarnation import Incarnation
+from actors.browser.lease import Lease
+from actors.browser.models import LoadedModels
+from actors.browser.page import Page
+from actors.browser.process import BrowserProcess
+from actors.browser.serve import OperationServer
+from actors.browser.watch import Watch
+from actors.messages import Examination, HostConfig, HostReport, Wear
+from recovery.errors import BrowserLost
+from recovery.kinds import BrowserType, Readiness
+from recovery.records import HostStatus
+from recovery.resources import BrowserLoad, NodeLoad
+
+_SCREENSHOT_SECONDS = 3.0
+
+
+class HostReports:
+    """Reads the parts of one host."""
+
+    def __init__(
+        self,
+        incarnation: Incarnation,
+        page: Page,
+        process: BrowserProcess,
+        models: LoadedModels,
+        breakers: HostBreakers,
+        events: HostEvents,
+        lease: Lease,
+        watch: Watch,
+        config: HostConfig,
+        clock: Callable[[], float],
+        node: str,
+    ) -> None:
+        self._incarnation = incarnation
+        self._page = page
+        self._process = process
+        self._models = models
+        self._breakers = breakers
+        self._events = events
+        self._lease = lease
+        self._watch = watch
+        self._config = config
+        self._clock = clock
+        self._node = node
+        self._memory_bytes = 0
+        self._served_before = 0  # by earlier incarnations
+
+    def begin(self, served: int) -> None:
+        """Another incarnation begins; `served` operations were answered before it."""
+        self._served_before = served
+
+    def retired(self) -> None:
+        """Nothing runs, so nothing takes memory."""
+        self._memory_bytes = 0
+
+    def status(self, server: OperationServer) -> HostStatus:
+        incarnation = self._incarnation
+        return HostStatus(
+            incarnation.ref,
+            incarnation.kind,
+            incarnation.readiness,
+            queue=server.queued(),
+            queue_max=self._config.queue_max,
+            models=dict(self._models.numeric),
+            served=server.served,
+            term=self._lease.term,
+            blocked=self._breakers.blocked(),
+            memory_bytes=self._memory_bytes,
+        )
+
+    def wear(self, server: OperationServer) -> Wear:
+        """Age, use and memory (as last looked at) of the browser, and memory of the machine."""
+        incarnation, now, memory = self._incarnation, self._clock(), psutil.virtual_memory()
+        used = max(server.used_at, incarnation.ready_at)
+        return Wear(
+            BrowserLoad(
+                incarnation.ref.browser_id,
+                incarnation.ref.epoch,
+                self._node,
+                age_seconds=now - incarnation.ready_at,
+                served=server.served - self._served_before,
+                memory_bytes=self._memory_bytes,
+                queue=server.queued(),
+                idle_seconds=now - used,
+                ready=incarnation.readiness is Readiness.READY,
+                kind=str(incarnation.kind),
+                models=self._models.idle_seconds(used),
+            ),
+            NodeLoad(self._node, memory.total, memory.available),
+        )
+
+    async def memory_bytes(self) -> int:
+        """Resident bytes of the browser's whole process tree; `status` has the latest, too."""
+        ref = self._incarnation.ref
+        found = await self._process.memory_bytes()
+        if ref == self._incarnation.ref:
+            self._memory_bytes = found
+        return found
+
+    def hello(self) -> HostReport:
+        """What is here, for a supervisor whose term begins. Its events are kept as they were."""
+        incarnation = self._incarnation
+        return HostReport(
+            incarnation.ref,
+            incarnation.readiness,
+            seq=self._events.seq,
+            launch=incarnation.report,
+            models=dict(self._models.numeric),
+            digests={name: spec.digest for name, spec in self._models.specs.items()},
+            cause=incarnation.cause or self._watch.out_of_touch,
+            breakers=self._breakers.snapshots(),
+        )
+
+    async def examine(self, *, screenshot: bool) -> Examination:
+        """What is known of the page now, or was last, for whoever looks into a failure."""
+        incarnation, bridge, session = self._incarnation, self._page.served, self._process.session
+        picture = b""
+        # WebKitGTK's driver never answers to that, and would be deaf to all else meanwhile.
+        seen = screenshot and incarnation.kind is not BrowserType.SAFARI
+        if seen and session is not None and incarnation.readiness is not Readiness.DEAD:
+            with contextlib.suppress(BrowserLost, TimeoutError):
+                async with asyncio.timeout(_SCREENSHOT_SECONDS):
+                    picture = await session.screenshot()
+        return Examination(
+            incarnation.ref,
+            incarnation.readiness,
+            bridge.visibility if bridge else "",
+            self._page.console,
+            tuple(bridge.frames) if bridge else (),
+            incarnation.cause or self._watch.out_of_touch,
+            picture,
+        )
