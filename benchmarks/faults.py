@@ -20,7 +20,7 @@ import numpy as np
 from actors.driver.processes import BrowserProcesses
 from pool.models.bundled import minilm_folder
 from pool.models.registry import read_model
-from pool.operations.registry import EMBED
+from pool.operations.embed import EMBED
 from recovery.kinds import BrowserType
 from sharding.models.native import NativeSession
 

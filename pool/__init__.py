@@ -4,10 +4,11 @@ from pool import BrowserPool
 """
 
 from pool.config import PoolConfig
-from pool.operations.generate import GeneratedToken
-from pool.pool import BrowserPool, PoolView
+from pool.pool import BrowserPool
 from pool.repair import ProgressiveRecoveryManager, recover_browser
 from pool.results import RecoveryStep, Result
+from pool.sequence import GeneratedToken
+from pool.view import PoolView
 from recovery.errors import SequenceLost
 
 __all__ = [

@@ -4,24 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
-if TYPE_CHECKING:
-    from pool.models.registry import ModelEntry
-    from pool.pool import BrowserPool, PoolView
-    from pool.results import Result
+from pool.models.registry import ModelEntry
+from pool.results import Result
+from pool.view import PoolView
 
 _T = TypeVar("_T")
+
+
+class AwaitedPool(Protocol):
+    """What a `BrowserPool` has that is offered here without `await`."""
+
+    @property
+    def name(self) -> str: ...
+    async def open(self) -> Any: ...
+    async def close(self) -> None: ...
+    async def shutdown(self) -> None: ...
+    @property
+    def load(self) -> Callable[..., Coroutine[Any, Any, ModelEntry]]: ...
+    async def unload(self, name: str) -> None: ...
+    @property
+    def run_with_recovery(self) -> Callable[..., Coroutine[Any, Any, Result]]: ...
+    def models(self) -> tuple[str, ...]: ...
+    async def state(self) -> PoolView: ...
+    async def drain(self, browser_id: str) -> None: ...
+    async def scale(self, browsers: Mapping[str, int]) -> None: ...
+    async def get_recovery_statistics(self, since: float | None = None) -> dict[str, Any]: ...
+    async def export_telemetry(self) -> dict[str, Any]: ...
 
 
 class BlockingPool:
     """A pool whose calls return when they are done. Safe to use from several threads."""
 
-    def __init__(self, pool: BrowserPool) -> None:
+    def __init__(self, pool: AwaitedPool) -> None:
         self._pool = pool
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=pool.name, daemon=True)

@@ -21,21 +21,20 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from actors.messages import Examination
+from pool.config import PoolConfig
 from pool.doctor import machine
 from pool.models.registry import ModelEntry
 from pool.results import Result
 from recovery.errors import BadInput, PoolError
 from recovery.log import log
+from recovery.records import HostStatus
 from sharding.cutting.manager import COMPONENT_BASED
 from sharding.cutting.manifest import MANIFEST_NAME
-
-if TYPE_CHECKING:
-    from pool.config import PoolConfig
-    from pool.pool import BrowserPool
 
 FORMAT = 1
 EVENTS_MAX = 500  # of the log's end
@@ -53,8 +52,18 @@ class Bundle:
     files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
 
+class ExaminedPool(Protocol):
+    """What a `BrowserPool` has that is looked at here."""
+
+    @property
+    def log_folder(self) -> Path | None: ...
+    async def export_telemetry(self) -> dict[str, Any]: ...
+    def hosts(self) -> tuple[HostStatus, ...]: ...
+    async def examine(self, browser_id: str, *, screenshot: bool = True) -> Examination: ...
+
+
 async def collect(
-    pool: BrowserPool,
+    pool: ExaminedPool,
     result: Result,
     inputs: Mapping[str, Any],
     *,
@@ -89,7 +98,7 @@ async def collect(
     return Bundle(facts, dict(inputs) if with_data else None, files)
 
 
-async def _look(pool: BrowserPool, files: dict[str, bytes]) -> None:
+async def _look(pool: ExaminedPool, files: dict[str, bytes]) -> None:
     if pool.log_folder is not None:
         files["events.jsonl"] = await asyncio.to_thread(_last_events, pool.log_folder)
     files["telemetry.json"] = _json(await pool.export_telemetry())

@@ -6,14 +6,12 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
+from pool.view import PoolView
 from recovery.control import BrowserRecord, Repair
-
-if TYPE_CHECKING:
-    from pool.pool import PoolView
 
 
 def telemetry(view: PoolView, models: Iterable[str]) -> dict[str, Any]:

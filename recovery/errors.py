@@ -133,3 +133,9 @@ class StaleTerm(InternalError):
 
 class BadFrame(InternalError):
     """A frame is malformed, or belongs to another epoch."""
+
+
+def named_error(name: str) -> type[PoolError] | None:
+    """The error class of that name, as failures carry it in their evidence; None if it is none."""
+    found = globals().get(name)
+    return found if isinstance(found, type) and issubclass(found, PoolError) else None

@@ -18,6 +18,7 @@ import numpy as np
 from pool.models.bundled import kjv_llama_folder, minilm_folder, ocr_folder, silero_vad_path
 from pool.models.registry import ModelEntry
 from pool.models.tokens import encoder_for
+from pool.operations.graph import GraphOperation
 from pool.operations.registry import OperationRegistry
 from pool.pool import BrowserPool
 from pool.results import Result
@@ -205,6 +206,7 @@ class Workload:
 def native_answer(entry: ModelEntry, question: Question) -> Mapping[str, Array]:
     """What native onnxruntime makes of a question to a model that is not cut. Blocks."""
     operation = OperationRegistry().get(question.op)
+    assert isinstance(operation, GraphOperation), f"{question.op} is more than one graph"
     tensors = operation.prepare(entry, question.inputs, encoder_for(entry))
     session = NativeSession(entry.spec.files[0].path)
     session.open()

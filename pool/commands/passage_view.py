@@ -20,9 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.faults import kill_process
-from pool.operations.generate import GeneratedToken, SequenceView, StageView
 from pool.pool import BrowserPool
 from pool.results import RecoveryStep, Result
+from pool.sequence import GeneratedToken, SequenceView, StageView
 from recovery.errors import BadInput, SequenceLost
 
 _LOOK_SECONDS = 0.1  # between two looks at a passage under way

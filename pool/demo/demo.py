@@ -34,7 +34,7 @@ from pool.leaks import leftovers
 from pool.models.bundled import minilm_folder
 from pool.models.registry import ModelEntry
 from pool.models.tokens import encoder_for
-from pool.operations.registry import EMBED
+from pool.operations.embed import EMBED
 from recovery.control import Phase
 from recovery.errors import PoolError
 from recovery.kinds import BrowserType

@@ -1,61 +1,39 @@
-"""Models in parts, and what is asked of each: an encoder's shards, or a reader's components.
+"""Models that work together: which of them finds text and which reads it, and their dictionary.
 
 A detector and a recogniser of text are known by the shapes of their inputs and outputs, and by
-their names only where several have such shapes. This module must not ask a browser (it is handed
-what does: `AskParts`), and does nothing to images (`pool.operations.read` does).
+their names only where several have such shapes. This module must not ask a browser, and does
+nothing to images (`pool.ocr.reading` does).
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from pool.models.registry import ModelEntry
-from pool.operations.read import (
+from pool.ocr.reading import (
     LINE_HEIGHT,
     prepare_lines,
     prepare_page,
     read_dictionary,
-    read_page,
 )
-from pool.operations.text_boxes import Box
+from pool.ocr.text_boxes import Box
 from recovery.errors import BadInput, NotAModel
 from sharding.models.frames import Array
 from sharding.models.signature import ModelFile, ModelSpec
-from sharding.sequences.stages import STAGE_MARK, Line
-
-READ = "read"
-IMAGE = "image"
+from sharding.sequences.stages import STAGE_MARK
 
 _DETECTOR, _RECOGNISER = "det", "rec"  # words in the names of such models
 _DICTIONARY = re.compile(r"keys|dict", re.IGNORECASE)
 _DICTIONARIES_KEPT = 8
 _SEED = 48
-
-
-class AskParts(Protocol):
-    """Asks one part, whatever fails on the way."""
-
-    async def ask(self, spec: ModelSpec, tensors: Mapping[str, Array]) -> Mapping[str, Array]: ...
-
-
-async def run_stages(
-    parts: AskParts, line: Line, specs: Sequence[ModelSpec], tensors: Mapping[str, Array]
-) -> dict[str, Array]:
-    """The uncut encoder's outputs: each stage gets its inputs and what the one before it sends."""
-    found: dict[str, Array] = {}
-    for stage, spec in zip(line.stages, specs, strict=True):
-        given = {shared.name: tensors[shared.name] for shared in stage.shared}
-        given |= {received.name: found[received.name] for received in stage.receives}
-        found |= await parts.ask(spec, given)
-    return {output.name: found[output.name] for output in line.outputs}
 
 
 # -- who reads -------------------------------------------------------------------------------------
@@ -102,7 +80,7 @@ def _is_detector(spec: ModelSpec) -> bool:
 
 
 def _is_recogniser(spec: ModelSpec) -> bool:
-    """Whether it makes steps of classes of a line as high as `pool.operations.read` makes lines."""
+    """Whether it makes steps of classes of a line as high as `pool.ocr.reading` makes lines."""
     taken, given = _image_shape(spec), _output_shape(spec)
     if taken is None or given is None or len(given) != 3 or isinstance(taken[3], int):
         return False
@@ -166,7 +144,7 @@ def with_dictionary(entry: ModelEntry) -> ModelEntry:
 
 
 @lru_cache(_DICTIONARIES_KEPT)
-def _characters(path: str, digest: str) -> tuple[str, ...]:
+def characters_of(path: str, digest: str) -> tuple[str, ...]:
     try:
         same = hashlib.sha256(Path(path).read_bytes()).hexdigest() == digest
         characters = read_dictionary(path)
@@ -198,70 +176,11 @@ def example_for(entry: ModelEntry, spec: ModelSpec) -> dict[str, Array] | None:
         return None
     speckled = np.random.default_rng(_SEED).integers(0, 256, (96, 160, 3), np.uint8)
     if spec == reader.detector:
-        return _input_of(spec, prepare_page(speckled)[0])
+        return input_of(spec, prepare_page(speckled)[0])
     (line,) = prepare_lines(speckled, [Box(0, 0, 160, 24)])
-    return _input_of(spec, line)
+    return input_of(spec, line)
 
 
-def _input_of(spec: ModelSpec, array: Array) -> dict[str, Array]:
+def input_of(spec: ModelSpec, array: Array) -> dict[str, Array]:
     (only,) = spec.inputs
     return {only.name: array}
-
-
-# -- reading ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One page that is to be read: checked, and nothing asked yet."""
-
-    reader: Reader
-    dictionary: tuple[str, ...]
-    image: Array
-
-    async def run(self, parts: AskParts) -> dict[str, Array]:
-        """`text` (lines,), `confidence` float32 (lines,), `boxes` int64 (lines, 4).
-
-        A box is left, top, right, bottom in pixels of the image, the last two outside. Raises
-        `BadInput` for an answer that no such model gives, and what `parts` raises.
-        """
-        reader = self.reader
-
-        async def detect(tensors: dict[str, Array]) -> Mapping[str, Array]:
-            (page,) = tensors.values()
-            return await parts.ask(reader.detector, _input_of(reader.detector, page))
-
-        async def recognise(tensors: dict[str, Array]) -> Mapping[str, Array]:
-            (line,) = tensors.values()
-            return await parts.ask(reader.recogniser, _input_of(reader.recogniser, line))
-
-        lines = await read_page(self.image, detect, recognise, self.dictionary)
-        boxes = [(b.left, b.top, b.right, b.bottom) for b in (line.box for line in lines)]
-        return {
-            "text": np.array([line.text for line in lines], np.str_),
-            "confidence": np.array([line.confidence for line in lines], np.float32),
-            "boxes": np.array(boxes, np.int64).reshape(len(lines), 4),
-        }
-
-
-def prepare_read(entry: ModelEntry, inputs: Any) -> Reading:
-    """The page that `{"image": uint8 (height, width, 3), RGB}` asks to be read.
-
-    Raises `BadInput` for other inputs, and if the model reads no pages; `NotAModel` if its
-    dictionary is not what it was.
-    """
-    reader = find_reader(entry.components)
-    if reader is None or entry.dictionary is None:
-        raise BadInput(
-            f"Model {entry.name!r} can't read: expected one component that finds lines (an image "
-            f"of any size to one channel) and one that reads a line of height {LINE_HEIGHT}, got "
-            f"{', '.join(entry.parts)}.",
-            expected="a detector and a recogniser",
-            got=list(entry.parts),
-        )
-    if not isinstance(inputs, Mapping) or list(inputs) != [IMAGE]:
-        got = list(map(str, inputs)) if isinstance(inputs, Mapping) else type(inputs).__name__
-        raise BadInput(f"{READ} takes {IMAGE!r}, got {got}.", expected=[IMAGE], got=got)
-    prepare_lines(inputs[IMAGE], ())  # which refuses what is no image
-    characters = _characters(entry.dictionary.path, entry.dictionary.digest)
-    return Reading(reader, characters, inputs[IMAGE])

@@ -19,7 +19,7 @@ from pool.models.components import example_for, with_dictionary
 from pool.models.registry import ModelEntry, read_components, read_model
 from recovery.errors import BadInput, SetupError
 from recovery.kinds import ModelType
-from sharding.cutting.manager import COMPONENT_BASED, ModelShardingManager
+from sharding.cutting.manager import COMPONENT_BASED, DEFAULT_STRATEGY, ModelShardingManager
 from sharding.cutting.manifest import MANIFEST_NAME, Manifest, read_manifest
 from sharding.models.frames import Array
 from sharding.models.known_answers import KnownAnswer, record
@@ -44,20 +44,36 @@ def read_parts(
     path: str | Path,
     type: str | ModelType | None = None,  # noqa: A002
     shards: int | None = None,
-    strategy: str = "layer_based",
+    strategy: str | None = None,
 ) -> tuple[ModelEntry, tuple[Part, ...]]:
     """The model at `path` and its parts: one, `shards`, or (`component_based`) its components.
 
     A folder with a manifest is a model that was cut already; `shards` must then be as many as it
-    has, or None. Raises `BadInput` and `NotAModel` as `read_model` and the cutting do.
+    has, or None. A `strategy` that would change nothing is refused. Raises `BadInput` and
+    `NotAModel` as `read_model` and the cutting do.
     """
     if strategy == COMPONENT_BASED:
         return _components(name, path, type, shards)
     if (Path(path) / MANIFEST_NAME).is_file():
+        if strategy is not None:
+            raise BadInput(
+                f"strategy: {path} holds a model that is cut already; leave strategy= out, or cut "
+                "the model anew.",
+                expected="no strategy",
+                got=strategy,
+            )
         return _cut_before(name, Path(path), type, shards)
+    if shards is None and strategy is not None:
+        raise BadInput(
+            f"strategy: {strategy!r} is a way to cut a model, and into how many parts is not said: "
+            f"pass shards=, or leave strategy= out. Only {COMPONENT_BASED!r} takes no number.",
+            expected="shards, or no strategy",
+            got=strategy,
+        )
     entry = read_model(name, path, type)
     if shards is None:
         return _whole(entry)
+    strategy = strategy or DEFAULT_STRATEGY
     source = Path(entry.spec.files[0].path)
     key = hashlib.sha256(f"{entry.spec.digest} {shards} {strategy}".encode()).hexdigest()[:24]
     folder = cache_root() / "shards" / key

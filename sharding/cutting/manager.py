@@ -21,6 +21,7 @@ from sharding.cutting.partition import Host, Partition
 from sharding.models.signature import ModelSpec, read_signature
 
 COMPONENT_BASED = "component_based"
+DEFAULT_STRATEGY = "layer_based"
 STRATEGIES = (*LAYER_STRATEGIES, COMPONENT_BASED)
 COMPONENTS_MAX = 64
 
@@ -62,7 +63,7 @@ class ModelShardingManager:
         self,
         shards: int | None = None,
         *,
-        strategy: str = "layer_based",
+        strategy: str = DEFAULT_STRATEGY,
         capacity_bytes: int | None = None,
         hosts: Sequence[Host] | None = None,
         measured: Measurement | None = None,
@@ -85,7 +86,7 @@ class ModelShardingManager:
         self,
         shards: int | None = None,
         *,
-        strategy: str = "layer_based",
+        strategy: str = DEFAULT_STRATEGY,
         capacity_bytes: int | None = None,
         hosts: Sequence[Host] | None = None,
         measured: Measurement | None = None,

@@ -24,7 +24,7 @@ from actors.messages import LaunchReport
 from pool import BrowserPool, Result
 from pool.models.bundled import minilm_folder, silero_vad_path
 from pool.models.registry import read_model
-from pool.operations.registry import EMBED
+from pool.operations.embed import EMBED
 from recovery.control import Phase
 from recovery.errors import BadInput, NotAModel, PoolBusy, PoolClosed, UnknownModel
 from recovery.kinds import BrowserType

@@ -7,10 +7,13 @@ import pytest
 from onnx import TensorProto, helper
 
 from pool.models.bundled import ocr_folder
-from pool.models.components import example_for, find_reader, prepare_read, run_stages
+from pool.models.components import example_for, find_reader
 from pool.models.loading import read_parts
 from pool.models.registry import ModelEntry, entry_from_plain, entry_to_plain
-from pool.operations.registry import EMBED, INFERENCE
+from pool.operations.embed import EMBED
+from pool.operations.graph import INFERENCE
+from pool.operations.read import prepare_read
+from pool.placed import run_stages
 from recovery.errors import BadInput, NotAModel, SetupError
 from recovery.kinds import ModelType
 from sharding.models.known_answers import record

@@ -16,8 +16,8 @@ from pool.commands.generate import account, parse_browsers, summary
 from pool.commands.passage_view import Killed, PlainText, Screen, Written, picture, stage_state
 from pool.demo.passage import KILL_AFTER, checked
 from pool.models import bundled as demo_models
-from pool.operations.generate import GeneratedToken, SequenceView, StageView
 from pool.results import RecoveryStep, Result
+from pool.sequence import GeneratedToken, SequenceView, StageView
 from recovery.errors import BadInput, LevelUnavailable, NotAModel, SetupError
 from recovery.failures import categorize_browser_failure
 from recovery.kinds import BrowserType, Level
@@ -172,7 +172,7 @@ def test_without_options_every_browser_here_gets_a_shard_at_level_high(monkeypat
     asked = []
 
     async def pretend(pool, path, shards, ask, shown, cause, notes):
-        asked.append((pool._config.browsers, pool._config.level, shards, ask["text"], cause))
+        asked.append((pool.config.browsers, pool.config.level, shards, ask["text"], cause))
         return passage()
 
     monkeypatch.setattr(generate_command, "_generate", pretend)

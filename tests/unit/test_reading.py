@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pool.models.bundled import ocr_detector_path
-from pool.operations.read import (
+from pool.ocr.reading import (
     LINE_WIDTH_MAX,
     Line,
     decode_line,
@@ -19,7 +19,7 @@ from pool.operations.read import (
     read_dictionary,
     read_page,
 )
-from pool.operations.text_boxes import (
+from pool.ocr.text_boxes import (
     BOXES_MAX,
     Box,
     PageScale,

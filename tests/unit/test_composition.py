@@ -9,10 +9,11 @@ import pytest
 
 from actors.supervisor.supervisor import ModelOrder, Supervisor, SupervisorConfig
 from pool.answering import Rules
-from pool.composing import Asking, Composition
+from pool.composition import Composition
 from pool.latency import Latencies
-from pool.models.components import run_stages
 from pool.models.registry import ModelEntry
+from pool.placed import run_stages
+from pool.requests import PartRequests
 from pool.results import Result
 from pool.routing import Routing
 from recovery.errors import BadInput, MessageTooLarge, OperationFailed, PoolBusy
@@ -53,7 +54,7 @@ class Pool:
         bytes_max: int = 1 << 20,
         **rules,
     ) -> Composition:
-        asking = Asking(
+        requests = PartRequests(
             self.routing,
             Latencies(0.95, 1.0),
             random.Random(op_id),
@@ -66,7 +67,7 @@ class Pool:
             on_stuck=lambda part: "",
             simulation=lambda spec: None,
         )
-        return Composition(asking, op_id, ENTRY, "inference", seconds)
+        return Composition(requests, op_id, ENTRY, "inference", seconds)
 
     async def stages(self, **options) -> Result:
         composition = self.composition(**options)

@@ -1,0 +1,55 @@
+"""Looking into a pool, and breaking it on purpose: pages examined, faults injected.
+
+This module must not repair anything, nor decide when to break what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from actors.messages import Examination
+from actors.ray import workers as ray_actors
+from pool.browsers import Browsers
+from pool.connection import Connection
+from recovery.errors import FaultRefused
+from recovery.faults import FAULTS, Fault, FaultKind, Injected, Place
+
+
+class Diagnosis:
+    """For whoever looks into a failure, or makes one."""
+
+    def __init__(self, connection: Connection, browsers: Browsers) -> None:
+        self._connection = connection
+        self._browsers = browsers
+
+    async def examine(self, browser_id: str, *, screenshot: bool) -> Examination:
+        """See `BrowserPool.examine`."""
+        routing = self._connection.routing
+        return await routing.examine(self._browsers.serving(browser_id), screenshot=screenshot)
+
+    async def control_pids(self) -> Mapping[str, int]:
+        """The processes of the pool's supervisor and history, on the head node."""
+        return await self._connection.supervisor.pids()
+
+    async def inject(self, browser_id: str, fault: Mapping[str, Any]) -> None:
+        """See `BrowserPool.inject`."""
+        await self._connection.routing.inject(self._browsers.serving(browser_id), fault)
+
+    async def inject_fault(self, fault: Fault, *, gated: bool) -> Injected:
+        """See `BrowserPool.inject_fault`."""
+        supervisor, routing = self._connection.require()
+        if FAULTS[fault.kind].place is Place.SUPERVISOR:
+            return await supervisor.inject(fault)
+        ref = self._browsers.serving(fault.target)
+        if fault.kind is FaultKind.NODE_DEATH:
+            ours = (ray_actors.this_node(), await supervisor.node())
+            if ref.node in ours:
+                raise FaultRefused(
+                    f"{fault}: {ref} is on the node of this client or of the supervisor, and no "
+                    "pool outlives that. Give the pool more nodes.",
+                    what="impossible",
+                )
+        made = await routing.inject(ref, fault, gated=gated)
+        assert made is not None
+        return made

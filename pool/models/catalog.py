@@ -1,0 +1,237 @@
+"""The models that a pool's clients have loaded, as one client knows them.
+
+Loading orders a model, or each of its parts, from the supervisor, and waits until every browser has
+what it should; what other clients loaded or unloaded is taken over from the routing table. This
+module must not run a model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from actors.supervisor.supervisor import ModelOrder
+from pool.config import backend_order
+from pool.connection import Connection
+from pool.models.loading import Part, read_parts
+from pool.models.registry import ModelEntry, ModelRegistry, entry_from_plain, entry_to_plain
+from pool.models.tokens import TextEncoder, encoder_for
+from recovery.control import COMING, ModelPhase, PoolState
+from recovery.errors import (
+    BadInput,
+    CallerError,
+    LevelUnavailable,
+    PageError,
+    PoolError,
+    UnknownModel,
+)
+from recovery.kinds import Backend, Level, ModelType
+from recovery.levels import BROWSERS_NEEDED, ORDER
+from recovery.placement import Placing
+from sharding.models.inputs import check_inputs
+from sharding.models.signature import ModelSpec
+from sharding.sequences.stages import STAGE_MARK
+
+
+class ModelCatalog:
+    """Loaded models by name, with the tokenizers that they brought."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._registry = ModelRegistry()
+        self._encoders: dict[str, TextEncoder | None] = {}
+        self._loading: dict[str, int] = {}  # loads under way, by model
+
+    async def load(
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        type: str | ModelType | None,  # noqa: A002
+        backend: str | None,
+        example: Mapping[str, Any] | None,
+        shards: int | None,
+        strategy: str | None,
+    ) -> ModelEntry:
+        """See `BrowserPool.load`."""
+        connection = self._connection
+        connection.require()
+        backends = backend_order(connection.config.backend if backend is None else backend)
+        entry, parts = await asyncio.to_thread(read_parts, name, path, type, shards, strategy)
+        if example is not None:
+            if entry.in_parts:
+                raise BadInput("example: a model in parts takes none.", got="example")
+            parts = (replace(parts[0], tried=check_inputs(entry.spec, example)),)
+        self._adopt()
+        known = name in self._registry.names()
+        self._keep(entry)
+        supervisor, routing = connection.require()
+        self._loading[name] = self._loading.get(name, 0) + 1
+        try:
+            orders = [await self._order(entry, part, backends) for part in parts]
+            loads = asyncio.gather(*map(supervisor.load, orders))
+            await routing.unless_gone(loads)
+            table = await connection.table_when(
+                lambda table: all(_settled(table.state, part) for part in entry.parts),
+                connection.config.load_seconds,
+            )
+        except BaseException as error:
+            if not known:
+                self._forget(name)
+                if not isinstance(error, CallerError):  # what was ordered is not wanted any more
+                    with contextlib.suppress(PoolError):  # the first error is the one that matters
+                        for part in entry.parts:
+                            await routing.unless_gone(supervisor.unload(part))
+            raise
+        finally:
+            self._loading[name] -= 1
+            if not self._loading[name]:
+                del self._loading[name]
+        for part in entry.parts:
+            why = self._too_few(table.state, part)
+            if why is not None:
+                if not known:
+                    await self.unload(name)
+                raise why
+        return entry
+
+    async def _order(
+        self, entry: ModelEntry, part: Part, backends: tuple[Backend, ...]
+    ) -> ModelOrder:
+        answer = await asyncio.to_thread(part.known_answer) if self._probes else None
+        copies = BROWSERS_NEEDED[self._connection.level]
+        placing = Placing(copies, entry.name) if entry.in_parts else None
+        return ModelOrder(part.spec, backends, entry_to_plain(entry), answer, placing)
+
+    @property
+    def _probes(self) -> bool:
+        """Whether browsers are asked known answers: from level medium on, unless told not to."""
+        level, config = self._connection.level, self._connection.config
+        return ORDER.index(level) >= ORDER.index(Level.MEDIUM) and config.probe_seconds > 0
+
+    def _too_few(self, state: PoolState, part: str) -> PoolError | None:
+        """Why a model, or a part of one, is not on as many browsers as the level takes."""
+        config = self._connection.config
+        records = [r for r in state.browsers.values() if part in r.models]
+        loaded = sum(r.models[part] is ModelPhase.LOADED for r in records)
+        needed = BROWSERS_NEEDED[self._connection.level] if config.strict else 1
+        if loaded >= needed:
+            return None
+        why = "; ".join(
+            f"{r.id}: {r.load_failures.get(part, r.phase)}"
+            for r in records
+            if r.models[part] is not ModelPhase.LOADED
+        )
+        if loaded:
+            return LevelUnavailable(
+                f"level {config.level} needs {part} on {needed} browsers, and {loaded} "
+                f"could load it ({why}). Pass strict=False to run below that level.",
+                level=config.level,
+            )
+        return PageError(
+            f"no browser could load {part}: {why or 'none is running'}", what="load_failed"
+        )
+
+    async def order_again(self, name: str) -> None:
+        """Have the supervisor see that a loaded model is where it should be; usually it is.
+
+        Raises `UnknownModel`, and `PoolError` while the order can't be logged.
+        """
+        supervisor, routing = self._connection.require()
+        orders = [routing.models().get(part) for part in self._loaded(name).parts]
+        known = [order for order in orders if order is not None]
+        await routing.unless_gone(asyncio.gather(*map(supervisor.load, known)))
+
+    async def unload(self, name: str) -> None:
+        """Take a model out of every browser. Raises `UnknownModel`."""
+        supervisor = self._connection.supervisor
+        parts = self._loaded(name).parts
+        self._forget(name)
+        for part in parts:
+            await supervisor.unload(part)
+        await self._connection.table_when(
+            lambda table: not table.models.keys() & set(parts), self._connection.config.lease
+        )
+
+    def clear(self) -> None:
+        """The pool is left: nothing is known of its models any more."""
+        self._registry = ModelRegistry()
+        self._encoders.clear()
+
+    def names(self) -> tuple[str, ...]:
+        """The names of the loaded models."""
+        self._adopt()
+        return tuple(self._registry.names())
+
+    def entry(self, name: str) -> ModelEntry:
+        """The model that can be asked by this name: a loaded one, or a component of one.
+
+        Raises `UnknownModel`.
+        """
+        whole, mark, _ = str(name).partition(STAGE_MARK)
+        if not mark:
+            return self._loaded(name)
+        components = {one.name: one for one in self._loaded(whole).component_entries()}
+        if name not in components:
+            raise UnknownModel(
+                f"{whole} has no component {name!r}; it has {', '.join(components) or 'none'}.",
+                expected=list(components),
+                got=name,
+            )
+        return components[name]
+
+    def encoder(self, name: str) -> TextEncoder | None:
+        """The tokenizer of a model, if it brought one."""
+        return self._encoders.get(name)
+
+    def part_specs(self, entry: ModelEntry) -> tuple[ModelSpec, ...]:
+        """What browsers load for it now. Raises `UnknownModel` if a part is gone."""
+        orders = self._connection.routing.models()
+        for part in entry.parts:
+            if part not in orders:  # another client has unloaded it, or is about to
+                raise UnknownModel(f"{part} is not loaded any more.", got=part)
+        return tuple(orders[part].spec for part in entry.parts)
+
+    def _loaded(self, name: str) -> ModelEntry:
+        try:
+            return self._registry.get(name)
+        except UnknownModel:
+            self._adopt()
+            return self._registry.get(name)
+
+    def _adopt(self) -> None:
+        """Know the models that clients of this pool have loaded, and forget what they unloaded."""
+        routing = self._connection.known_routing
+        if routing is None or routing.table is None:
+            return
+        plain = {str(order.entry["spec"]["name"]): order for order in routing.models().values()}
+        for name in self._registry.names():
+            known = self._registry.get(name).spec.digest
+            if name not in self._loading and (
+                name not in plain or plain[name].entry["spec"]["digest"] != known
+            ):
+                self._forget(name)
+        for name, order in plain.items():
+            if name not in self._registry.names():
+                self._keep(entry_from_plain(order.entry))
+
+    def _keep(self, entry: ModelEntry) -> None:
+        self._registry.add(entry)
+        for one in (entry, *entry.component_entries()):
+            self._encoders[one.name] = encoder_for(one)
+
+    def _forget(self, name: str) -> None:
+        entry = self._registry.remove(name)
+        for one in (entry, *entry.component_entries()):
+            self._encoders.pop(one.name, None)
+
+
+def _settled(state: PoolState, model: str) -> bool:
+    return model in state.models and not any(
+        record.phase in COMING or record.models.get(model) is ModelPhase.LOADING
+        for record in state.browsers.values()
+    )

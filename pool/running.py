@@ -1,0 +1,263 @@
+"""The operations of one client: checked, counted, run on a placed model, recorded.
+
+`inputs` go down this way once, and the answer comes up once. This module must not know what an
+operation means (`pool.operations`) nor how a model's parts are asked (`pool.placed`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import secrets
+import weakref
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from actors.messages import RunReply, RunRequest
+from actors.ray.metrics import ClientMetrics
+from actors.supervisor.supervisor import SupervisorConfig
+from pool.answering import Rules, Simulate, Tensors
+from pool.background import BackgroundTasks
+from pool.connection import Connection
+from pool.latency import Latencies
+from pool.models.catalog import ModelCatalog
+from pool.models.registry import ModelEntry
+from pool.operations.registry import OperationRegistry
+from pool.placed import Call, place
+from pool.recorder import Recorder
+from pool.repairs import FaultyBrowsers, ParkedModels
+from pool.requests import PartRequests
+from pool.results import Result
+from pool.routed_stages import RoutedStages
+from pool.sequence import GeneratedToken, Generating, Prompt, SequenceView
+from recovery.errors import BadInput, MessageTooLarge, PageError, PoolBusy
+from recovery.kinds import Level, Strategy
+from recovery.levels import ORDER
+from recovery.records import HostRef
+from recovery.voting import Closeness
+from sharding.models.signature import ModelSpec
+from sharding.sequences.pipeline import PipelineRules, Rendezvous
+
+_OP_ID_MAX = 128
+_COUNTED = ("asked", "answered", "recovered", "simulated", "failed", "refused")
+
+
+class OperationRunner:
+    """Runs what one client asks for. `counts` says what became of it so far."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        catalog: ModelCatalog,
+        operations: OperationRegistry,
+        tasks: BackgroundTasks,
+    ) -> None:
+        self.in_flight = 0
+        self.counts = dict.fromkeys(_COUNTED, 0)
+        self._connection = connection
+        self._catalog = catalog
+        self._operations = operations
+        self._tasks = tasks
+        self._faulty = FaultyBrowsers(connection, tasks)
+        self._parked = ParkedModels(connection, tasks)
+        self._rng = random.Random(connection.client)
+        config = connection.config
+        self._latencies = Latencies(config.hedge_quantile, config.hedge_seconds)
+        # Of coordinated models: one each for as long as a sequence of it goes on.
+        self._barriers: weakref.WeakValueDictionary[str, Rendezvous] = weakref.WeakValueDictionary()
+        self._recorder: Recorder | None = None
+
+    async def start_recording(self, theirs: SupervisorConfig) -> None:
+        """Hand on samples from now on, to the history (if there is one) and to the metrics."""
+        connection = self._connection
+        self._recorder = Recorder(
+            connection.config.name,
+            connection.client,
+            theirs.strategy.name,
+            connection.history,
+            ClientMetrics(connection.config.name),
+            self._now,
+        )
+        await self._recorder.start()
+
+    def _now(self) -> tuple[int, Any]:
+        routing = self._connection.known_routing
+        return self.in_flight, routing.candidates() if routing else ()
+
+    async def stop_recording(self) -> None:
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            await recorder.stop()
+
+    async def run(
+        self,
+        model: str,
+        op: str,
+        inputs: Mapping[str, Any],
+        *,
+        deadline: float | None = None,
+        op_id: str | None = None,
+        level: str | None = None,
+        simulation: bool | None = None,
+    ) -> Result:
+        """See `BrowserPool.run_with_recovery`."""
+        self._connection.require()
+        entry, operation = self._catalog.entry(model), self._operations.get(op)
+        call = self._call(entry, op, deadline, op_id, level, simulation)
+        prepared = operation.prepare(entry, inputs, self._catalog.encoder(entry.name))
+        placed = place(entry, call, lambda: self._catalog.part_specs(entry))
+        with self._counted():
+            result = await operation.run(placed, prepared)
+        self._record(result, entry)
+        return result
+
+    async def stream(
+        self,
+        model: str,
+        op: str,
+        inputs: Mapping[str, Any],
+        *,
+        op_id: str | None = None,
+        level: str | None = None,
+        on_result: Callable[[Result], None] | None = None,
+        on_begin: Callable[[Callable[[], SequenceView]], None] | None = None,
+    ) -> AsyncGenerator[GeneratedToken]:
+        """See `BrowserPool.stream`."""
+        self._connection.require()
+        entry, operation = self._catalog.entry(model), self._operations.get(op)
+        call = self._call(entry, op, None, op_id, level, None)
+        prepared = operation.prepare(entry, inputs, self._catalog.encoder(entry.name))
+        placed = place(entry, call, lambda: self._catalog.part_specs(entry))
+        sequence = operation.stream(placed, prepared)
+        if on_begin is not None:
+            on_begin(sequence.view)
+        with self._counted():
+            try:
+                async with contextlib.aclosing(sequence.stream()) as tokens:
+                    async for token in tokens:
+                        yield token
+            finally:
+                result = sequence.result()
+                self._record(result, entry)
+                if on_result is not None:
+                    on_result(result)
+
+    def _call(
+        self,
+        entry: ModelEntry,
+        op: str,
+        deadline: float | None,
+        op_id: Any,
+        level: str | None,
+        simulation: bool | None,
+    ) -> Call:
+        config, routing = self._connection.config, self._connection.routing
+        seconds = config.deadline if deadline is None else deadline
+        if not seconds > 0:
+            raise BadInput(f"deadline: expected seconds over 0, got {seconds!r}.", got=seconds)
+        if op_id is not None and not (isinstance(op_id, str) and 0 < len(op_id) <= _OP_ID_MAX):
+            raise BadInput(
+                f"op_id: expected text of 1 to {_OP_ID_MAX} characters, got {op_id!r}.", got=op_id
+            )
+        wanted = self._level_of_call(level)
+        if simulation and not config.simulation:
+            raise BadInput(
+                "simulation: this pool forbids native answers; make it with simulation=True.",
+                got=simulation,
+            )
+        requests = PartRequests(
+            routing,
+            self._latencies,
+            self._rng,
+            self._connection.client,
+            wanted,
+            Rules(config.max_recovery_attempts, config.when_full == "wait", config.strict),
+            config.message_bytes_max,
+            on_wrong=self._faulty.charge,
+            on_audit=self._tasks.keep_audit,
+            on_stuck=self._parked.reload,
+            simulation=self._simulation if simulation is not False else lambda spec: None,
+        )
+        op_id = op_id or secrets.token_hex(8)
+        begin = partial(self._begin_sequence, entry, op_id, op, wanted)
+        return Call(op_id, op, deadline, seconds, requests, begin)
+
+    def _level_of_call(self, level: str | None) -> Level:
+        pools = self._connection.level
+        if level is None:
+            return pools
+        if level not in ORDER or ORDER.index(Level(level)) > ORDER.index(pools):
+            lower = ", ".join(ORDER[: ORDER.index(pools) + 1])
+            raise BadInput(
+                f"level: expected one that this pool holds ({lower}), got {level!r}.", got=level
+            )
+        return Level(level)
+
+    def _begin_sequence(
+        self, entry: ModelEntry, op_id: str, op: str, level: Level, prompt: Prompt
+    ) -> Generating:
+        connection, config = self._connection, self._connection.config
+        orders, tolerance = connection.routing.models(), entry.spec.tolerance
+        stages = RoutedStages(
+            connection.routing,
+            self._latencies,
+            connection.client,
+            {part: orders[part].spec.digest for part in entry.parts if part in orders},
+            on_wrong=self._faulty.charge,
+            on_stuck=self._parked.reload,
+        )
+        rules = PipelineRules(
+            level,
+            config.max_recovery_attempts,
+            config.deadline,
+            closeness=Closeness(tolerance.rtol, tolerance.atol),
+            strict=config.strict,
+        )
+        barrier = None
+        if config.strategy == Strategy.COORDINATED:
+            barrier = self._barriers.setdefault(entry.name, Rendezvous())
+        encoder = self._catalog.encoder(entry.name)
+        return Generating(op_id, op, entry, prompt, stages, rules, encoder, barrier)
+
+    def _simulation(self, spec: ModelSpec) -> Simulate | None:
+        native = self._connection.native
+        if native is None:
+            return None
+
+        async def simulate(tensors: Tensors, left: float) -> RunReply:
+            request = RunRequest("native", HostRef("native"), spec.name, left)
+            reply = await native.run(request, spec, tensors)
+            if reply.failure is not None:
+                raise PageError(reply.failure.message)
+            return reply
+
+        return simulate
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count an operation as in flight. Raises `PoolBusy` for one too many."""
+        if self.in_flight >= self._connection.config.waiting_max:
+            self.counts["refused"] += 1
+            raise PoolBusy(
+                f"{self.in_flight} operations are in flight in this client, its limit "
+                "(waiting_max). Await some of them first, or raise the limit."
+            )
+        self.in_flight += 1
+        self.counts["asked"] += 1
+        try:
+            yield
+        except (PoolBusy, MessageTooLarge):
+            self.counts["refused"] += 1
+            raise
+        finally:
+            self.in_flight -= 1
+
+    def _record(self, result: Result, entry: ModelEntry) -> None:
+        if result.simulated:
+            self.counts["simulated"] += 1
+        else:
+            self.counts["answered" if result.success else "failed"] += 1
+            self.counts["recovered"] += result.recovered
+        if self._recorder is not None:
+            self._recorder.note(result, entry)

@@ -1,0 +1,214 @@
+"""One text of one caller, from its prompt to its result, over the pool's browsers.
+
+`sharding.sequences.pipeline` does the work, over `pool.routed_stages`; here what comes of it is
+shown and becomes a `Result`. This module must not choose a browser or a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pool.models.registry import ModelEntry
+from pool.models.tokens import TextEncoder
+from pool.results import RecoveryStep, Result
+from pool.routed_stages import RoutedStages
+from recovery.errors import SequenceLost
+from recovery.levels import held
+from recovery.records import HostRef
+from sharding.models.frames import Array
+from sharding.sequences.decoding import Decoding
+from sharding.sequences.pipeline import Generation, PipelineRules, Rendezvous, Token
+from sharding.sequences.stages import Line
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a sequence begins with. `line` are the stages that it goes through."""
+
+    line: Line
+    ids: tuple[int, ...]
+    decoding: Decoding
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    """One new token of a stream. `text` is what it adds to the text; `str()` gives that."""
+
+    id: int
+    position: int
+    text: str
+    scores: Array | None = None
+    step_ms: float = 0.0  # from the step's begin to its answer, repairs included
+    in_page_ms: float = 0.0  # of these, in all pages
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class StageView:
+    """A stage of a sequence now; see `sharding.sequences.pipeline.Standing`. `layers`: None if
+    unknown.
+    """
+
+    model: str
+    layers: tuple[int, int] | None
+    where: tuple[HostRef, ...]
+    position: int
+    rebuilding: bool
+
+
+@dataclass(frozen=True)
+class SequenceView:
+    """A sequence under way: where its stages are, and what has happened to it so far."""
+
+    stages: tuple[StageView, ...] = ()
+    recovery: tuple[RecoveryStep, ...] = ()
+
+
+class Generating:
+    """One sequence of one caller."""
+
+    def __init__(
+        self,
+        op_id: str,
+        op: str,
+        entry: ModelEntry,
+        prompt: Prompt,
+        stages: RoutedStages,
+        rules: PipelineRules,
+        encoder: TextEncoder | None,
+        rendezvous: Rendezvous | None,
+    ) -> None:
+        self._op_id = op_id
+        self._op = op
+        self._entry = entry
+        self._prompt = prompt
+        self._stages = stages
+        self._encoder = encoder
+        self._level = rules.level
+        self._began = time.monotonic()
+        self._first_token: float | None = None
+        self._tokens: list[Token] = []
+        self._error: SequenceLost | None = None
+        # Two clients may give their operations the same names; a page must not mix them up.
+        name = f"{op_id}/{secrets.token_hex(4)}"
+        self.generation = Generation(
+            name, prompt.line, stages, rules, prompt.decoding, rendezvous=rendezvous
+        )
+
+    async def stream(self) -> AsyncGenerator[GeneratedToken]:
+        """The new tokens, each as soon as there is one. Raises `SequenceLost`."""
+        piece_of = self._encoder.pieces() if self._encoder else lambda _: ""
+        try:
+            async for token in self.generation.tokens(self._prompt.ids):
+                if self._first_token is None:
+                    self._first_token = time.monotonic()
+                self._tokens.append(token)
+                yield GeneratedToken(
+                    token.id,
+                    token.position,
+                    piece_of(token.id),
+                    token.scores,
+                    token.step_ms,
+                    token.in_page_ms,
+                )
+        except SequenceLost as error:
+            self._error = error
+            raise
+
+    async def run(self, seconds: float | None = None) -> Result:
+        """All of it, within `seconds`; a sequence that is lost, or late, is a failed result."""
+        try:
+            async with asyncio.timeout(seconds), contextlib.aclosing(self.stream()) as tokens:
+                async for _ in tokens:
+                    pass
+        except SequenceLost:
+            pass
+        except TimeoutError:
+            self._error = SequenceLost(f"it was not done within {seconds:g} s")
+        return self.result()
+
+    def view(self) -> SequenceView:
+        """How it is now: cheap, and asks nobody."""
+        standings = zip(self._prompt.line.stages, self.generation.standings(), strict=True)
+        return SequenceView(
+            tuple(
+                StageView(
+                    stage.model,
+                    self._stages.layers(stage.model),
+                    now.refs,
+                    now.position,
+                    now.rebuilding,
+                )
+                for stage, now in standings
+            ),
+            self._recovery(),
+        )
+
+    def _recovery(self) -> tuple[RecoveryStep, ...]:
+        return tuple(
+            RecoveryStep(
+                step.what,
+                f"{step.where} ({_place(step.stage)}position {step.position})".strip(),
+                step.at,
+                step.seconds,
+                step.outcome,
+                step.failure,
+            )
+            for step in self.generation.account.happened
+        )
+
+    def result(self) -> Result:
+        """What has come of it so far. Of a failed one, the tokens that came are in its error."""
+        account, ended = self.generation.account, time.monotonic()
+        tokens = np.asarray([token.id for token in self._tokens], np.int64)
+        values: dict[str, Array] = {"tokens": tokens}
+        if self._encoder is not None:
+            values["text"] = np.asarray(self._encoder.decode(tokens.tolist()))
+        if self._prompt.decoding.logits:
+            rows = [token.scores for token in self._tokens if token.scores is not None]
+            values["logits"] = np.stack(rows) if rows else np.zeros((0, 0), np.float32)
+        began = self._first_token or ended
+        rate = (len(tokens) - 1) / (ended - began) if ended > began and len(tokens) > 1 else 0.0
+        refs = self.generation.where()
+        last = next((s for s in self._stages.hosts() if refs and s.ref == refs[-1]), None)
+        model = self._prompt.line.stages[-1].model
+        error = self._error
+        return Result(
+            self._op_id,
+            self._entry.name,
+            self._op,
+            success=error is None,
+            level_effective=held(self._level, self._stages.ready()),
+            browser_id=refs[-1].browser_id if refs else "",
+            browser_type=last.browser if last else None,
+            epoch=refs[-1].epoch if refs else 0,
+            backend=last.models[model].backend if last and model in last.models else None,
+            recovery=self._recovery(),
+            original_error=self.generation.first_failure,
+            error="" if error is None else f"{error} ({len(tokens)} tokens had come)",
+            metrics={
+                "duration_ms": (ended - self._began) * 1e3,
+                "in_page_ms": account.in_page_ms,
+                "first_token_ms": (began - self._began) * 1e3,
+                "tokens_per_second": rate,
+                "tokens": float(len(tokens)),
+                "attempts": 1.0 + sum(step.what == "failed" for step in account.happened),
+                "copied_bytes": float(account.copied_bytes),
+                "history_bytes": float(account.history_bytes),
+            },
+            values=values if error is None else {},
+            stages=tuple(ref.browser_id for ref in refs),
+        )
+
+
+def _place(stage: int) -> str:
+    return f"stage {stage}, " if stage >= 0 else ""  # below 0: no one stage's
