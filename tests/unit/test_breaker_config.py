@@ -1,14 +1,8 @@
 import pytest
 
-from recovery.breaker import (
-    CircuitBreaker,
-)
-from recovery.errors import (
-    BadInput,
-)
-from tests.circuits import (
-    DEFAULT,
-)
+from recovery.breaker import CircuitBreaker
+from recovery.errors import BadInput
+from tests.circuits import DEFAULT
 
 
 def test_defaults_are_those_of_the_source():

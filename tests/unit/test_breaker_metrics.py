@@ -2,13 +2,8 @@ import json
 
 import pytest
 
-from recovery.errors import (
-    BrowserLost,
-)
-from tests.circuits import (
-    Shell,
-    crash,
-)
+from recovery.errors import BrowserLost
+from tests.circuits import Shell, crash
 
 
 @pytest.fixture

@@ -21,9 +21,7 @@ from recovery.breaker import (
     open_seconds,
     step,
 )
-from recovery.errors import (
-    IllegalTransition,
-)
+from recovery.errors import IllegalTransition
 from recovery.failures import Category, Severity
 from tests.circuits import (
     API_ERROR,

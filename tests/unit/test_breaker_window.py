@@ -4,16 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.circuits import (
-    BY_COUNT,
-    BY_SLOWNESS,
-    BY_TIME,
-    CLOSED,
-    MILD,
-    OPEN,
-    TIMEOUT,
-    Story,
-)
+from tests.circuits import BY_COUNT, BY_SLOWNESS, BY_TIME, CLOSED, MILD, OPEN, TIMEOUT, Story
 
 
 @pytest.fixture
