@@ -14,7 +14,8 @@ from typing import Any
 
 from recovery.errors import BadInput, PoolError
 from recovery.history.samples import Sample
-from recovery.history.tracker import HistoryStore, HistoryUnavailable, PerformanceHistoryTracker
+from recovery.history.store import HistoryStore, HistoryUnavailable
+from recovery.history.tracker import PerformanceHistoryTracker
 
 _FLUSH_SECONDS = 1.0
 _ASKABLE = frozenset(
@@ -74,7 +75,7 @@ class HistoryKeeper:
         )
 
     async def query(self, sql: str, params: Sequence[Any] = ()) -> list[dict[str, Any]]:
-        """Rows of one SELECT over the tables and views of `recovery.history.tracker`."""
+        """Rows of one SELECT over the tables and views of `recovery.history.schema`."""
         store = self._require()
         await asyncio.to_thread(store.flush)
         return await asyncio.to_thread(store.query, sql, list(params))

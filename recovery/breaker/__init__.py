@@ -1,19 +1,20 @@
-"""Circuit breakers: what they are set to, how they change, and which a pool has."""
+"""Circuit breakers: what they are set to, how they change, and which a pool has.
 
-from recovery.breaker.circuit import (
+This is the front door: code outside the package imports from here.
+"""
+
+from recovery.breaker.circuit import Change, CircuitBreaker, CircuitOpenError, Snapshot
+from recovery.breaker.config import BreakerConfig, RegistryConfig
+from recovery.breaker.registry import BreakerKey, CircuitBreakerRegistry, open_max
+from recovery.breaker.state import (
     Abandoned,
     Asked,
     Breaker,
-    BreakerConfig,
-    Change,
-    CircuitBreaker,
-    CircuitOpenError,
     CircuitState,
     Event,
     Failed,
     Permit,
     Repaired,
-    Snapshot,
     Succeeded,
     Switched,
     Ticked,
@@ -23,12 +24,6 @@ from recovery.breaker.circuit import (
     retry_at,
     step,
     succeed,
-)
-from recovery.breaker.registry import (
-    BreakerKey,
-    CircuitBreakerRegistry,
-    RegistryConfig,
-    open_max,
 )
 
 __all__ = [

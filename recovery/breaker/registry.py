@@ -12,22 +12,15 @@ This module must not act on a failure.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from recovery.breaker.circuit import (
-    BreakerConfig,
-    Change,
-    CircuitBreaker,
-    CircuitState,
-    Permit,
-    Snapshot,
-    as_failure,
-)
-from recovery.errors import BadInput
+from recovery.breaker.circuit import Change, CircuitBreaker, Snapshot, as_failure
+from recovery.breaker.config import BreakerConfig, RegistryConfig
+from recovery.breaker.metrics import registry_metrics
+from recovery.breaker.state import CircuitState, Permit
 from recovery.failures import Failure, Scope
 
 _NO_LOCK = nullcontext()
@@ -42,20 +35,6 @@ class BreakerKey(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.model} on {self.browser}" if self.model else self.browser
-
-
-@dataclass(frozen=True, slots=True)
-class RegistryConfig:
-    """The limits of a registry."""
-
-    open_share_max: float = 0.5  # of a breaker's peers and itself that may be open at once
-    breakers_max: int = 1024  # beyond it, the closed breaker that was asked for longest ago goes
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.open_share_max <= 1.0:
-            raise BadInput(f"open_share_max must be from 0 to 1, not {self.open_share_max!r}.")
-        if self.breakers_max < 1:
-            raise BadInput(f"breakers_max must be at least 1, not {self.breakers_max!r}.")
 
 
 def open_max(peers: int, share: float) -> int:
@@ -149,23 +128,7 @@ class CircuitBreakerRegistry:
         circuits = {
             str(key): breaker.get_metrics() for key, breaker in self._breakers.copy().items()
         }
-        total = {name: _sum(circuits.values(), name) for name in _SUMMED}
-        executions, openings = total["executions"], total["circuit_open_count"]
-        downtime = sum(
-            each["avg_downtime_seconds"] * each["recoveries"] for each in circuits.values()
-        )
-        return {
-            "circuits_by_state": {
-                str(state): _count(circuits.values(), state) for state in CircuitState
-            },
-            **total,
-            "success_rate": total["successes"] / executions if executions else 0.0,
-            "recovery_rate": total["recoveries"] / openings if openings else 0.0,
-            "avg_downtime_seconds": (
-                downtime / total["recoveries"] if total["recoveries"] else 0.0
-            ),
-            "circuits": circuits,
-        }
+        return registry_metrics(circuits)
 
     def snapshot(self, browser: str) -> dict[BreakerKey, Snapshot]:
         """A browser's breakers, for its next epoch."""
@@ -243,27 +206,6 @@ class BothGuard:
         trace: TracebackType | None,
     ) -> None:
         self.__exit__(kind, error, trace)
-
-
-_SUMMED = (
-    "executions",
-    "successes",
-    "failures",
-    "recorded_failures",
-    "slow_calls",
-    "refused",
-    "circuit_open_count",
-    "openings_held",
-    "recoveries",
-)
-
-
-def _sum(metrics: Iterable[Mapping[str, Any]], name: str) -> int:
-    return sum(int(each[name]) for each in metrics)
-
-
-def _count(metrics: Iterable[Mapping[str, Any]], state: CircuitState) -> int:
-    return sum(each["current_state"] == state for each in metrics)
 
 
 def _is_of(key: BreakerKey, browser: str, model: str | None) -> bool:

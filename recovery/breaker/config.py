@@ -1,0 +1,116 @@
+"""What breakers are set to, with what is checked of it.
+
+A configuration is made once and shared by many breakers, so whatever each call would have to work
+out of it again is worked out when it is made. This module must not know what a breaker does.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from recovery.errors import BadInput
+
+_BUCKETS = 10  # a window by time slides in steps of a tenth
+_BIGGEST = 1_000_000  # of any count in the configuration
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerConfig:
+    """When a breaker opens, for how long, and what closes it again. 0 switches a window off."""
+
+    failure_threshold: int = 3  # recorded failures in a row that open it
+    recovery_timeout: float = 10.0  # seconds until the first probe; jitter only shortens it
+    half_open_max_calls: int = 1  # probes under way at once
+    success_threshold: int = 2  # probes in a row that must succeed to close it
+    metrics_window_size: int = 100  # latest calls that the rates in the metrics are made of
+    min_samples_for_stats: int = 5  # calls below which those rates mean nothing
+
+    window_calls: int = 0  # look at the latest so many calls ...
+    window_seconds: float = 0.0  # ... or at those of the latest so many seconds
+    minimum_calls: int = 10  # in the window, before a rate counts
+    failure_rate_threshold: float = 0.0  # share of failed calls in the window that opens it
+    slow_call_rate_threshold: float = 0.0  # share of slow calls in the window that opens it
+    slow_call_seconds: float = 0.0  # a call that took so long is slow
+
+    recovery_timeout_growth: float = 2.0  # each opening in a row is so many times longer
+    recovery_timeout_max: float = 120.0  # seconds; or recovery_timeout, where that is longer
+    recovery_timeout_jitter: float = 0.1  # up to this share is taken off, by chance
+    probe_timeout: float = 30.0  # seconds; a probe that hasn't reported by then has failed
+    recovery_history_max: int = 32  # recoveries kept for the metrics
+
+    windowed: bool = field(init=False, repr=False, compare=False)
+    metrics_mask: int = field(init=False, repr=False, compare=False)
+    window_mask: int = field(init=False, repr=False, compare=False)
+    bucket_seconds: float = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("failure_threshold", 1, _BIGGEST),
+            ("recovery_timeout", 0.0, math.inf),
+            ("half_open_max_calls", 1, _BIGGEST),
+            ("success_threshold", 1, _BIGGEST),
+            ("metrics_window_size", 1, _BIGGEST),
+            ("min_samples_for_stats", 1, _BIGGEST),
+            ("window_calls", 0, _BIGGEST),
+            ("window_seconds", 0.0, math.inf),
+            ("minimum_calls", 1, _BIGGEST),
+            ("failure_rate_threshold", 0.0, 1.0),
+            ("slow_call_rate_threshold", 0.0, 1.0),
+            ("slow_call_seconds", 0.0, math.inf),
+            ("recovery_timeout_growth", 1.0, 100.0),
+            ("recovery_timeout_max", 0.0, math.inf),
+            ("recovery_timeout_jitter", 0.0, 1.0),
+            ("probe_timeout", 0.0, math.inf),
+            ("recovery_history_max", 0, _BIGGEST),
+        ):
+            value = getattr(self, name)
+            kinds = (int,) if isinstance(low, int) else (int, float)
+            if not isinstance(value, kinds) or not low <= value <= high or value == math.inf:
+                raise BadInput(
+                    f"{name} must be {'a whole' if isinstance(low, int) else 'a'} number "
+                    f"from {low} to {high}, and it is {value!r}.",
+                    expected=[low, high],
+                    got=value,
+                )
+        by_rate = self.failure_rate_threshold or self.slow_call_rate_threshold
+        if self.window_calls and self.window_seconds:
+            raise BadInput("A window is by window_calls or by window_seconds, not by both.")
+        if by_rate and not (self.window_calls or self.window_seconds):
+            raise BadInput("A rate threshold needs a window: window_calls or window_seconds.")
+        if bool(self.slow_call_rate_threshold) is not bool(self.slow_call_seconds):
+            raise BadInput("slow_call_rate_threshold and slow_call_seconds go together.")
+        if 0 < self.window_calls < self.minimum_calls:
+            raise BadInput("minimum_calls can't be more than window_calls: no rate would count.")
+        windowed = bool(self.window_calls or self.window_seconds)
+        object.__setattr__(self, "windowed", windowed)
+        object.__setattr__(self, "metrics_mask", (1 << self.metrics_window_size) - 1)
+        object.__setattr__(self, "window_mask", (1 << self.window_calls) - 1)
+        object.__setattr__(self, "bucket_seconds", self.window_seconds / _BUCKETS)
+
+
+def configured(config: BreakerConfig, settings: dict[str, Any]) -> BreakerConfig:
+    known = {each.name for each in fields(BreakerConfig) if each.init}
+    for name in settings:
+        if name not in known:
+            raise BadInput(
+                f"A circuit breaker has no setting {name!r}; it has {', '.join(sorted(known))}.",
+                expected=sorted(known),
+                got=name,
+            )
+    return replace(config, **settings) if settings else config
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryConfig:
+    """The limits of a registry."""
+
+    open_share_max: float = 0.5  # of a breaker's peers and itself that may be open at once
+    breakers_max: int = 1024  # beyond it, the closed breaker that was asked for longest ago goes
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.open_share_max <= 1.0:
+            raise BadInput(f"open_share_max must be from 0 to 1, not {self.open_share_max!r}.")
+        if self.breakers_max < 1:
+            raise BadInput(f"breakers_max must be at least 1, not {self.breakers_max!r}.")
