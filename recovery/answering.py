@@ -105,7 +105,7 @@ def next_action(
     if policy.level is Level.LOW and failures:
         # Rung 1 only: the same browser again, not another one.
         last = failures[-1]
-        if not (_left_whole(last) or _reported(last)):
+        if not (_left_whole(last) or is_reported(last)):
             return GiveUp("level low survives no death of a browser")
         if all(host.ref != last.ref for host in hosts):
             return GiveUp("level low survives no death of a browser, and this one was replaced")
@@ -138,8 +138,8 @@ def _stop(policy: AnsweringPolicy, failures: Sequence[Failure]) -> GiveUp | None
     if len(may_be_its_doing) >= policy.attempts_max or lost >= _LOST_RATIO * policy.attempts_max:
         return GiveUp(f"{len(failures)} attempts failed")
     last = failures[-1]
-    if _reported(last) and any(
-        _reported(failure) and failure.message == last.message for failure in failures[:-1]
+    if is_reported(last) and any(
+        is_reported(failure) and failure.message == last.message for failure in failures[:-1]
     ):
         return GiveUp("the very same error was reported twice: the input or model is at fault")
     return None
@@ -148,13 +148,13 @@ def _stop(policy: AnsweringPolicy, failures: Sequence[Failure]) -> GiveUp | None
 def _only_reported(ref: HostRef, attempts: Sequence[Attempt]) -> bool:
     """Whether every failure there was an error that the page reported, and lived on."""
     return all(
-        _reported(attempt.failure)
+        is_reported(attempt.failure)
         for attempt in attempts
         if attempt.ref == ref and attempt.failure is not None
     )
 
 
-def _reported(failure: Failure) -> bool:
+def is_reported(failure: Failure) -> bool:
     """Whether a host that lives on said that this operation does not work."""
     reports = (Category.API_ERROR, Category.INTERNAL_ERROR)
     return failure.category in reports and failure.scope is Scope.OPERATION

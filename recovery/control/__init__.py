@@ -1,51 +1,69 @@
-"""The pool's control state: events go in, the next state and instructions come out."""
+"""The pool's control state: events go in, the next state and instructions come out.
+
+`records` is the state, `events` what happens to it, `instructions` what is to be done about it;
+`decide` turns the first two into the next state and the third, with `models` and `repairs` for
+its parts. `reconcile` compares the state with the living. Whoever is outside imports from here.
+"""
 
 from recovery.control.decide import (
-    ALIVE,
-    COMING,
-    DEAD_MAX,
-    HISTORY_MAX,
-    LOAD_AGAIN_SECONDS,
-    TALLIES_MAX,
-    Adjusted,
+    apply,
+    decide,
+)
+from recovery.control.events import (
     Body,
     BreakersMoved,
     BrowserFailed,
     BrowserFound,
     BrowserReady,
     BrowserReconnected,
-    BrowserRecord,
     BrowserRecycled,
     BrowserStopped,
     BrowserUnwanted,
     BrowserWanted,
-    Drain,
     Event,
-    Instruction,
-    Launch,
-    Load,
     ModelFailed,
     ModelLoaded,
     ModelParked,
-    ModelPhase,
     ModelUnwanted,
     ModelWanted,
-    Phase,
     PoolClosing,
     PoolOpened,
-    PoolState,
-    Reconnect,
-    Repair,
-    Stop,
     TermBegan,
+)
+from recovery.control.instructions import (
+    Decision,
+    Drain,
+    Instruction,
+    Launch,
+    Load,
+    Reconnect,
+    Stop,
     Unload,
-    apply,
-    decide,
+)
+from recovery.control.models import (
+    LOAD_AGAIN_SECONDS,
 )
 from recovery.control.reconcile import (
     Reconciliation,
     Seen,
     reconcile,
+)
+from recovery.control.records import (
+    ALIVE,
+    COMING,
+    Adjusted,
+    BrowserRecord,
+    BrowserStateManager,
+    ModelPhase,
+    Phase,
+    PoolState,
+    Repair,
+    StepOutcome,
+)
+from recovery.control.repairs import (
+    DEAD_MAX,
+    HISTORY_MAX,
+    TALLIES_MAX,
 )
 
 __all__ = [
@@ -64,9 +82,11 @@ __all__ = [
     "BrowserReconnected",
     "BrowserRecord",
     "BrowserRecycled",
+    "BrowserStateManager",
     "BrowserStopped",
     "BrowserUnwanted",
     "BrowserWanted",
+    "Decision",
     "Drain",
     "Event",
     "Instruction",
@@ -86,6 +106,7 @@ __all__ = [
     "Reconnect",
     "Repair",
     "Seen",
+    "StepOutcome",
     "Stop",
     "TermBegan",
     "Unload",

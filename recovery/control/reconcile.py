@@ -13,27 +13,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from recovery.breaker import CircuitState, Snapshot
-from recovery.control.decide import (
-    ALIVE,
+from recovery.control.events import (
     Body,
     BreakersMoved,
     BrowserFailed,
     BrowserFound,
     BrowserReady,
-    BrowserRecord,
     BrowserStopped,
-    Drain,
-    Instruction,
-    Launch,
-    Load,
     ModelLoaded,
-    ModelPhase,
-    Phase,
-    PoolState,
-    Reconnect,
-    Stop,
-    Unload,
 )
+from recovery.control.instructions import Drain, Instruction, Launch, Load, Reconnect, Stop, Unload
+from recovery.control.records import ALIVE, BrowserRecord, ModelPhase, Phase, PoolState
 from recovery.failures import Failure, categorize_browser_failure
 from recovery.kinds import Readiness
 from recovery.records import BrowserFacts, HostRef, NumericId

@@ -1,7 +1,7 @@
 """The control log: every event is on disk before anything is done about it.
 
 One thread writes; whatever is appended while it waits for the disk shares its next write. The
-files and their form are in `recovery.log.segments`. `show` and `verify` only read, also while a
+form of the files is in `recovery.log.segments`. `show` and `verify` only read, also while a
 pool writes. This module must not decide what an event means, or what a loss of events calls for.
 """
 
@@ -22,20 +22,9 @@ from typing import Any, NamedTuple
 from recovery.control import Event, PoolState
 from recovery.errors import IllegalTransition
 from recovery.log.codec import CorruptLog
-from recovery.log.segments import (
-    Damage,
-    Disk,
-    LogConfig,
-    LogInUse,
-    LogUnavailable,
-    Lost,
-    Recovery,
-    Scan,
-    Store,
-    event_line,
-    lines_of,
-    scan,
-)
+from recovery.log.reading import Scan, lines_of, scan
+from recovery.log.segments import Damage, LogUnavailable, Lost, event_line
+from recovery.log.writing import Disk, LogConfig, LogInUse, Recovery, Store
 
 __all__ = [
     "CorruptLog",

@@ -30,6 +30,8 @@ DOORS = {
     "tokenizers": {"pool/models/tokens.py"},
     "matplotlib": {"pool/chaos/charts.py"},
 }
+# Packages whose modules are theirs alone: whoever is outside imports from the package.
+FRONT_DOORS = ("recovery.adjustments", "recovery.control")
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,18 @@ def test_each_dependency_has_one_door(source):
         if source.path not in DOORS.get(name.split(".")[0], {source.path})
     ]
     assert trespasses == []
+
+
+@each_source
+def test_packages_are_entered_by_their_front_doors(source):
+    module = source.path.removesuffix(".py").replace("/", ".")
+    past_the_door = [
+        f"{source.path}:{line} imports {name}"
+        for name, line in source.imports()
+        for door in FRONT_DOORS
+        if name.startswith(f"{door}.") and not module.startswith(f"{door}.")
+    ]
+    assert past_the_door == []
 
 
 def test_warden_is_a_script_of_the_standard_library_alone():

@@ -154,7 +154,7 @@ def test_operation_that_is_given_up_too_early_is_noticed(monkeypatch):
 
 
 def test_wrong_answer_is_noticed(monkeypatch):
-    monkeypatch.setattr("tests.simulator.np.array_equal", lambda *_: False)
+    monkeypatch.setattr("tests.simulator.story.np.array_equal", lambda *_: False)
     with pytest.raises(SimulationFailed, match="a wrong answer"):
         simulate(FaultPlan(1, ()))
 

@@ -1,21 +1,16 @@
-"""What suits a browser, a failure and a type of model, as data: the AGGRESSIVE rung and FALLBACK's.
+"""What suits a browser, a failure and a type of model, as data: the rows of the AGGRESSIVE rung.
 
 A row of `ADJUSTMENTS` says: for this browser, failure category and model type, launch with these
 arguments, preferences and environment, because of this. The wishes come from the documents that
 asked for these rungs; `instead_of` names a wish whose argument is gone or would do harm, and
 `WITHOUT_EQUIVALENT` those that no argument fulfils. A unit test looks every name up in the
-installed browsers. `model_settings` says how a model of each type likes to be run, and
-`fallback_order` in which other browsers.
-
-This module must not launch anything, and must not know what a browser is launched with otherwise
-(`merge_arguments` is how an adjustment meets those arguments) or which browsers a pool has.
+installed browsers. This module must not choose among its rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from recovery.failures import Category
 from recovery.kinds import BrowserType, ModelType
@@ -42,19 +37,6 @@ class Adjustment:
             and self.category in (None, category)
             and self.model_type in (None, model_type)
         )
-
-
-@dataclass(frozen=True)
-class LaunchAdjustment:
-    """All rows that apply, merged. False if there is nothing to change: skip the rung then."""
-
-    arguments: tuple[str, ...] = ()
-    preferences: Mapping[str, PreferenceValue] = field(default_factory=dict)
-    environment: Mapping[str, str] = field(default_factory=dict)
-    reasons: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.arguments or self.preferences or self.environment)
 
 
 @dataclass(frozen=True)
@@ -397,168 +379,3 @@ WITHOUT_EQUIVALENT: tuple[Unfulfilled, ...] = (
         "Belongs to the supervisor, not to a launch.",
     ),
 )
-
-
-def adjust(browser: BrowserType, model_type: ModelType, category: Category) -> LaunchAdjustment:
-    """What an AGGRESSIVE restart changes, after a failure of `category` with such a model.
-
-    Later rows win. Pass `arguments` through `merge_arguments` with those of the launch.
-    """
-    rows = [row for row in ADJUSTMENTS if row.applies(browser, model_type, category)]
-    arguments: tuple[str, ...] = ()
-    preferences: dict[str, PreferenceValue] = {}
-    environment: dict[str, str] = {}
-    for row in rows:
-        arguments = merge_arguments(arguments, row.arguments)
-        preferences |= row.preferences
-        environment |= row.environment
-    return LaunchAdjustment(arguments, preferences, environment, tuple(row.why for row in rows))
-
-
-# Chromium reads only the last of several of these, so their values are merged.
-_SEPARATORS = {
-    "--enable-features": ",",
-    "--disable-features": ",",
-    "--enable-blink-features": ",",
-    "--disable-blink-features": ",",
-    "--enable-dawn-features": ",",
-    "--disable-dawn-features": ",",
-    "--js-flags": " ",
-}
-
-
-def merge_arguments(base: tuple[str, ...], extra: tuple[str, ...]) -> tuple[str, ...]:
-    """`base` and `extra` as one command line that says nothing twice.
-
-    Lists (features, V8 flags) are joined; a feature that was switched off and then on, or the
-    other way round, is as the later one says. The later value of any other `--name=value` wins.
-    An argument and its value must be one word.
-    """
-    merged: dict[str, str] = {}
-    for argument in (*base, *extra):
-        name, _, value = argument.partition("=")
-        if name not in _SEPARATORS:
-            merged[name if name.startswith("--") else argument] = argument
-            continue
-        items = _items(name, value)
-        _put(merged, name, (_items(name, _value(merged, name)) | items).values())
-        opposite = _opposite(name)
-        if opposite in merged:
-            left = _items(opposite, _value(merged, opposite))
-            _put(merged, opposite, (left[key] for key in left if key not in items))
-    return tuple(merged.values())
-
-
-def _items(name: str, value: str) -> dict[str, str]:
-    """The items of a list by what each is about: `A` of `A:b/1`, `opt` of `--no-opt`."""
-    items = (item for item in value.split(_SEPARATORS[name]) if item)
-    if name != "--js-flags":
-        return {item.partition(":")[0].partition("<")[0]: item for item in items}
-    return {
-        item.partition("=")[0].replace("_", "-").removeprefix("--").removeprefix("no-"): item
-        for item in items
-    }
-
-
-def _value(merged: Mapping[str, str], name: str) -> str:
-    return merged.get(name, "").partition("=")[2]
-
-
-def _put(merged: dict[str, str], name: str, items: Iterable[str]) -> None:
-    value = _SEPARATORS[name].join(items)
-    if value:
-        merged[name] = f"{name}={value}"
-    else:
-        merged.pop(name, None)
-
-
-def _opposite(name: str) -> str:
-    if name.startswith("--enable-"):
-        return name.replace("--enable-", "--disable-", 1)
-    if name.startswith("--disable-"):
-        return name.replace("--disable-", "--enable-", 1)
-    return ""
-
-
-# How each type of model likes to be run. Orders and numbers are those of the documents ("Browser
-# Fallback Order", "Model-Specific Optimizations"); `why` says where they leave something open.
-
-Loading = Literal["parallel", "progressive", "single"]
-Goal = Literal["latency", "throughput", "memory"]
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """What suits one type of model. `why` says where it comes from."""
-
-    browser_order: tuple[BrowserType, ...]  # the best first; all four
-    batch_size: int  # inputs that are computed at once
-    warm_up: bool  # run once before the first real input, which compiles kernels and shaders
-    loading: Loading  # several components at once, one after the other, or there is only one
-    optimise_for: Goal
-    why: str
-
-
-_SETTINGS: Mapping[ModelType, ModelSettings] = {
-    ModelType.TEXT: ModelSettings(
-        (_EDGE, _CHROME, _FIREFOX, _SAFARI),
-        batch_size=1,
-        warm_up=True,
-        loading="single",
-        optimise_for="latency",
-        why="Edge has the best WebNN; one text at a time, as somebody waits for it",
-    ),
-    ModelType.VISION: ModelSettings(
-        (_CHROME, _EDGE, _FIREFOX, _SAFARI),
-        batch_size=4,
-        warm_up=True,
-        loading="single",
-        optimise_for="throughput",
-        why="Chrome has the best WebGPU; images come in numbers, so four at once",
-    ),
-    ModelType.AUDIO: ModelSettings(
-        (_FIREFOX, _CHROME, _EDGE, _SAFARI),
-        batch_size=1,
-        warm_up=True,
-        loading="single",
-        optimise_for="latency",
-        why="Firefox has the best compute shaders. Batch and goal are ours: the documents name "
-        "none, and one recording is long already",
-    ),
-    ModelType.MULTIMODAL: ModelSettings(
-        (_CHROME, _EDGE, _FIREFOX, _SAFARI),
-        batch_size=1,
-        warm_up=False,
-        loading="parallel",
-        optimise_for="memory",
-        why="Chrome loads components in parallel; memory is what runs out first. No warm-up is "
-        "ours: it would fill the memory of components that may not be needed",
-    ),
-}
-
-
-def model_settings(model_type: ModelType) -> ModelSettings:
-    """The settings of a model type. An unknown one is treated like text, and `why` says so."""
-    settings = _SETTINGS.get(model_type)
-    if settings is None:
-        return replace(_SETTINGS[ModelType.TEXT], why="type unknown: treated like text")
-    return settings
-
-
-def constrained(settings: ModelSettings) -> ModelSettings:
-    """The same where memory is short: one input at a time, one component after the other."""
-    return replace(
-        settings,
-        batch_size=1,
-        loading="single" if settings.loading == "single" else "progressive",
-        optimise_for="memory",
-        why=f"{settings.why}; memory is short",
-    )
-
-
-def fallback_order(
-    model_type: ModelType, failed: BrowserType, available: Collection[BrowserType]
-) -> tuple[BrowserType, ...]:
-    """The kinds of browser to try in place of one of the kind `failed`, the best first."""
-    order = model_settings(model_type).browser_order
-    return tuple(kind for kind in order if kind is not failed and kind in available)

@@ -1,0 +1,5 @@
+"""`python -m tests.simulator SEED`."""
+
+from tests.simulator.command import main
+
+main()
