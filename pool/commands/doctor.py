@@ -1,0 +1,73 @@
+"""`tabpool doctor`: what this machine has, as a table or as JSON.
+
+A face on `pool.doctor`. This module must not launch anything itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pool import doctor as examination
+from recovery.kinds import BrowserType, detect_browser_type
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print findings as JSON.")] = False,
+    browsers: Annotated[
+        str, typer.Option(help="Only these, separated by commas: chrome,firefox,safari,edge.")
+    ] = "",
+    headed: Annotated[bool, typer.Option("--headed", help="Show the browsers' windows.")] = False,
+) -> None:
+    """Launch every browser here and show what it really has.
+
+    Exit code 0 if a pool can run on this machine, 1 if no browser is usable.
+    """
+    kinds = [detect_browser_type(name) for name in browsers.split(",") if name] or list(BrowserType)
+    console = Console(stderr=as_json)
+
+    async def look() -> list[examination.Finding]:
+        found = []
+        with console.status("") as status:
+            names = iter(kinds)
+            status.update(f"launching {next(names)} ...")
+            async for finding in examination.examine(kinds, headless=not headed):
+                found.append(finding)
+                following = next(names, None)
+                if following:
+                    status.update(f"launching {following} ...")
+        return found
+
+    findings = asyncio.run(look())
+    if as_json:
+        typer.echo(json.dumps(examination.as_json(findings), indent=2, default=str))
+    else:
+        _show(console, findings)
+    raise typer.Exit(0 if examination.verdict(findings) else 1)
+
+
+def _show(console: Console, findings: list[examination.Finding]) -> None:
+    table = Table(title="browsers on this machine")
+    for column in ("type", "product", "WASM", "WebGPU adapter", "WebNN", "ready in", "usable"):
+        table.add_column(column)
+    for finding in findings:
+        table.add_row(*examination.as_row(finding))
+    console.print(table)
+    for finding in findings:
+        for line in (finding.problem, *finding.hints):
+            if line:
+                console.print(
+                    f"  {finding.browser}: {line}", highlight=False, markup=False, soft_wrap=True
+                )
+    machine = examination.machine()
+    console.print(", ".join(f"{k} {v}" for k, v in machine.items() if k != "executable"))
+    if examination.verdict(findings):
+        usable = ", ".join(str(f.browser) for f in findings if f.usable)
+        console.print(f"[green]A pool can run here[/green] with: {usable}")
+    else:
+        console.print("[red]No browser here is usable[/red]; see the lines above for the remedy.")

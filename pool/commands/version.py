@@ -1,0 +1,13 @@
+"""`tabpool version`: versions, for a report."""
+
+from __future__ import annotations
+
+import typer
+
+from pool.doctor import machine
+
+
+def version() -> None:
+    """Print the versions of tabpool and of what it stands on."""
+    for name, number in machine().items():
+        typer.echo(f"{name} {number}")
