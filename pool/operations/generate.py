@@ -30,6 +30,7 @@ from recovery.kinds import Readiness
 from recovery.levels import held
 from recovery.records import HostRef, HostStatus
 from sharding.models.frames import Array
+from sharding.sequences.caches import StepOrder
 from sharding.sequences.decoding import OPTIONS, Decoding, decoding_from
 from sharding.sequences.pipeline import (
     Chain,
@@ -40,7 +41,7 @@ from sharding.sequences.pipeline import (
     StepReply,
     Token,
 )
-from sharding.sequences.stages import Line, StepOrder, check_length
+from sharding.sequences.stages import Line, check_length
 
 GENERATE = "generate"
 _FROZEN_GRACE_SECONDS = 1.0  # past a step's limit, before its browser is taken for frozen

@@ -30,16 +30,10 @@ from recovery.records import HostRef, HostStatus, NumericId
 from recovery.sequences import ELSEWHERE, QUORUM, Cure, choose_stage_host, copies_of_stage, cure
 from recovery.voting import Ballot, Closeness, Elected, Undecided, count_votes
 from sharding.models.frames import Array
+from sharding.sequences.caches import CHOICE_IDS, CHOICE_SCORES, StepOrder
 from sharding.sequences.decoding import Decoding, choose
-from sharding.sequences.stages import (
-    CHOICE_IDS,
-    CHOICE_SCORES,
-    Line,
-    Stage,
-    StageMemory,
-    StepOrder,
-    Taken,
-)
+from sharding.sequences.history import StageMemory, Taken
+from sharding.sequences.stages import Line, Stage
 
 _ASK_AGAIN_SECONDS = 0.05  # before the same page is asked again
 _CHAIN_BREAKS_MAX = 3  # in a row, after which the caller asks stage by stage for good
