@@ -81,7 +81,8 @@ from recovery.records import HostRef, HostStatus
 from recovery.voting import Closeness
 from sharding.models.inputs import check_inputs
 from sharding.models.signature import ModelSpec
-from sharding.sequences.pipeline import PipelineRules, Rendezvous
+from sharding.sequences.barrier import Rendezvous
+from sharding.sequences.rules import PipelineRules
 from sharding.sequences.stages import STAGE_MARK
 
 _OP_ID_MAX = 128

@@ -30,17 +30,12 @@ from recovery.kinds import Readiness
 from recovery.levels import held
 from recovery.records import HostRef, HostStatus
 from sharding.models.frames import Array
+from sharding.sequences.barrier import Rendezvous
 from sharding.sequences.caches import StepOrder
 from sharding.sequences.decoding import OPTIONS, Decoding, decoding_from
-from sharding.sequences.pipeline import (
-    Chain,
-    Generation,
-    PipelineRules,
-    Place,
-    Rendezvous,
-    StepReply,
-    Token,
-)
+from sharding.sequences.hosts import Chain, Place, StepReply
+from sharding.sequences.pipeline import Generation, Token
+from sharding.sequences.rules import PipelineRules
 from sharding.sequences.stages import Line, check_length
 
 GENERATE = "generate"
@@ -73,7 +68,7 @@ class GeneratedToken:
 
 @dataclass(frozen=True)
 class StageView:
-    """A stage of a sequence now; see `sharding.sequences.pipeline.Standing`. `layers`: None if
+    """A stage of a sequence now; see `sharding.sequences.copies.Standing`. `layers`: None if
     unknown.
     """
 

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recovery.errors import SequenceLost
 from sharding.models.frames import Array
 from sharding.sequences.caches import DELTA
+from sharding.sequences.events import Account
+from sharding.sequences.rules import PipelineRules
 from sharding.sequences.stages import Stage
 
 
@@ -87,6 +90,40 @@ class StageMemory:
     def rest(self, position: int) -> list[Taken]:
         """The steps that lead from `covered` to `position`."""
         return [step for step in self._steps if step.position < position]
+
+
+class StageHistory:
+    """A stage's memory within the bounds of its sequence, counted in the sequence's account."""
+
+    def __init__(self, memory: StageMemory, rules: PipelineRules, account: Account) -> None:
+        self._memory = memory
+        self._rules = rules
+        self._account = account
+        self._held = self._copied = 0  # bytes in the memory, as last added to the account
+
+    def note(self, step: Taken) -> None:
+        """Keep a step's inputs, before it is sent. Raises `SequenceLost`: too much is kept."""
+        if not self._rules.keeping:
+            return
+        self._memory.note(step)
+        self._tally()
+        if self._account.history_bytes > self._rules.history_bytes_max:
+            raise SequenceLost(
+                f"the inputs kept of this sequence take {self._account.history_bytes:,} bytes; the "
+                f"limit is {self._rules.history_bytes_max:,}. Ask for fewer tokens.",
+            )
+
+    def copy(self, answer: Mapping[str, Array]) -> None:
+        """Keep what the last noted step added to the caches."""
+        if self._rules.keeping:
+            self._memory.copy(answer)
+            self._tally()
+
+    def _tally(self) -> None:
+        held, copied = self._memory.step_bytes, self._memory.copy_bytes
+        self._account.history_bytes += held - self._held
+        self._account.copied_bytes += copied - self._copied
+        self._held, self._copied = held, copied
 
 
 def _bytes(tensors: Mapping[str, Array]) -> int:

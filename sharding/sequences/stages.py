@@ -6,7 +6,7 @@ by which rules a host takes a step is `sharding.sequences.caches`. This module m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,14 @@ def inputs_of_step(
         spec.name: np.ascontiguousarray(made[spec.name].astype(np.dtype(spec.dtype)))
         for spec in inputs
     }
+
+
+def inputs_of_stage(
+    stage: Stage, inputs: Mapping[str, Array], handed: Mapping[str, Array]
+) -> dict[str, Array]:
+    """A stage's inputs, caches left out: of the model's, and of what the stage before sent."""
+    shared = {spec.name: inputs[spec.name] for spec in stage.shared}
+    return shared | {spec.name: handed[spec.name] for spec in stage.receives}
 
 
 def line_of_manifest(model: str, manifest: Manifest) -> Line:
