@@ -9,10 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recovery.errors import SequenceLost
+from recovery.kinds import Level
 from sharding.models.frames import Frame, decode, encode
 from sharding.models.signature import CacheSpec, TensorSpec
 from sharding.sequences.caches import CHOICE_SCORES, DELTA, restored_shape
-from sharding.sequences.history import StageMemory, Taken
+from sharding.sequences.events import Account
+from sharding.sequences.history import StageHistory, StageMemory, Taken
+from sharding.sequences.rules import PipelineRules
 from sharding.sequences.stages import Stage
 
 WIDTH = 3
@@ -154,3 +158,36 @@ def test_copies_and_rest_always_lead_to_the_last_position(steps, copies, most):
             at += step.tokens
         assert at == position
         assert kept.step_bytes == (position - kept.covered) * STEP_BYTES
+
+
+# -- within the bounds of a sequence ---------------------------------------------------------------
+
+
+def test_stages_of_a_sequence_are_counted_in_one_account():
+    account, rules = Account(), PipelineRules(Level.HIGH)
+    copied = StageHistory(memory(), rules, account)
+    replayed = StageHistory(memory(copies=False), rules, account)
+    for history in (copied, replayed):
+        history.note(taken(0, 4))
+    assert account.history_bytes == 8 * STEP_BYTES
+    for history in (copied, replayed):
+        history.copy(deltas(0, 4))
+    assert account.history_bytes == 4 * STEP_BYTES
+    assert account.copied_bytes == 4 * COPY_BYTES
+
+
+def test_more_inputs_than_the_sequence_may_keep_end_it():
+    rules = PipelineRules(Level.MEDIUM, history_bytes_max=4 * STEP_BYTES)
+    history = StageHistory(memory(copies=False), rules, Account())
+    history.note(taken(0, 4))
+    with pytest.raises(SequenceLost, match="60 bytes; the limit is 48"):
+        history.note(taken(4))
+
+
+@pytest.mark.parametrize("level", [Level.NONE, Level.LOW])
+def test_levels_that_never_rebuild_keep_nothing(level):
+    account, kept = Account(), memory()
+    history = StageHistory(kept, PipelineRules(level), account)
+    history.note(taken(0, 4))
+    history.copy(deltas(0, 4))
+    assert account.history_bytes == account.copied_bytes == kept.step_bytes == kept.covered == 0
