@@ -15,7 +15,7 @@ from recovery.failures import Failure
 from recovery.kinds import Backend, Readiness
 from recovery.records import BrowserFacts, HostRef, HostStatus, NumericId
 from recovery.resources import BrowserLoad, NodeLoad
-from sharding.sequences.stages import StepOrder
+from sharding.sequences.caches import StepOrder
 
 
 @dataclass(frozen=True)

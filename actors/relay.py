@@ -26,7 +26,7 @@ from recovery.failures import Failure, categorize_browser_failure
 from recovery.records import HostRef
 from recovery.sequences import ELSEWHERE
 from sharding.models.frames import Array, Frame
-from sharding.sequences.stages import StepOrder
+from sharding.sequences.caches import StepOrder
 
 ROUTES_MAX = 1024  # of all sequences through one worker; the oldest goes
 ROUTE, ROUTED, STEP, COPY, DONE, FAILED = "route", "routed", "step", "copy", "done", "failed"

@@ -19,8 +19,8 @@ from recovery.failures import Failure, categorize_browser_failure
 from recovery.kinds import Readiness
 from recovery.records import HostRef, HostStatus
 from sharding.models.frames import Array
-from sharding.sequences.pipeline import Chain, Place, StepReply
-from sharding.sequences.stages import StepOrder
+from sharding.sequences.caches import StepOrder
+from sharding.sequences.hosts import Chain, Place, StepReply
 
 _FROZEN_GRACE_SECONDS = 1.0  # past a step's limit, before its browser is taken for frozen
 

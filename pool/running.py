@@ -37,7 +37,8 @@ from recovery.levels import ORDER
 from recovery.records import HostRef
 from recovery.voting import Closeness
 from sharding.models.signature import ModelSpec
-from sharding.sequences.pipeline import PipelineRules, Rendezvous
+from sharding.sequences.barrier import Rendezvous
+from sharding.sequences.rules import PipelineRules
 
 _OP_ID_MAX = 128
 _COUNTED = ("asked", "answered", "recovered", "simulated", "failed", "refused")

@@ -23,8 +23,10 @@ from recovery.errors import SequenceLost
 from recovery.levels import held
 from recovery.records import HostRef
 from sharding.models.frames import Array
+from sharding.sequences.barrier import Rendezvous
 from sharding.sequences.decoding import Decoding
-from sharding.sequences.pipeline import Generation, PipelineRules, Rendezvous, Token
+from sharding.sequences.pipeline import Generation, Token
+from sharding.sequences.rules import PipelineRules
 from sharding.sequences.stages import Line
 
 

@@ -18,9 +18,10 @@ from recovery.errors import PageError
 from recovery.failures import categorize_browser_failure
 from recovery.kinds import Backend, BrowserType, Readiness
 from recovery.records import HostRef, HostStatus, NumericId
+from sharding.sequences.caches import SequenceCaches, StepOrder
+from sharding.sequences.hosts import StepReply
 from sharding.sequences.native_stages import NativeStage
-from sharding.sequences.pipeline import StepReply
-from sharding.sequences.stages import Line, SequenceCaches, StepOrder
+from sharding.sequences.stages import Line
 
 NUMERIC = NumericId("native", Backend.NATIVE)
 

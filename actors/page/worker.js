@@ -120,7 +120,7 @@ async function run(ort, session, tensors) {
 
 // -- stages: caches that stay here between the steps of a sequence ---------------------------------
 
-// The same rules as `SequenceCaches` in sharding/sequences/stages.py: a step of an older fence, or one for
+// The same rules as `SequenceCaches` in sharding/sequences/caches.py: a step of an older fence, or one for
 // which the caches hold another number of positions, is refused; the last step again is answered
 // again, and not computed.
 const SEQUENCES_MAX = 64; // of one model

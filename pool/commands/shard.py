@@ -27,7 +27,9 @@ from recovery.errors import BadInput
 from sharding.cutting.analyzer import Measurement
 from sharding.cutting.manager import COMPONENT_BASED, STRATEGIES, ModelShardingManager
 from sharding.cutting.manifest import Manifest, Shard
-from sharding.cutting.partition import Partition, peak_bytes
+from sharding.cutting.spans import Partition
+from sharding.cutting.strategies import STRATEGY_RULES
+from sharding.models.load_memory import peak_bytes
 from sharding.models.signature import ModelSpec, TensorSpec
 
 EPILOG = (
@@ -103,8 +105,9 @@ def shard(
         specs = ModelShardingManager(model).component_specs()
         _print_components(specs, as_json)
         return
-    if shards is None and (capacity_bytes is None or strategy == "browser_based"):
-        also = "" if strategy == "browser_based" else ", or --capacity for as few as fit"
+    rule = STRATEGY_RULES[strategy]
+    if shards is None and (capacity_bytes is None or rule.in_order):
+        also = "" if rule.in_order else ", or --capacity for as few as fit"
         raise BadInput(
             f"Nothing says how many shards to make: give --shards{also}.",
             expected="--shards",
@@ -120,7 +123,7 @@ def shard(
 
     times = manager.analyzer.by_bytes()
     plan = planned(times)
-    if strategy != "layer_based" if measure is None else measure:
+    if rule.by_time if measure is None else measure:
         with _bar(console, "measuring layers") as show:
             times = manager.analyzer.measure(progress=show)
         plan = planned(times)

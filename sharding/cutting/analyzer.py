@@ -23,17 +23,11 @@ from recovery.errors import BadInput, NotAModel, PageError
 from sharding.cutting.cut import cut
 from sharding.cutting.layers import LayerMap, find_boundaries
 from sharding.cutting.manifest import Cache, Manifest, Shard
-from sharding.cutting.partition import (
-    PEAK_FACTOR,
-    STRATEGIES,
-    Ends,
-    Host,
-    Layer,
-    Partition,
-    partition,
-    peak_bytes,
-)
+from sharding.cutting.partition import partition
+from sharding.cutting.spans import Ends, Host, Layer, Partition
+from sharding.cutting.strategies import STRATEGIES, STRATEGY_RULES
 from sharding.models.frames import Array
+from sharding.models.load_memory import PEAK_FACTOR, peak_bytes
 from sharding.models.native import NativeSession
 from sharding.models.signature import TensorSpec
 from sharding.sequences.stages import inputs_of_step
@@ -44,7 +38,6 @@ BYTES_PER_SECOND = 10e9
 RUNS_MAX = 10_000
 POSITIONS_MAX = 1 << 20  # tokens and past
 
-_BY_TIME = frozenset({"browser_based", "optimal"})  # strategies that are decided by times
 _STEP_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
 _IDS = 64  # every vocabulary has more words
 _SEED = 20_250
@@ -176,7 +169,7 @@ class ModelShardingAnalyzer:
         hosts = self._hosts(shards, capacity_bytes, hosts, strategy)
         times = measured or self._measurement or self.by_bytes()
         plan = _fitted(times, hosts, shards, strategy)
-        if not times.measured and measured is None and strategy in _BY_TIME:
+        if not times.measured and measured is None and STRATEGY_RULES[strategy].by_time:
             times = self.measure()
             plan = _fitted(times, hosts, shards, strategy)
         return replace(plan, reason=f"{plan.reason} ({times.how})")
@@ -203,14 +196,15 @@ class ModelShardingAnalyzer:
                     got="both",
                 )
             return hosts
-        if strategy == "browser_based" and shards is None:
+        rule = STRATEGY_RULES[strategy] if strategy in STRATEGIES else None
+        if rule is not None and rule.in_order and shards is None:
             raise BadInput(
-                "browser_based gives each browser a shard, so pass the browsers as hosts=, or how "
+                f"{strategy} gives each browser a shard, so pass the browsers as hosts=, or how "
                 "many there are as shards=.",
                 expected="hosts or shards",
                 got="neither",
             )
-        if strategy in STRATEGIES and shards is None and capacity_bytes is None:
+        if rule is not None and shards is None and capacity_bytes is None:
             raise BadInput(
                 "Nothing says how many shards to make: pass shards=, capacity_bytes= (what a "
                 "browser can hold while it loads) or hosts=.",

@@ -22,7 +22,8 @@ from onnx import TensorProto, helper
 
 from recovery.errors import BadInput, NotAModel
 from sharding.cutting.graph import Graph, Node, graph_of, load_proto
-from sharding.cutting.layers import LayerMap, ShapeOf, map_layers
+from sharding.cutting.layers import LayerMap, map_layers
+from sharding.cutting.liveness import ShapeOf
 from sharding.cutting.manifest import MANIFEST_NAME, Cache, Manifest, Shard, ShardFile
 from sharding.models.signature import ModelSpec, TensorSpec, read_signature
 

@@ -16,8 +16,8 @@ from recovery.errors import BadInput, NotAModel
 from sharding.cutting.analyzer import Measurement, ModelShardingAnalyzer
 from sharding.cutting.cut import cut
 from sharding.cutting.manifest import MANIFEST_NAME, Manifest, read_manifest
-from sharding.cutting.partition import STRATEGIES as LAYER_STRATEGIES
-from sharding.cutting.partition import Host, Partition
+from sharding.cutting.spans import Host, Partition
+from sharding.cutting.strategies import STRATEGIES as LAYER_STRATEGIES
 from sharding.models.signature import ModelSpec, read_signature
 
 COMPONENT_BASED = "component_based"

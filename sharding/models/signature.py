@@ -20,9 +20,9 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 from recovery.errors import NotAModel
 from recovery.kinds import ModelType
 from sharding.models.frames import SUPPORTED_DTYPES
+from sharding.models.load_memory import peak_bytes
 
 GRAPH_BYTES_MAX = 2**31 - 1  # protobuf's limit on one message
-LOAD_OVERHEAD_BYTES = 64 << 20  # the runtime's own memory, arenas and the parsed graph
 
 _HEAD_SHOWN = 16  # bytes of a file that is no model, in the error
 
@@ -134,8 +134,7 @@ def read_signature(
 
     Graph inputs that have an initializer are parameters, not inputs. A dimension given as 0
     without a name counts as unknown (Silero VAD's exporter writes those). `load_peak_bytes` is
-    an estimate, not a measurement: twice the files' bytes, since a page holds what it fetched
-    and the runtime's copy of it at the same time, plus `LOAD_OVERHEAD_BYTES`.
+    an estimate by the files' bytes (`load_memory.peak_bytes`), not a measurement.
 
     Raises `NotAModel`, saying what was expected and what came: no such file, a folder, no ONNX,
     truncated, external data that is missing, too short or outside the model's folder, inputs
@@ -170,7 +169,7 @@ def read_signature(
         inputs=inputs,
         outputs=outputs,
         files=files,
-        load_peak_bytes=2 * sum(file.bytes for file in files) + LOAD_OVERHEAD_BYTES,
+        load_peak_bytes=peak_bytes(sum(file.bytes for file in files)),
         tolerance=tolerance or Tolerance(),
         opset=opsets.get("", opsets.get("ai.onnx", 0)),
     )

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from sharding.models.frames import Array
 from sharding.models.native import NativeSession
 from sharding.models.signature import ModelSpec
-from sharding.sequences.stages import SequenceCaches, Stage, StepOrder
+from sharding.sequences.caches import SequenceCaches, StepOrder
+from sharding.sequences.stages import Stage
 
 
 class NativeStage:

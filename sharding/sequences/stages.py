@@ -1,37 +1,26 @@
-"""A model as a line of stages: what each takes and hands on in one step of a sequence, and the
-rules by which a host accepts a step.
+"""A model as a line of stages: what each takes and hands on in one step of a sequence.
 
-A stage is one shard (or a whole decoder, the only one of its line). Its caches stay where it runs,
-by sequence, and are fenced: a step says which rebuild of the stage it belongs to (`fence`) and how
-many positions the caches must hold. What does not fit is refused, never computed. Plain data and
-pure functions; `SequenceCaches` holds state for hosts in Python, as `actors/page/worker.js` does in
-the page. This module must not run a graph.
+A stage is one shard (or a whole decoder, the only one of its line). Plain data and pure functions;
+by which rules a host takes a step is `sharding.sequences.caches`. This module must not run a graph.
 """
 
 from __future__ import annotations
 
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from recovery.errors import BadInput, NotAModel, PageError
+from recovery.errors import BadInput, NotAModel
 from recovery.kinds import ModelType
 from sharding.cutting.layers import LayerMap, find_boundaries
 from sharding.cutting.manifest import Cache, Manifest, Shard
 from sharding.models.frames import Array
 from sharding.models.signature import CacheSpec, ModelSpec, TensorSpec, read_signature
-from sharding.sequences.decoding import highest
+from sharding.sequences.caches import LOGITS
 
-SEQUENCES_MAX = 64  # of one model on one host
-IDLE_SECONDS = 60.0  # a sequence that nobody has asked for so long makes room for another
-LOGITS = "logits"
-DELTA = "delta/"  # + the name of a cache's `past`: the positions that a step added to it
-CHOICE_IDS, CHOICE_SCORES = "choice/ids", "choice/scores"
 STAGE_MARK = "@"  # between a model's name and the number of a stage
 
 _IDS, _MASK, _POSITIONS, _TYPES = "input_ids", "attention_mask", "position_ids", "token_type_ids"
@@ -114,6 +103,14 @@ def inputs_of_step(
     }
 
 
+def inputs_of_stage(
+    stage: Stage, inputs: Mapping[str, Array], handed: Mapping[str, Array]
+) -> dict[str, Array]:
+    """A stage's inputs, caches left out: of the model's, and of what the stage before sent."""
+    shared = {spec.name: inputs[spec.name] for spec in stage.shared}
+    return shared | {spec.name: handed[spec.name] for spec in stage.receives}
+
+
 def line_of_manifest(model: str, manifest: Manifest) -> Line:
     """The stages of a cut model that is loaded as `model`."""
     stages = tuple(
@@ -194,233 +191,6 @@ def example(stage: Stage) -> dict[str, Array]:
         ]
         tensors[spec.name] = chance.standard_normal(shape).astype(spec.dtype)
     return {**tensors, **{cache.past: np.zeros(cache.shape, cache.dtype) for cache in stage.caches}}
-
-
-# -- one step --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StepOrder:
-    """What a host is to do with the tensors that come with it.
-
-    `step` runs the graph on them and the sequence's caches, which must hold `position` positions.
-    `restore` makes the tensors the caches, of `position` positions. `forget` drops the sequence.
-    A `fence` counts how often the stage was rebuilt: an older one is refused, a newer one begins
-    anew. `choice`: of the last stage, how many of the highest scores to answer with (0: all).
-    `deltas`: answer with what was added to the caches, too.
-    """
-
-    sequence: str
-    what: str = "step"
-    fence: int = 0
-    position: int = 0
-    tokens: int = 0
-    choice: int | None = None
-    deltas: bool = False
-
-
-@dataclass
-class _Kept:
-    fence: int
-    position: int = 0
-    caches: dict[str, Array] = field(default_factory=dict)
-    last: tuple[int, dict[str, Array]] | None = None  # position and answer of the last step
-    at: float = 0.0  # when it was last asked
-
-
-class SequenceCaches:
-    """The caches of one model's sequences on one host, and the rules by which steps are taken."""
-
-    def __init__(
-        self,
-        caches: Sequence[CacheSpec],
-        sequences_max: int = SEQUENCES_MAX,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._clock = clock
-        self._caches = tuple(caches)
-        self._sequences_max = sequences_max
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def begin(self, order: StepOrder) -> tuple[dict[str, Array], dict[str, Array] | None]:
-        """The caches to run on, and the answer if this very step was taken already.
-
-        Raises `PageError`, whose `what` is `stale_step` (an older fence), `out_of_step` (the
-        caches hold another number of positions), or `too_many_sequences`.
-        """
-        kept = self._fenced(order)
-        if kept is None or order.fence > kept.fence:
-            if order.position:
-                raise _out_of_step(order, 0)
-            return {c.past: np.zeros(c.shape, c.dtype) for c in self._caches}, None
-        done = order.position + order.tokens == kept.position
-        if done and kept.last is not None and kept.last[0] == order.position:
-            return {}, kept.last[1]
-        if order.position != kept.position:
-            raise _out_of_step(order, kept.position)
-        return kept.caches, None
-
-    def commit(
-        self, order: StepOrder, outputs: Mapping[str, Array], sends: Sequence[str]
-    ) -> dict[str, Array]:
-        """Keep what a step made of the caches; returns its answer (`sends` are what to hand on)."""
-        presents = {cache.past: outputs[cache.present] for cache in self._caches}
-        answer = {name: outputs[name] for name in sends}
-        if order.choice is not None:
-            row = outputs[LOGITS][0, -1]
-            answer[CHOICE_IDS], answer[CHOICE_SCORES] = highest(row, order.choice)
-        if order.deltas:
-            for cache in self._caches:
-                answer[DELTA + cache.past] = added(cache, presents[cache.past], order.position)
-        position = order.position + order.tokens
-        self._keep(order.sequence, _Kept(order.fence, position, presents, (order.position, answer)))
-        return answer
-
-    def restore(self, order: StepOrder, tensors: Mapping[str, Array]) -> None:
-        """Take caches from elsewhere. Raises as `begin`, and if they are not whole."""
-        kept = self._fenced(order)
-        if kept is not None and order.fence == kept.fence:
-            if kept.position == order.position and kept.last is None:
-                return  # these very ones: the answer was lost
-            raise _out_of_step(order, kept.position)
-        for cache in self._caches:
-            got = tensors.get(cache.past)
-            if got is None or got.shape != restored_shape(cache, order.position):
-                raise PageError(f"{cache.past} is not whole", what="out_of_step", expected=0)
-        whole = {cache.past: tensors[cache.past] for cache in self._caches}
-        self._keep(order.sequence, _Kept(order.fence, order.position, whole))
-
-    def forget(self, order: StepOrder) -> None:
-        """Drop a sequence, unless it was rebuilt here since. An unknown one is no error."""
-        kept = self._kept.get(order.sequence)
-        if kept is not None and order.fence >= kept.fence:
-            del self._kept[order.sequence]
-
-    def _keep(self, sequence: str, kept: _Kept) -> None:
-        kept.at = self._clock()
-        self._kept[sequence] = kept
-        self._kept.move_to_end(sequence)
-
-    def _fenced(self, order: StepOrder) -> _Kept | None:
-        kept = self._kept.get(order.sequence)
-        if kept is not None and order.fence < kept.fence:
-            raise PageError(
-                f"{order.sequence}: fence {order.fence} is older than {kept.fence}",
-                what="stale_step",
-            )
-        if kept is None and len(self._kept) >= self._sequences_max:
-            oldest, idle = next(iter(self._kept.items()))
-            if self._clock() - idle.at > IDLE_SECONDS:  # its caller is gone, or can build it again
-                del self._kept[oldest]
-                return kept
-            raise PageError(
-                f"{self._sequences_max} sequences are kept here already",
-                what="too_many_sequences",
-            )
-        return kept
-
-
-def added(cache: CacheSpec, present: Array, position: int) -> Array:
-    """What a step added to a cache that held `position` positions."""
-    place: list[slice] = [slice(None)] * present.ndim
-    place[cache.axis] = slice(position, None)
-    return np.ascontiguousarray(present[tuple(place)])
-
-
-def restored_shape(cache: CacheSpec, position: int) -> tuple[int, ...]:
-    """The shape of a growing cache that holds `position` positions."""
-    return tuple(position if axis == cache.axis else dim for axis, dim in enumerate(cache.shape))
-
-
-def _out_of_step(order: StepOrder, expected: int) -> PageError:
-    return PageError(
-        f"{order.sequence}: the caches hold {expected} positions, not {order.position}",
-        what="out_of_step",
-        expected=expected,
-    )
-
-
-# -- what a caller keeps of a stage ----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Taken:
-    """One step as it was taken: the same inputs again, in the same steps, give the same caches."""
-
-    position: int
-    tokens: int
-    tensors: Mapping[str, Array]
-
-
-class StageMemory:
-    """What a caller keeps of one sequence's stage, to make its caches again: inputs and copies.
-
-    Copies are of the caches themselves, put together from what each step added; they stand for
-    the steps that they cover, whose inputs are then let go. Without copies (or once they would be
-    larger than `copy_bytes_max`) the inputs of all steps are kept.
-    """
-
-    def __init__(self, stage: Stage, *, copies: bool, copy_bytes_max: int) -> None:
-        self._stage = stage
-        self._steps: list[Taken] = []
-        self._deltas: list[Mapping[str, Array]] = []
-        self._copying = copies and stage.copyable
-        self._copy_bytes_max = copy_bytes_max
-        self.covered = 0  # positions that the copies hold
-        self.copy_bytes = 0
-        self.step_bytes = 0
-
-    @property
-    def copying(self) -> bool:
-        """Whether the next step should answer with what it adds to the caches."""
-        return self._copying
-
-    def note(self, step: Taken) -> None:
-        """Keep a step's inputs, before it is sent anywhere."""
-        if not self._steps or self._steps[-1].position != step.position:
-            self._steps.append(step)
-            self.step_bytes += _bytes(step.tensors)
-
-    def copy(self, answer: Mapping[str, Array]) -> None:
-        """Keep what the last noted step added to the caches, in place of its inputs."""
-        if not self._copying or not self._steps:
-            return
-        step = self._steps[-1]
-        deltas = {
-            # Copied: it is a view of the whole message, which would live as long.
-            cache.past: np.array(answer[DELTA + cache.past])
-            for cache in self._stage.caches
-            if DELTA + cache.past in answer
-        }
-        complete = len(deltas) == len(self._stage.caches) and step.position == self.covered
-        if not complete or self.copy_bytes + _bytes(deltas) > self._copy_bytes_max:
-            self._copying = False
-            return
-        self._deltas.append(deltas)
-        self.copy_bytes += _bytes(deltas)
-        self.covered = step.position + step.tokens
-        self.step_bytes -= _bytes(self._steps.pop().tensors)
-
-    def caches(self) -> dict[str, Array]:
-        """The copied caches, of `covered` positions."""
-        if len(self._deltas) > 1:
-            joined = {
-                cache.past: np.concatenate([d[cache.past] for d in self._deltas], axis=cache.axis)
-                for cache in self._stage.caches
-            }
-            self._deltas = [joined]
-        return dict(self._deltas[0]) if self._deltas else {}
-
-    def rest(self, position: int) -> list[Taken]:
-        """The steps that lead from `covered` to `position`."""
-        return [step for step in self._steps if step.position < position]
-
-
-def _bytes(tensors: Mapping[str, Array]) -> int:
-    return sum(array.nbytes for array in tensors.values())
 
 
 def check_length(prompt: int, new: int, limit: int | None) -> None:

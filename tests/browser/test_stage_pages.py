@@ -1,4 +1,4 @@
-"""A page takes steps by the same rules as `sharding.sequences.stages.SequenceCaches`, order for
+"""A page takes steps by the same rules as `sharding.sequences.caches.SequenceCaches`, order for
 order.
 """
 
@@ -16,8 +16,9 @@ from recovery.errors import PageError
 from recovery.kinds import Backend, BrowserType
 from recovery.records import HostRef
 from sharding.cutting.cut import cut
+from sharding.sequences.caches import DELTA, StepOrder
 from sharding.sequences.native_stages import NativeStage
-from sharding.sequences.stages import DELTA, StepOrder, line_of_manifest, stage_specs
+from sharding.sequences.stages import line_of_manifest, stage_specs
 from tests.browser.conftest import ENGINES, launched
 from tests.unit.test_pipeline import DECODERS, PROMPT
 

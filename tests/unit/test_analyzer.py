@@ -8,7 +8,8 @@ from recovery.errors import BadInput, NotAModel
 from sharding.cutting import analyzer as module
 from sharding.cutting.analyzer import BYTES_PER_SECOND, ModelShardingAnalyzer
 from sharding.cutting.layers import find_boundaries
-from sharding.cutting.partition import Host, peak_bytes
+from sharding.cutting.spans import Host
+from sharding.models.load_memory import peak_bytes
 from sharding.models.native import NativeSession
 from tests import models
 

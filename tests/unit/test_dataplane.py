@@ -14,7 +14,7 @@ from recovery.errors import BrowserLost, CallerError, MessageTooLarge
 from recovery.kinds import Backend
 from recovery.records import HostRef
 from sharding.models.frames import Frame, encode
-from sharding.sequences.stages import StepOrder
+from sharding.sequences.caches import StepOrder
 from tests.fakes import failure, host_status
 
 LIMIT = 1 << 20

@@ -8,7 +8,7 @@ from pool.models.loading import read_parts
 from recovery.errors import BadInput, NotAModel
 from recovery.kinds import Level
 from sharding.cutting.manager import ModelShardingManager
-from sharding.cutting.partition import STRATEGIES
+from sharding.cutting.strategies import STRATEGIES
 from tests.native_hosts import NativeHosts
 from tests.unit.test_pipeline import DECODERS, GREEDY, PROMPT, generate, reference, same
 

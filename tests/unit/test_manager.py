@@ -9,7 +9,8 @@ from sharding.cutting import manager as module
 from sharding.cutting.analyzer import ModelShardingAnalyzer
 from sharding.cutting.manager import ModelShardingManager
 from sharding.cutting.manifest import MANIFEST_NAME, read_manifest
-from sharding.cutting.partition import Host, partition
+from sharding.cutting.partition import partition
+from sharding.cutting.spans import Host
 from tests import models
 
 DECODERS = Path(__file__).parents[1] / "assets" / "decoders"

@@ -15,8 +15,10 @@ from recovery.kinds import Level
 from sharding.cutting.cut import cut
 from sharding.cutting.layers import find_boundaries
 from sharding.models.native import NativeSession
+from sharding.sequences.barrier import Rendezvous
 from sharding.sequences.decoding import Decoding
-from sharding.sequences.pipeline import Generation, PipelineRules, Rendezvous
+from sharding.sequences.pipeline import Generation
+from sharding.sequences.rules import PipelineRules
 from sharding.sequences.stages import line_of_manifest, line_of_map, stage_specs
 from tests.native_hosts import NativeHosts
 

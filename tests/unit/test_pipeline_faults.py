@@ -16,7 +16,9 @@ from recovery.kinds import Level
 from recovery.records import HostRef
 from sharding.cutting.cut import cut
 from sharding.sequences.decoding import Decoding
-from sharding.sequences.pipeline import Generation, PipelineRules, StepReply
+from sharding.sequences.hosts import StepReply
+from sharding.sequences.pipeline import Generation
+from sharding.sequences.rules import PipelineRules
 from sharding.sequences.stages import line_of_manifest, stage_specs
 from tests.native_hosts import NativeHosts
 from tests.unit.test_pipeline import DECODERS, NEW, PROMPT, reference

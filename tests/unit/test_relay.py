@@ -18,8 +18,9 @@ from recovery.kinds import BrowserType, Readiness
 from recovery.records import HostRef, HostStatus
 from sharding.cutting.cut import cut
 from sharding.models.frames import Frame
+from sharding.sequences.caches import CHOICE_SCORES, StepOrder
 from sharding.sequences.native_stages import NativeStage
-from sharding.sequences.stages import CHOICE_SCORES, StepOrder, line_of_manifest, stage_specs
+from sharding.sequences.stages import line_of_manifest, stage_specs
 from tests.unit.test_pipeline import DECODERS, PROMPT, reference
 
 LIMIT = 1 << 24

@@ -13,7 +13,7 @@ from pool.commands.shard import parse_size
 from recovery.errors import BadInput, NotAModel
 from sharding.cutting.manager import ModelShardingManager
 from sharding.cutting.manifest import read_manifest
-from sharding.cutting.partition import peak_bytes
+from sharding.models.load_memory import peak_bytes
 from tests import models
 
 LLAMA = Path(__file__).parents[1] / "assets" / "decoders" / "builder-llama.onnx"  # three layers

@@ -7,7 +7,8 @@ from onnx import TensorProto, helper
 
 from recovery.errors import NotAModel
 from recovery.kinds import ModelType
-from sharding.models.signature import LOAD_OVERHEAD_BYTES, TensorSpec, Tolerance, read_signature
+from sharding.models.load_memory import LOAD_OVERHEAD_BYTES
+from sharding.models.signature import TensorSpec, Tolerance, read_signature
 from tests import models
 
 

@@ -1,0 +1,253 @@
+"""One step of a stage, in as many browsers as it takes to have an answer that may be believed.
+
+Browsers that fail are asked again or let go, one that is late is hedged, replicas are compared.
+This module must not know what a step computes, nor how a copy is brought to where it begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, TypeAlias
+
+from recovery.errors import SequenceLost
+from recovery.failures import Category, Failure, Scope, categorize_browser_failure
+from recovery.levels import COPIES_MAX
+from recovery.records import HostRef
+from recovery.sequences import ELSEWHERE, Cure, copies_of_stage, cure
+from recovery.voting import Elected, Undecided
+from sharding.models.frames import Array
+from sharding.sequences.context import StageContext
+from sharding.sequences.copies import Copies, Copy
+from sharding.sequences.hedging import Hedge
+from sharding.sequences.history import Taken
+from sharding.sequences.hosts import StepReply
+from sharding.sequences.votes import Votes
+
+_ASK_AGAIN_SECONDS = 0.05  # before the same page is asked again
+_LAG_MAX = 4  # steps that a copy of a stage may be behind the others, before it is let go
+
+# A copy's answer to the step: within so many seconds, after a pause of so many.
+Advance: TypeAlias = Callable[[Copy, float, float], Coroutine[None, None, StepReply]]
+
+
+class Contest:
+    """One step of one stage. `run`, and in any case `release`."""
+
+    def __init__(
+        self, context: StageContext, copies: Copies, step: Taken, advance: Advance
+    ) -> None:
+        self._context = context
+        self._rules = context.rules
+        self._copies = copies
+        self._step = step
+        self._advance = advance
+        self._tasks: dict[asyncio.Task[StepReply], Copy] = {}
+        self._votes = Votes(context.rules)
+        self._avoid: set[HostRef] = set()
+        self._failures = 0
+        self._first: Failure | None = None
+        self._clock = context.events.clock
+        self._began = self._clock()
+        late_seconds = context.hosts.late_after(context.stage.model, step.tokens)
+        self._hedge = Hedge(context.rules.level, self._began, late_seconds, self._clock)
+
+    async def run(self) -> Mapping[str, Array]:
+        """The answer that may be believed. Raises `SequenceLost`."""
+        end = self._began + self._rules.step_seconds
+        for copy in self._copies:
+            self._send(copy, end)
+        while True:
+            answer = self._settled()
+            if answer is not None:
+                return answer
+            short = not self._reinforce(end)
+            left = end - self._clock()
+            if left <= 0:
+                raise self._lost(self._why_late())
+            if not self._tasks and self._pardoned():
+                await asyncio.sleep(_ASK_AGAIN_SECONDS)
+                continue
+            await self._wait(left, short=short)
+            for task in [task for task in self._tasks if task.done()]:
+                await self._take_in(self._tasks.pop(task), task.result(), end)
+
+    async def _wait(self, left: float, *, short: bool) -> None:
+        """Until an answer is here, another browser should be asked, or (if `short`) may be."""
+        waiting: set[asyncio.Future[Any]] = set(self._tasks)
+        changes = None
+        if short or not self._tasks:
+            changes = asyncio.create_task(self._context.hosts.change(left), name="change")
+            waiting.add(changes)
+        until_late = self._hedge.until_late()
+        try:
+            await asyncio.wait(
+                waiting,
+                timeout=min(left, until_late if until_late > 0 else left),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            if changes is not None:
+                changes.cancel()
+                await asyncio.gather(changes, return_exceptions=True)
+
+    def release(self) -> None:
+        """Stop what is still under way: those copies are in no known state."""
+        for task, copy in self._tasks.items():
+            task.cancel()
+            self._copies.drop(copy, forget=True)
+        self._tasks = {}
+
+    # -- who is asked ------------------------------------------------------------------------------
+
+    def _send(self, copy: Copy, end: float, pause: float = 0.0) -> None:
+        seconds = max(end - self._clock(), 0.0)
+        work = self._advance(copy, seconds, pause)
+        self._tasks[asyncio.create_task(work, name="stage")] = copy
+
+    def _reinforce(self, end: float) -> bool:
+        """Have the step taken by as many browsers as it should be; whether there are so many."""
+        late = self._hedge.late
+        wanted = copies_of_stage(self._rules.level, len(self._votes), len(self._tasks), late=late)
+        while len(self._votes) + len(self._tasks) < wanted:
+            waited_for = [copy.ref for copy in self._tasks.values()]
+            copy = self._copies.new(self._avoid | self._votes.voters())
+            if copy is None:
+                return False
+            if late and waited_for and not self._hedge.taken:
+                self._hedge.taken = True
+                began = self._began
+                why = f"no answer of {waited_for[0]} within {self._clock() - began:.3f} s"
+                self._context.tell("hedged", copy.ref, self._step.position, began, why)
+            self._send(copy, end)
+        return True
+
+    async def _take_in(self, copy: Copy, reply: StepReply, end: float) -> None:
+        if copy.gone:
+            return
+        if reply.tensors is not None:
+            copy.asked = 0
+            self._context.events.account.in_page_ms += reply.in_page_ms
+            self._votes.add(copy, reply.tensors)
+        elif reply.failure is None:
+            self._send(copy, end, _ASK_AGAIN_SECONDS)
+        else:
+            await self._failed(copy, reply.failure, end)
+
+    # -- who failed --------------------------------------------------------------------------------
+
+    async def _failed(self, copy: Copy, failure: Failure, end: float) -> None:
+        elsewhere = failure.evidence.get("what") in ELSEWHERE
+        self._failures += not elsewhere
+        self._first = self._first or failure
+        rules = self._rules
+        decision = cure(rules.level, failure, self._failures, rules.failures_max, copy.asked)
+        self._context.tell(
+            "failed", copy.ref, self._step.position, self._began, str(failure.category), failure
+        )
+        if decision is Cure.ASK_AGAIN:
+            copy.asked += 1
+            self._send(copy, end, _ASK_AGAIN_SECONDS)
+            return
+        lives = elsewhere or failure.scope is Scope.OPERATION
+        # One that is cut off may be back, and would keep what nobody needs.
+        self._copies.drop(copy, forget=lives or failure.category is Category.CONNECTION_FAILURE)
+        self._avoid.add(copy.ref)
+        if not lives:
+            await self._context.hosts.distrust(copy.ref)
+        if decision is Cure.GIVE_UP and not self._tasks and not self._votes:
+            often = self._failures > rules.failures_max
+            why = f"{self._failures} attempts failed" if often else "does not survive that"
+            raise self._lost(why if often else f"level {rules.level} {why}")
+
+    def _pardoned(self) -> bool:
+        """With nobody at work: whether somebody who failed may be tried again.
+
+        Raises `SequenceLost` if there is nothing to wait for.
+        """
+        if len(self._votes) >= COPIES_MAX:
+            raise self._lost(self._why_undecided())
+        if self._failures > self._rules.failures_max:
+            raise self._lost(f"{self._failures} attempts failed")
+        pardoned, self._avoid = bool(self._avoid), set()
+        return pardoned
+
+    def _why_late(self) -> str:
+        if not self._votes.few:
+            return self._why_undecided()
+        return f"no answer within {self._rules.step_seconds:g} s"
+
+    def _why_undecided(self) -> str:
+        return f"no two of {len(self._votes)} answers agree: {self._votes.spread()}"
+
+    def _lost(self, why: str) -> SequenceLost:
+        context = self._context
+        return SequenceLost(
+            f"stage {context.index} of {context.stage.model} had no answer at position "
+            f"{self._step.position}: {why}"
+            + (f" (first failure: {self._first})" if self._first else ""),
+            failure=self._first,
+        )
+
+    # -- what is believed --------------------------------------------------------------------------
+
+    def _settled(self) -> Mapping[str, Array] | None:
+        more = self._rules.strict or not self._votes or self._tasks
+        if self._votes.few and (more or self._copies.elsewhere(self._avoid)):
+            return None
+        if len(self._votes) == 1:
+            return self._won_alone()
+        verdict = self._votes.count()
+        if isinstance(verdict, Undecided):
+            return None
+        self._charge(verdict)
+        winner, answer = self._votes.of(verdict.winner.voter)
+        self._copies.believe(winner)
+        for task, copy in self._tasks.items():
+            if copy.behind > _LAG_MAX:
+                task.cancel()
+                self._copies.drop(copy, forget=True)
+            else:
+                self._copies.in_background(self._audit(task, copy), "audit")
+        self._tasks = {}
+        return answer
+
+    def _won_alone(self) -> Mapping[str, Array]:
+        """By the first answer: nobody else is needed any more."""
+        winner, answer = self._votes.first
+        for copy in self._copies:
+            if copy is not winner:
+                self._copies.drop(copy, forget=True)
+        for task in self._tasks:
+            task.cancel()
+        self._tasks = {}
+        self._copies.believe(winner)
+        return answer
+
+    def _charge(self, verdict: Elected) -> None:
+        context = self._context
+        wrong = self._votes.by(verdict.outvoted)
+        for copy in [copy for copy in wrong if not copy.gone]:  # each is charged once
+            failure = categorize_browser_failure(
+                f"{copy.ref} was outvoted: its answer is not that of {verdict.winner.voter} and "
+                "another",
+                {"what": "wrong_answer", "ref": copy.ref, "model": context.stage.model},
+            )
+            context.tell(
+                "outvoted", copy.ref, self._step.position, self._began, "wrong_answer", failure
+            )
+            self._copies.drop(copy, forget=True)
+            context.hosts.outvoted(copy.ref, failure)
+
+    async def _audit(self, task: asyncio.Task[StepReply], copy: Copy) -> None:
+        """Compare an answer that came after the vote; without one, the copy is let go."""
+        reply = await task
+        if copy.gone:
+            return
+        if reply.tensors is None:
+            self._copies.drop(copy, forget=True)
+            return
+        self._votes.add(copy, reply.tensors)
+        verdict = self._votes.count()
+        if isinstance(verdict, Elected) and copy.ref in verdict.outvoted:
+            self._charge(Elected(verdict.winner, (), (copy.ref,)))

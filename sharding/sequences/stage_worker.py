@@ -1,0 +1,124 @@
+"""One stage of one sequence: what it takes to have its answer to every step, wherever it runs.
+
+A face that holds parts: the browsers at work (`copies`), what is kept (`history`), how a copy is
+brought to a step (`rebuild`), and the contest of each step. This module must not know of the other
+stages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping
+
+from recovery.levels import REDUNDANT
+from recovery.records import HostRef
+from sharding.models.frames import Array
+from sharding.sequences.barrier import Rendezvous
+from sharding.sequences.caches import StepOrder
+from sharding.sequences.contest import Contest
+from sharding.sequences.context import StageContext
+from sharding.sequences.copies import Copies, Copy, Standing
+from sharding.sequences.history import StageHistory, StageMemory, Taken
+from sharding.sequences.hosts import Place, StepReply
+from sharding.sequences.rebuild import Rebuild
+
+
+class StageWorker:
+    """A stage at work on a sequence. `choice` as in `StepOrder`, for every step."""
+
+    def __init__(
+        self,
+        context: StageContext,
+        choice: int | None,
+        load: Counter[HostRef],
+        rendezvous: Rendezvous | None,
+    ) -> None:
+        self.stage = context.stage
+        self._context = context
+        self._choice = choice
+        rules = context.rules
+        self._memory = StageMemory(
+            context.stage, copies=rules.level in REDUNDANT, copy_bytes_max=rules.copy_bytes_max
+        )
+        self._history = StageHistory(self._memory, rules, context.events.account)
+        self._copies = Copies(context, load)
+        self._rebuild = Rebuild(context, self._memory, rendezvous)
+
+    @property
+    def at(self) -> HostRef | None:
+        """Where its last answer is from."""
+        return self._copies.at
+
+    async def take(self, step: Taken) -> Mapping[str, Array]:
+        """The answer to a step: what the stage sends on, or its choice. Raises `SequenceLost`."""
+        self._history.note(step)
+        deltas = self._memory.copying  # of every copy in the same form
+
+        async def advance(copy: Copy, seconds: float, pause: float) -> StepReply:
+            return await self._advance(copy, step, deltas, seconds, pause)
+
+        contest = Contest(self._context, self._copies, step, advance)
+        try:
+            answer = await contest.run()
+        finally:
+            contest.release()
+        self._history.copy(answer)
+        return answer
+
+    def place(self, position: int) -> Place | None:
+        """Where the stage is, if it is in one browser that stands at `position`."""
+        copy = self._copies.only_at(position)
+        if copy is None:
+            return None
+        return Place(self.stage, copy.ref, copy.fence, self._choice, self._memory.copying)
+
+    def absorb(self, step: Taken, answer: Mapping[str, Array]) -> None:
+        """Keep a step that was taken by the chain. Raises `SequenceLost`: too much is kept."""
+        self._history.note(step)
+        self._history.copy(answer)
+
+    def moved(self, position: int) -> None:
+        """The chain has brought the stage to `position`."""
+        self._copies.moved(position)
+
+    def end(self) -> None:
+        """Have every browser forget the sequence; nobody waits for that."""
+        self._copies.end()
+
+    def standing(self) -> Standing:
+        """Where it is now, for whoever looks on."""
+        return self._copies.standing()
+
+    async def _advance(
+        self, copy: Copy, step: Taken, deltas: bool, seconds: float, pause: float
+    ) -> StepReply:
+        """The copy's answer to a step, after it was brought to where the step begins."""
+        hosts, model, clock = self._context.hosts, self.stage.model, self._context.events.clock
+        copy.behind += 1
+        try:
+            async with copy.lock:  # also while it pauses: the next step must not overtake this one
+                await asyncio.sleep(pause)
+                if copy.gone:
+                    return StepReply(busy=True)  # nobody listens
+                if copy.position < step.position:
+                    lost = await self._rebuild.catch_up(copy, step.position, seconds)
+                    if lost is not None:
+                        return lost
+                order = StepOrder(
+                    self._context.sequence,
+                    "step",
+                    copy.fence,
+                    step.position,
+                    step.tokens,
+                    self._choice,
+                    deltas,
+                )
+                began = clock()
+                reply = await hosts.take(copy.ref, model, order, step.tensors, seconds)
+                if reply.tensors is not None:
+                    copy.position, copy.built = step.position + step.tokens, True
+                    hosts.took(model, step.tokens, clock() - began)
+                return reply
+        finally:
+            copy.behind -= 1
