@@ -23,7 +23,7 @@ from actors.messages import Examination, LaunchReport, RunReply, RunRequest
 from actors.ray import workers as ray_actors
 from actors.ray.metrics import ClientMetrics
 from actors.ray.workers import RayHistory, RayNative, RaySupervisor
-from actors.supervisor.supervisor import ModelOrder, SupervisorConfig, Table
+from actors.supervisor.records import ModelOrder, SupervisorConfig, Table
 from pool.answering import Rules, Simulate, Tensors
 from pool.bundles import collect, write_bundle
 from pool.composing import Asking, Composition

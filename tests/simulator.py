@@ -31,7 +31,11 @@ import numpy as np
 import pool.answering
 import pool.routing
 from actors.messages import LaunchOrder, LaunchReport, RunReply, RunRequest
-from actors.supervisor.supervisor import MemoryOrders, Supervisor, SupervisorConfig, Table
+from actors.supervisor.changes import Changes
+from actors.supervisor.orders import MemoryOrders
+from actors.supervisor.records import SupervisorConfig, Table
+from actors.supervisor.supervisor import Supervisor
+from actors.supervisor.tasks import Tasks
 from pool.answering import Answering, Question, Rules
 from pool.results import Result
 from pool.routing import Routing
@@ -505,29 +509,70 @@ class SimLog:
         """Nothing is open."""
 
 
-class SimSupervisor(Supervisor):
-    """The real one, looked at after every event."""
+class SimTasks(Tasks):
+    """The real ones, and none may end with an error that nobody foresaw."""
 
-    def __init__(self, world: World, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.world = world
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self._world = world
         self.spawned: dict[asyncio.Task[None], None] = {}  # in their order, as no set has it
 
-    async def _announce(self) -> None:
-        self.world.look(self)
-        await super()._announce()
-
-    def _spawn(self, work: Callable[[], Any], name: str) -> asyncio.Task[None]:
-        task = super()._spawn(work, name)
+    def spawn(self, work: Callable[[], Any], name: str) -> asyncio.Task[None]:
+        task = super().spawn(work, name)
         self.spawned[task] = None
         task.add_done_callback(self.spawned.pop)
         return task
 
-    async def _guarded(self, work: Callable[[], Any], name: str) -> None:
+    async def guarded(self, work: Callable[[], Any], name: str) -> None:
         try:
-            await super()._guarded(work, name)
+            await super().guarded(work, name)
         except Exception as error:
-            self.world.violated(f"the supervisor's task {name} ended with {error!r}")
+            self._world.violated(f"the supervisor's task {name} ended with {error!r}")
+
+
+class SimChanges(Changes):
+    """The real ones; before anybody hears of one, `look` looks at it."""
+
+    def __init__(self, term: int, look: Callable[[], None]) -> None:
+        super().__init__(term)
+        self._look = look
+
+    async def announce(self) -> None:
+        self._look()
+        await super().announce()
+
+
+class SimSupervisor(Supervisor):
+    """The real one, looked at after every event."""
+
+    def __init__(self, world: World, term: int, state: PoolState) -> None:
+        self._own = SimTasks(world)
+        super().__init__(
+            world.config,
+            world.make_host,
+            world.closed,
+            SimLog(world),
+            world.wall,
+            asyncio.get_running_loop().time,
+            term,
+            state,
+            world.orders,
+            tasks=self._own,
+            changes=SimChanges(term, lambda: world.look(self)),
+        )
+
+    @property
+    def is_behind(self) -> bool:
+        return self._journal.is_behind
+
+    @property
+    def events(self) -> tuple[asyncio.Task[None], ...]:
+        """Those that are on their way."""
+        return self._journal.under_way
+
+    @property
+    def spawned(self) -> tuple[asyncio.Task[None], ...]:
+        return tuple(self._own.spawned)
 
 
 @dataclass
@@ -540,7 +585,7 @@ class Incarnation:
     def kill(self) -> None:
         self.lives = False
         # Events first: they would outlive whoever waits for them.
-        for task in (*self.supervisor._happening, *self.calls, *self.supervisor.spawned):
+        for task in (*self.supervisor.events, *self.calls, *self.supervisor.spawned):
             task.cancel()
 
 
@@ -698,7 +743,7 @@ class World:
             self.violated("a dead supervisor goes on")
             return
         state, now = supervisor.state, self.wall()
-        if not supervisor._unlogged and state != self.store.replayed:
+        if not supervisor.is_behind and state != self.store.replayed:
             self.violated(f"the log replays to {self.store.replayed}, and not to {state}")
         self.violated(wrong) if (wrong := broken(self._before, state, now)) else None
         self._before = state
@@ -865,29 +910,17 @@ class World:
         state = self.store.recovered()
         self.require(state == self.store.replayed, "checkpoint and events replay to another state")
         self._before = state
-        supervisor = SimSupervisor(
-            self,
-            self.config,
-            self.make_host,
-            self._closed,
-            SimLog(self),
-            self.wall,
-            self._loop.time,
-            state.term + 1,
-            state,
-            self.orders,
-        )
-        self.incarnation = Incarnation(supervisor)
+        self.incarnation = Incarnation(SimSupervisor(self, state.term + 1, state))
         return self.incarnation
 
-    def _closed(self) -> None:
+    def closed(self) -> None:
         self.require(self.closing, "the pool closed itself")
 
     def kill_supervisor(self, seconds: float) -> bool:
         old = self.incarnation
         if old is None or not old.lives:
             return False
-        self.lost_events |= bool(old.supervisor._unlogged)
+        self.lost_events |= old.supervisor.is_behind
         old.kill()
         chore = asyncio.create_task(self._resume_after(seconds), name="resume")
         self._chores.add(chore)

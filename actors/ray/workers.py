@@ -39,8 +39,10 @@ from actors.messages import (
 )
 from actors.native_host import NativeHost
 from actors.ray.metrics import PoolMetrics
+from actors.supervisor.hosts import Host
 from actors.supervisor.orders import DiskOrders
-from actors.supervisor.supervisor import Host, ModelOrder, Supervisor, SupervisorConfig, Table
+from actors.supervisor.records import ModelOrder, SupervisorConfig, Table
+from actors.supervisor.supervisor import Supervisor
 from recovery.breaker import BreakerKey, CircuitState
 from recovery.control import BrowserRecord, PoolState, Repair
 from recovery.errors import (

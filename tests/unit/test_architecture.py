@@ -163,7 +163,8 @@ def test_main_classes_are_made_without_any_io(monkeypatch):
     from actors.driver.session import Session
     from actors.messages import HostConfig
     from actors.ray.workers import PoolSupervisor
-    from actors.supervisor.supervisor import Supervisor, SupervisorConfig
+    from actors.supervisor.records import SupervisorConfig
+    from actors.supervisor.supervisor import Supervisor
     from pool import BrowserPool
     from pool.routing import Routing
     from recovery.kinds import BrowserType, Level
