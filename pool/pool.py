@@ -20,9 +20,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from actors.messages import Examination, LaunchReport, RunReply, RunRequest
-from actors.ray import workers as ray_actors
+from actors.ray import connection as ray_actors
+from actors.ray.handles import RayHistory, RayNative
 from actors.ray.metrics import ClientMetrics
-from actors.ray.workers import RayHistory, RayNative, RaySupervisor
+from actors.ray.supervisor_handle import RaySupervisor
 from actors.supervisor.records import ModelOrder, SupervisorConfig, Table
 from pool.answering import Rules, Simulate, Tensors
 from pool.bundles import collect, write_bundle
