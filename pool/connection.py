@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from actors.ray import workers as ray_actors
-from actors.ray.workers import RayHistory, RayNative, RaySupervisor
-from actors.supervisor.supervisor import SupervisorConfig, Table
+from actors.ray.connection import RaySession, connect, disconnect, this_node
+from actors.ray.handles import RayHistory, RayNative
+from actors.ray.supervisor_handle import RaySupervisor
+from actors.supervisor.records import SupervisorConfig, Table
 from pool.config import PoolConfig
 from pool.routing import Routing
 from pool.state_folders import hold, new_folder, state_root
@@ -42,7 +43,7 @@ class Connection:
         self.history: RayHistory | None = None
         self.native: RayNative | None = None
         self._owner = owner
-        self._ray: ray_actors.RaySession | None = None
+        self._ray: RaySession | None = None
         self._supervisor: RaySupervisor | None = None
         self._routing: Routing | None = None
         self._folder_lock: int | None = None
@@ -86,7 +87,7 @@ class Connection:
         if self.is_open:
             raise PoolClosed("this pool is open already")
         config = self.config
-        self._ray = await asyncio.to_thread(ray_actors.connect, config.address, config.dashboard)
+        self._ray = await asyncio.to_thread(connect, config.address, config.dashboard)
         if self._owner:
             supervisor = RaySupervisor.create(await self._supervisor_config(), config.hosts())
             self._supervisor = supervisor
@@ -98,7 +99,7 @@ class Connection:
             supervisor,
             self.client,
             min(config.lease / 3, _WATCH_SECONDS_MAX),
-            ray_actors.this_node(),
+            this_node(),
             config.message_bytes_max,
             config.queue_max,
         )
@@ -132,7 +133,7 @@ class Connection:
                 native.end()
         session, self._ray = self._ray, None
         if session is not None:
-            await asyncio.to_thread(ray_actors.disconnect, session)
+            await asyncio.to_thread(disconnect, session)
 
     @property
     def ends_the_pool(self) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from actors.messages import Examination
-from actors.ray import workers as ray_actors
+from actors.ray.connection import this_node
 from pool.browsers import Browsers
 from pool.connection import Connection
 from recovery.errors import FaultRefused
@@ -43,7 +43,7 @@ class Diagnosis:
             return await supervisor.inject(fault)
         ref = self._browsers.serving(fault.target)
         if fault.kind is FaultKind.NODE_DEATH:
-            ours = (ray_actors.this_node(), await supervisor.node())
+            ours = (this_node(), await supervisor.node())
             if ref.node in ours:
                 raise FaultRefused(
                     f"{fault}: {ref} is on the node of this client or of the supervisor, and no "

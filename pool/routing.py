@@ -19,7 +19,8 @@ from actors.dataplane import DataLink
 from actors.links import Links
 from actors.messages import Examination, RunReply, RunRequest
 from actors.relay import Chain, Hop
-from actors.supervisor.supervisor import Host, ModelOrder, Table
+from actors.supervisor.hosts import Host
+from actors.supervisor.records import ModelOrder, Table
 from recovery.control import COMING, ModelPhase, Phase
 from recovery.errors import BrowserLost, PoolClosed, PoolError
 from recovery.faults import Fault, Injected

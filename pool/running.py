@@ -16,7 +16,7 @@ from typing import Any
 
 from actors.messages import RunReply, RunRequest
 from actors.ray.metrics import ClientMetrics
-from actors.supervisor.supervisor import SupervisorConfig
+from actors.supervisor.records import SupervisorConfig
 from pool.answering import Rules, Simulate, Tensors
 from pool.background import BackgroundTasks
 from pool.connection import Connection

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from actors.messages import LaunchReport
-from actors.supervisor.supervisor import Table
+from actors.supervisor.records import Table
 from recovery.control import Phase, PoolState
 from recovery.kinds import Level
 from recovery.levels import held

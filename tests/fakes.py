@@ -26,7 +26,8 @@ from actors.messages import (
     RunRequest,
     Wear,
 )
-from actors.supervisor.supervisor import MemoryLog, ModelOrder
+from actors.supervisor.journal import MemoryLog
+from actors.supervisor.records import ModelOrder
 from recovery.breaker import BreakerKey, CircuitState
 from recovery.control import Event, PoolState
 from recovery.errors import BrowserLost, LaunchFailed, PageError, PoolError, StaleTerm

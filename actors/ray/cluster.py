@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from actors.ray.workers import BROWSER_RESOURCE
+from actors.ray.starting import BROWSER_RESOURCE
 from recovery.errors import SetupError
 
 _NODE_CPUS = 2

@@ -1,8 +1,8 @@
-"""Model orders on disk, beside the log: what a new supervisor loads models from.
+"""Model orders in memory or on disk, beside the log: what a new supervisor loads models from.
 
-One JSON file per model, written aside, synced and renamed before the event that wants the model is
-logged. The log itself holds names and digests only, because an order may be large. This module
-must not load a model.
+On disk one JSON file per model, written aside, synced and renamed before the event that wants the
+model is logged. The log itself holds names and digests only, because an order may be large. This
+module must not load a model.
 """
 
 from __future__ import annotations
@@ -10,14 +10,40 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
+from typing import Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
-from actors.supervisor.supervisor import ModelOrder
+from actors.supervisor.records import ModelOrder
 from recovery.log.segments import LogUnavailable
 
 _ORDER = TypeAdapter(ModelOrder)
 ORDER_BYTES_MAX = 32 << 20
+
+
+class OrderStore(Protocol):
+    """Keeps model orders for the next incarnation. Every method may raise `LogUnavailable`."""
+
+    async def save(self, order: ModelOrder) -> None: ...
+    async def load(self, name: str, digest: str) -> ModelOrder | None: ...
+    async def remove(self, name: str) -> None: ...
+
+
+class MemoryOrders:
+    """Model orders that end with the supervisor."""
+
+    def __init__(self) -> None:
+        self._orders: dict[str, ModelOrder] = {}
+
+    async def save(self, order: ModelOrder) -> None:
+        self._orders[order.spec.name] = order
+
+    async def load(self, name: str, digest: str) -> ModelOrder | None:
+        order = self._orders.get(name)
+        return order if order is not None and order.spec.digest == digest else None
+
+    async def remove(self, name: str) -> None:
+        self._orders.pop(name, None)
 
 
 class DiskOrders:

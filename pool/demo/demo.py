@@ -27,7 +27,7 @@ from rich.table import Table
 
 from actors.faults import crash_tab, kill_process, wrong_answers
 from actors.messages import LaunchReport
-from actors.ray import workers as ray_actors
+from actors.ray import connection as ray_actors
 from pool import BrowserPool, PoolView, Result
 from pool.demo.passage import Passage, write_passage
 from pool.leaks import leftovers

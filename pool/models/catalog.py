@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actors.supervisor.supervisor import ModelOrder
+from actors.supervisor.records import ModelOrder
 from pool.config import backend_order
 from pool.connection import Connection
 from pool.models.loading import Part, read_parts

@@ -18,7 +18,7 @@ import pytest
 from actors.browser.host import BrowserHost
 from actors.driver.binaries import find_binaries
 from actors.messages import HostConfig, LaunchOrder, LaunchReport
-from actors.ray import workers as ray_actors
+from actors.ray import connection as ray_actors
 from pool import BrowserPool
 from pool.models.bundled import silero_vad_path
 from recovery.control import ModelPhase, Phase

@@ -15,7 +15,7 @@ import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 
-from actors.ray.workers import this_node
+from actors.ray.connection import this_node
 from pool import BrowserPool, Result
 from pool.models.bundled import kjv_llama_folder, silero_vad_path
 from recovery.control import Phase

@@ -9,7 +9,9 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from actors.supervisor.supervisor import MemoryOrders, Supervisor, SupervisorConfig, Table
+from actors.supervisor.orders import MemoryOrders
+from actors.supervisor.records import SupervisorConfig, Table
+from actors.supervisor.supervisor import Supervisor
 from recovery.control import PoolState
 from recovery.errors import BrowserLost
 from tests.simulator.checks import StateChecks
@@ -64,15 +66,15 @@ class SupervisorProcess:
         supervisor = SimSupervisor(
             self._look,
             self._verdict,
+            state.term + 1,
             self._config,
             self._make_host,
             self._closed,
             SimLog(self._store, self._verdict, self._dies_at),
             self._clocks.wall,
             self._loop.time,
-            state.term + 1,
-            state,
-            self._orders,
+            state=state,
+            orders=self._orders,
         )
         self.incarnation = Incarnation(supervisor)
         return self.incarnation

@@ -10,7 +10,7 @@ import random
 from collections.abc import Mapping
 
 from actors.messages import LaunchOrder, RunRequest
-from actors.supervisor.supervisor import SupervisorConfig
+from actors.supervisor.records import SupervisorConfig
 from recovery.kinds import BrowserType, Level
 from recovery.plan import strategy_order
 from recovery.supervision import RestartLimit

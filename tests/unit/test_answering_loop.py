@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from actors.messages import RunReply
-from actors.supervisor.supervisor import Supervisor, SupervisorConfig
+from actors.supervisor.records import SupervisorConfig
+from actors.supervisor.supervisor import Supervisor
 from pool.answering import Answering, Question, Rules
 from pool.results import Result
 from pool.routing import Routing
@@ -552,4 +553,4 @@ async def test_none_lost_and_none_answered_twice_while_browsers_crash(seed):
         assert all(result.success for result in results)
         assert pool.hosts.answers() == dict.fromkeys(ids, 1)
         assert any(result.recovered for result in results)
-        assert len(pool.supervisor._state.repairs) >= 4
+        assert len(pool.supervisor.state.repairs) >= 4

@@ -19,7 +19,16 @@ PACKAGES = ROOMS[1:]
 # The only modules that may import each; scripts and benchmarks may import what they need.
 DOORS = {
     "selenium": {"actors/driver/session.py"},
-    "ray": {"actors/ray/workers.py", "actors/ray/cluster.py", "actors/ray/metrics.py"},
+    "ray": {
+        "actors/ray/cluster.py",
+        "actors/ray/connection.py",
+        "actors/ray/handles.py",
+        "actors/ray/metrics.py",
+        "actors/ray/own_process.py",
+        "actors/ray/starting.py",
+        "actors/ray/supervisor_handle.py",
+        "actors/ray/supervisor_worker.py",
+    },
     "onnx": {
         "sharding/cutting/cut.py",
         "sharding/cutting/graph.py",
@@ -177,8 +186,9 @@ def test_main_classes_are_made_without_any_io(monkeypatch):
     from actors.driver.processes import Warden
     from actors.driver.session import Session
     from actors.messages import HostConfig
-    from actors.ray.workers import PoolSupervisor
-    from actors.supervisor.supervisor import Supervisor, SupervisorConfig
+    from actors.ray.supervisor_worker import PoolSupervisor
+    from actors.supervisor.records import SupervisorConfig
+    from actors.supervisor.supervisor import Supervisor
     from pool import BrowserPool
     from pool.routing import Routing
     from recovery.kinds import BrowserType, Level

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from actors.supervisor.supervisor import ModelOrder, Supervisor, SupervisorConfig
+from actors.supervisor.records import ModelOrder, SupervisorConfig
+from actors.supervisor.supervisor import Supervisor
 from pool.answering import Rules
 from pool.composition import Composition
 from pool.latency import Latencies

@@ -1,4 +1,7 @@
-"""Every difference between a log and the living, one at a time; the whole is in test_supervisor."""
+"""Every difference between a log and the living, one at a time.
+
+The whole is in test_supervisor_takeover.
+"""
 
 import pytest
 

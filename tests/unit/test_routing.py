@@ -7,7 +7,7 @@ import pytest
 
 from actors.dataplane import DataServer
 from actors.messages import RunReply, RunRequest
-from actors.supervisor.supervisor import Route, Table
+from actors.supervisor.records import Route, Table
 from pool.routing import Routing
 from recovery.control import PoolState
 from recovery.errors import BrowserLost, PoolClosed

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.supervisor.supervisor import ModelOrder, Supervisor, SupervisorConfig
+from actors.supervisor.records import ModelOrder, SupervisorConfig
+from actors.supervisor.supervisor import Supervisor
 from pool.background import BackgroundTasks
 from pool.config import PoolConfig
 from pool.models.registry import ModelEntry

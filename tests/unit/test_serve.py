@@ -19,7 +19,7 @@ from recovery.kinds import Backend, BrowserType, ModelType, Readiness
 from recovery.records import HostRef, HostStatus, NumericId
 from sharding.models.frames import Frame
 from sharding.models.signature import ModelSpec, Tolerance
-from sharding.sequences.stages import StepOrder
+from sharding.sequences.caches import StepOrder
 from tests import fakes
 
 REF = HostRef("b", 0)

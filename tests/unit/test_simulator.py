@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import actors.supervisor.supervisor
+import actors.supervisor.journal
 import pool.answering
 from recovery.answering import GiveUp
 from recovery.control import DEAD_MAX, BrowserReady, Event, Phase, PoolState, decide
@@ -131,7 +131,7 @@ def _drops_models(state: PoolState, event: Event) -> Any:
 
 @pytest.mark.parametrize("decides", [_no_orders, _same_epoch, _drops_models])
 def test_supervisor_that_errs_is_noticed(decides: Callable[..., Any], monkeypatch):
-    monkeypatch.setattr(actors.supervisor.supervisor, "decide", decides)
+    monkeypatch.setattr(actors.supervisor.journal, "decide", decides)
     with pytest.raises(SimulationFailed):
         simulate(CRASH)
 

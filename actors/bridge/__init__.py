@@ -1,0 +1,6 @@
+"""The server that one browser's page talks to: its files and its two sockets."""
+
+from actors.bridge.bridge import Bridge
+from actors.bridge.records import PROTOCOL, BridgeEvent, FrameSeen, PageConfig
+
+__all__ = ["PROTOCOL", "Bridge", "BridgeEvent", "FrameSeen", "PageConfig"]

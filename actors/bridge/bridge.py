@@ -1,0 +1,183 @@
+"""The bridge between a browser host and its page: a face over a server and two sockets.
+
+`data` is the worker's socket (frames), `control` the main thread's (ping, console, visibility), so
+that a busy worker still answers pings. This module must not launch browsers or judge failures: it
+reports what it sees through `on_event`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from aiohttp import web
+
+from actors.bridge.admission import Admission
+from actors.bridge.control import BYTES_MAX, Control
+from actors.bridge.exchanges import WORK_SECONDS, Exchanges
+from actors.bridge.files import Files
+from actors.bridge.records import BridgeEvent, FrameSeen, PageConfig
+from actors.bridge.server import Server
+from actors.bridge.sockets import SOCKETS, Sockets
+from sharding.models.frames import Frame
+from sharding.models.signature import ModelSpec
+
+
+class Bridge:
+    """Serves one page at a time; a new epoch ends the one before."""
+
+    def __init__(
+        self,
+        config: PageConfig,
+        on_event: Callable[[BridgeEvent], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._on_event = on_event
+        self._admission = Admission(frozenset(f"/{name}" for name in SOCKETS), clock)
+        self._files = Files()
+        self._sockets = Sockets(self._admission, self._closed)
+        self._control = Control(self._sockets, on_event)
+        self._exchanges = Exchanges(
+            config.message_bytes_max, self._sockets, self._control.console.append, clock
+        )
+        self._server = Server(
+            config,
+            self._admission,
+            self._files,
+            {"/control": self._serve_control, "/data": self._serve_data},
+        )
+
+    # -- the server ------------------------------------------------------------------------------
+
+    async def start(self, port: int = 0) -> None:
+        """Listen on `port` of loopback (0: any; also when `port` stays taken)."""
+        await self._server.start(port)
+
+    async def stop(self) -> None:
+        """Close the sockets and the port."""
+        self.end_page("the bridge stopped")
+        await self._server.stop()
+
+    @property
+    def port(self) -> int:
+        return self._server.port
+
+    def register(self, spec: ModelSpec) -> None:
+        """Let the page fetch this model's files."""
+        self._files.register(spec)
+
+    def unregister(self, spec: ModelSpec) -> None:
+        self._files.unregister(spec)
+
+    # -- the page --------------------------------------------------------------------------------
+
+    def begin_epoch(self, epoch: int, host: str) -> str:
+        """End the page before and expect one of `epoch`; returns the path that lets it in.
+
+        `host` is the authority (host or host:port) under which the browser sees this server.
+        """
+        self.end_page("the browser was replaced")
+        path = self._admission.begin(epoch, host)
+        self._control.begin()
+        return path
+
+    def end_page(self, why: str) -> None:
+        """Refuse the present page from now on, and fail whoever waits for it."""
+        self._admission.end()
+        self._sockets.end()
+        self._exchanges.fail(why)
+        self._control.fail(why)
+
+    @property
+    def connected(self) -> bool:
+        """Whether both sockets of the page are open."""
+        return self._sockets.connected
+
+    async def opened(self) -> None:
+        """Wait until the page's worker has its data socket open. Raises `BrowserLost`."""
+        await self._sockets.opened("data")
+
+    async def reconnected(self) -> None:
+        """Wait until the page has both sockets open. Raises `BrowserLost` when it is ended."""
+        await self._sockets.reconnected()
+
+    async def _serve_control(self, request: web.Request) -> web.StreamResponse:
+        def hear(text: Any, epoch: int) -> None:
+            self._control.hear(text, epoch, self._admission.epoch)
+
+        return await self._sockets.serve("control", request, BYTES_MAX, hear)
+
+    async def _serve_data(self, request: web.Request) -> web.StreamResponse:
+        def hear(data: Any, epoch: int) -> None:
+            self._exchanges.hear(data, epoch, self._admission.epoch)
+
+        limit = self._exchanges.reply_bytes_max
+        return await self._sockets.serve("data", request, limit, hear)
+
+    def _closed(self, name: str, epoch: int) -> None:
+        """The page's socket has closed by itself, or was dropped."""
+        part = self._exchanges if name == "data" else self._control
+        part.fail(f"the page's {name} socket closed", "socket_closed")
+        if epoch == self._admission.epoch:
+            self._on_event(BridgeEvent("closed", epoch, {"socket": name}))
+
+    # -- what is said ----------------------------------------------------------------------------
+
+    async def request(self, frame: Frame, seconds_max: float = WORK_SECONDS) -> Frame:
+        """Send a frame and wait for the reply to its operation id; see `Exchanges.request`."""
+        return await self._exchanges.request(frame, seconds_max)
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that the page has not finished, abandoned ones included."""
+        return self._exchanges.outstanding
+
+    def overdue(self) -> tuple[float, str]:
+        """In how many seconds what the page works on has taken too long, and what that is.
+
+        0 or less: it has. Infinity and an empty name when it works on nothing.
+        """
+        return self._exchanges.overdue()
+
+    @property
+    def frames(self) -> deque[FrameSeen]:
+        """The headers of the last frames, either way."""
+        return self._exchanges.frames
+
+    async def ping(self) -> None:
+        """Return when the page's main thread has answered. Raises `BrowserLost`.
+
+        Does not wait for a socket that is away: `what` is `socket_closed` then.
+        """
+        await self._control.ping()
+
+    async def tell(self, message: Mapping[str, Any]) -> None:
+        """Say something to the page's main thread. Raises `BrowserLost`."""
+        await self._control.tell(message)
+
+    @property
+    def console(self) -> deque[str]:
+        """What the page has written to its console, and what it said that was refused."""
+        return self._control.console
+
+    @property
+    def visibility(self) -> str:
+        """Of the page, as it said last."""
+        return self._control.visibility
+
+    # -- faults on purpose -----------------------------------------------------------------------
+
+    def stay_away(self, seconds: float) -> None:
+        """Break every connection, and answer this page nothing for so long."""
+        self._admission.stay_away(seconds)
+        self.drop()
+
+    def spoil(self, how: Sequence[str]) -> None:
+        """Serve the next files of models so: "500", "half" or "wrong" (a byte of it), each once."""
+        self._files.spoil(how)
+
+    def drop(self, names: Iterable[str] = SOCKETS) -> None:
+        """Break connections, as a network does; the page may open them again."""
+        self._sockets.drop(names)

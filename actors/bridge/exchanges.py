@@ -1,0 +1,134 @@
+"""Requests to the page's worker and their replies: frames over the data socket.
+
+Knows what the page has not answered yet, and since when it works on the first of that. This module
+must not judge a page that is slow: it says how slow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any
+
+from actors.bridge.records import FrameSeen
+from actors.bridge.sockets import Sockets, fail_waiting
+from recovery.errors import BadFrame, BrowserLost, PageError
+from sharding.models.frames import Frame, decode, encode
+
+WORK_SECONDS = 300.0  # of one request, where the caller does not say
+_FRAMES_MAX = 64
+_FRAME_OVERHEAD_BYTES = 1 << 20  # a reply's header, over the limit on its tensors
+
+
+class Exchanges:
+    """The requests under way to a page. `complain` hears of what the page says wrong."""
+
+    def __init__(
+        self,
+        message_bytes_max: int,
+        sockets: Sockets,
+        complain: Callable[[str], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._message_bytes_max = message_bytes_max
+        self._sockets = sockets
+        self._complain = complain
+        self._clock = clock
+        self._pending: dict[str, asyncio.Future[Frame]] = {}
+        # What the page has not answered, in the order in which it works, with the longest that
+        # each may take; abandoned ones too, since the page still computes them.
+        self._exchanges: OrderedDict[str, float] = OrderedDict()
+        self._head_since = 0.0
+        self.frames: deque[FrameSeen] = deque(maxlen=_FRAMES_MAX)  # the last ones, either way
+
+    @property
+    def reply_bytes_max(self) -> int:
+        """Of a message from the page."""
+        return self._message_bytes_max + _FRAME_OVERHEAD_BYTES
+
+    def hear(self, data: Any, epoch: int, epoch_now: int) -> None:
+        """Take in a message from a page of `epoch`, while that of `epoch_now` is expected."""
+        try:
+            frame = decode(data, bytes_max=self.reply_bytes_max)
+        except (BadFrame, TypeError) as error:
+            self._complain(f"refused a frame: {error}")
+            return
+        if frame.epoch != epoch_now or epoch != epoch_now:
+            self._complain(f"refused a frame of epoch {frame.epoch}")
+            return
+        self._note("from", frame)
+        self._answered(frame.op_id)
+        waiting = self._pending.pop(frame.op_id, None)
+        if waiting is not None and not waiting.done():  # else abandoned: its deadline passed
+            waiting.set_result(frame)
+
+    def _note(self, way: str, frame: Frame) -> None:
+        tensors = tuple((name, a.dtype.name, a.shape) for name, a in frame.tensors.items())
+        self.frames.append(
+            FrameSeen(
+                time.time(),
+                way,
+                frame.kind,
+                frame.op_id,
+                frame.epoch,
+                frame.step,
+                frame.position,
+                tensors,
+            )
+        )
+
+    def _answered(self, op_id: str) -> None:
+        if self._exchanges.pop(op_id, None) is not None:
+            self._head_since = self._clock()
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that the page has not finished, abandoned ones included."""
+        return len(self._exchanges)
+
+    def overdue(self) -> tuple[float, str]:
+        """In how many seconds what the page works on has taken too long, and what that is.
+
+        0 or less: it has. Infinity and an empty name when it works on nothing.
+        """
+        for op_id, seconds in self._exchanges.items():  # the head is what it works on
+            return seconds - (self._clock() - self._head_since), op_id
+        return math.inf, ""
+
+    async def request(self, frame: Frame, seconds_max: float = WORK_SECONDS) -> Frame:
+        """Send a frame and wait for the reply to its operation id.
+
+        `seconds_max` is how long the page may work on it before `overdue` names it; time spent
+        behind others does not count, nor does the time until a data socket that is away is open
+        again. Raises `BrowserLost` when the socket closes (`what` is `socket_closed`) or the page
+        is ended, and `PageError` when it reports an error.
+        """
+        data = encode(frame, bytes_max=self._message_bytes_max)
+        self._note("to", frame)
+        socket = await self._sockets.opened("data")
+        reply: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
+        self._pending[frame.op_id] = reply
+        if not self._exchanges:
+            self._head_since = self._clock()
+        self._exchanges[frame.op_id] = seconds_max
+        try:
+            await socket.send_bytes(data)
+            answer = await reply
+        except ConnectionError as error:
+            raise BrowserLost("the page's data socket is closed", what="socket_closed") from error
+        finally:
+            if self._pending.get(frame.op_id) is reply:
+                del self._pending[frame.op_id]
+        if answer.kind == "error":
+            facts = {name: fact for name, fact in answer.body.items() if name != "message"}
+            raise PageError(str(answer.body.get("message", "no reason given")), **facts)
+        return answer
+
+    def fail(self, why: str, what: str = "") -> None:
+        """The socket is closed: no reply comes any more."""
+        waiting, self._pending = self._pending, {}
+        self._exchanges.clear()  # the page drops what it has not begun
+        fail_waiting(waiting.values(), why, what)

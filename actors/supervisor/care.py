@@ -1,0 +1,91 @@
+"""Maintenance between failures: memory, wear and size are looked at, and what is due is ordered.
+
+What should happen is decided by `recovery.maintenance`; this module asks the hosts what they carry
+and puts the answer into the journal. It must not act on a browser itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+
+from actors.messages import Wear
+from actors.supervisor.hosts import Host, Hosts
+from actors.supervisor.journal import Journal
+from actors.supervisor.records import ModelOrder, SupervisorConfig
+from actors.supervisor.tasks import Tasks
+from recovery.control import Phase
+from recovery.errors import PoolError, SetupError
+from recovery.maintenance import Caretaker
+from recovery.resources import BrowserLoad, NodeLoad, refuse_load
+
+_ASK_SECONDS = 2.0
+
+
+class Care:
+    """Knows what the hosts carry, and looks after them."""
+
+    def __init__(
+        self,
+        config: SupervisorConfig,
+        hosts: Hosts,
+        journal: Journal,
+        tasks: Tasks,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._hosts = hosts
+        self._journal = journal
+        self._tasks = tasks
+        self._clock = clock
+
+    async def go_on(self) -> None:
+        """Look after the pool until it closes."""
+        caretaker = Caretaker(self._config.resources, self._config.scaling)
+        while not self._journal.state.closing:
+            await asyncio.sleep(self._config.care_seconds)
+            loads, nodes = await self.carried()
+            for body in caretaker.look(self._journal.state, loads, nodes, self._clock()):
+                try:
+                    await self._journal.happen(body, ordered=True)
+                except PoolError as error:  # the log is full, say: it can wait
+                    self._tasks.report("care", error)
+
+    async def carried(self) -> tuple[list[BrowserLoad], list[NodeLoad]]:
+        """What the hosts in service, and their nodes, carry. Who does not answer is left out."""
+        found: list[Wear] = []
+
+        async def ask(host: Host) -> None:
+            with contextlib.suppress(PoolError, TimeoutError):
+                async with asyncio.timeout(_ASK_SECONDS):
+                    found.append(await host.wear())
+
+        serving = [
+            host
+            for browser_id, host in self._hosts.items()
+            if self._journal.state.browsers[browser_id].phase is Phase.READY
+        ]
+        await asyncio.gather(*map(ask, serving))
+        found.sort(key=lambda wear: wear.browser.browser_id)
+        nodes = {wear.node.node: wear.node for wear in found}
+        return [wear.browser for wear in found], list(nodes.values())
+
+    async def refuse_if_full(self, order: ModelOrder) -> None:
+        """Raises `SetupError` if the memory of a machine is too small for a model's load."""
+        loads, nodes = await self.carried()
+        why = refuse_load(self._config.resources, nodes, loads, order.spec.load_peak_bytes)
+        if why:
+            raise SetupError(f"{order.spec.name} is not loaded: {why}")
+
+    async def memory(self) -> Mapping[str, int]:
+        """Resident bytes of each browser's process tree."""
+        found: dict[str, int] = {}
+
+        async def ask(browser_id: str, host: Host) -> None:
+            with contextlib.suppress(PoolError, TimeoutError):
+                async with asyncio.timeout(_ASK_SECONDS):
+                    found[browser_id] = await host.memory_bytes()
+
+        await asyncio.gather(*(ask(*each) for each in self._hosts.items()))
+        return found

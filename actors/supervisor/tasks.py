@@ -1,0 +1,44 @@
+"""The supervisor's background tasks: kept alive, and none of their failures passes unseen.
+
+What can't be carried out is noted in `faults`, which clients see in the table. This module must not
+know what a task is for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+from recovery.errors import PoolError
+
+_FAULTS_KEPT_MAX = 256
+
+
+class Tasks:
+    """The tasks of one term."""
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[None]] = set()
+        self.faults: deque[str] = deque(maxlen=_FAULTS_KEPT_MAX)
+
+    @property
+    def running(self) -> frozenset[asyncio.Task[None]]:
+        return frozenset(self._running)
+
+    def spawn(self, work: Callable[[], Awaitable[None]], name: str) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(self.guarded(work, name), name=name)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+    async def guarded(self, work: Callable[[], Awaitable[None]], name: str) -> None:
+        """Run a task whose failure must not pass unseen."""
+        try:
+            await work()
+        except PoolError as error:
+            self.report(name, error)
+
+    def report(self, name: str, error: Exception) -> None:
+        """Note what went wrong with what is called `name`."""
+        self.faults.append(f"{name}: {type(error).__name__}: {error}")
