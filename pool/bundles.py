@@ -172,7 +172,7 @@ def model_as_plain(entry: ModelEntry) -> dict[str, Any]:
         "digest": entry.spec.digest,
         "type": str(entry.spec.type),
         "shards": len(entry.parts) if cut_here else None,
-        "strategy": COMPONENT_BASED if entry.components else "layer_based",
+        "strategy": COMPONENT_BASED if entry.components else None,
     }
 
 

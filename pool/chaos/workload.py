@@ -53,7 +53,7 @@ class Source:
     path: Path
     ask: Callable[[ModelEntry], Sequence[tuple[str, Mapping[str, Any]]]]
     shards: int | None = None
-    strategy: str = "layer_based"
+    strategy: str | None = None
 
 
 @dataclass(frozen=True)

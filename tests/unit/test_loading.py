@@ -8,7 +8,9 @@ from pool.models.loading import read_parts
 from recovery.errors import BadInput, NotAModel
 from recovery.kinds import Level
 from sharding.cutting.manager import ModelShardingManager
+from sharding.cutting.manifest import MANIFEST_NAME
 from sharding.cutting.strategies import STRATEGIES
+from tests import models
 from tests.native_hosts import NativeHosts
 from tests.unit.test_pipeline import DECODERS, GREEDY, PROMPT, generate, reference, same
 
@@ -51,3 +53,21 @@ def test_one_wrong_byte_in_a_shard_is_refused_or_cut_anew(cache):
     assert parts[1].known_answer() is not None
     with pytest.raises(BadInput, match="holds 2 shards, not 3"):
         read_parts("m", folder, shards=3)
+
+
+@pytest.mark.parametrize("strategy", ["layer_based", "optimal", "misspelt"])
+def test_strategy_without_a_number_of_shards_is_refused_and_not_ignored(tmp_path, strategy):
+    path = models.add_model(tmp_path / "m.onnx")
+    with pytest.raises(BadInput, match=r"strategy: .*pass shards="):
+        read_parts("m", path, strategy=strategy)
+
+
+def test_misspelt_strategy_is_refused_with_those_that_there_are():
+    with pytest.raises(BadInput, match="expected one of layer_based, browser_based, optimal"):
+        read_parts("m", LLAMA, shards=2, strategy="misspelt")
+
+
+def test_strategy_for_what_is_cut_already_is_refused(tmp_path):
+    (tmp_path / MANIFEST_NAME).write_text("{}")
+    with pytest.raises(BadInput, match="cut already"):
+        read_parts("m", tmp_path, strategy="optimal")
