@@ -14,20 +14,21 @@ from typing import Any
 
 from recovery.errors import BadInput, PoolError
 from recovery.history.samples import Sample
+from recovery.history.schema import VIEWS
 from recovery.history.store import HistoryStore, HistoryUnavailable
 from recovery.history.tracker import PerformanceHistoryTracker
 
 _FLUSH_SECONDS = 1.0
-_ASKABLE = frozenset(
-    {
-        "analyze_performance_trends",
-        "failure_patterns",
-        "get_performance_recommendations",
-        "recommend_browser",
-        "rung_outcomes",
-        "statistics",
-        "success_rates",
-    }
+# What can be asked: methods of the tracker, and views by their names.
+QUESTIONS = (
+    "analyze_performance_trends",
+    "failure_patterns",
+    "get_performance_recommendations",
+    "recommend_browser",
+    "rung_outcomes",
+    "statistics",
+    "success_rates",
+    *VIEWS,
 )
 
 
@@ -65,14 +66,20 @@ class HistoryKeeper:
             self._store.add(samples)
 
     async def ask(self, question: str, **options: Any) -> Any:
-        """Call a method of `PerformanceHistoryTracker` on all that was added before."""
-        if question not in _ASKABLE:
-            raise BadInput(f"history answers {', '.join(sorted(_ASKABLE))}, not {question!r}.")
+        """Answer from all that was added before: by a method of `PerformanceHistoryTracker`, or
+        with the rows of the view of that name. Raises `BadInput`."""
+        if question not in QUESTIONS:
+            raise BadInput(
+                f"history answers {', '.join(QUESTIONS)}, not {question!r}.",
+                expected=list(QUESTIONS),
+                got=question,
+            )
         store = self._require()
         await asyncio.to_thread(store.flush)
-        return await asyncio.to_thread(
-            getattr(PerformanceHistoryTracker(store), question), **options
-        )
+        tracker = PerformanceHistoryTracker(store)
+        if question in VIEWS:
+            return await asyncio.to_thread(tracker.view, question, **options)
+        return await asyncio.to_thread(getattr(tracker, question), **options)
 
     async def query(self, sql: str, params: Sequence[Any] = ()) -> list[dict[str, Any]]:
         """Rows of one SELECT over the tables and views of `recovery.history.schema`."""

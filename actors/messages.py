@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actors.driver.arguments import Gpu
-from recovery.breaker import BreakerConfig, Snapshot
+from recovery.breaker import BreakerConfig, RegistryConfig, Snapshot
 from recovery.failures import Failure
 from recovery.kinds import Backend, Readiness
 from recovery.records import BrowserFacts, HostRef, HostStatus, NumericId
@@ -34,7 +34,9 @@ class HostConfig:
     ping_interval_seconds: float = 2.0
     lease_seconds: float = 15.0  # without its supervisor for longer, the browser ends itself
     reconnect_seconds: float = 2.0  # that a page whose sockets closed has to open them again
-    breaker: BreakerConfig = field(default_factory=BreakerConfig)  # of the browser and each model
+    breaker: BreakerConfig = field(default_factory=BreakerConfig)  # of the browser
+    model_breaker: BreakerConfig | None = None  # of each model on it; None: as the browser's
+    circuits: RegistryConfig = field(default_factory=RegistryConfig)  # how many may be open
     answers_kept_max: int = 64  # answered operations remembered, so that a repeat is not run again
     answers_kept_bytes_max: int = 64 << 20
     probe_seconds: float = 60.0  # an idle browser is asked a known answer so often; 0: never
@@ -50,7 +52,8 @@ class LaunchOrder:
     `warm`: touch the runtime before the browser counts as ready. A repair leaves that out: its
     profile holds compiled code, and somebody may be waiting. `breakers`: where the circuit
     breakers of the slot (by model; the empty name is the browser's own) were when another worker
-    had it, and `death`, what ended that worker: the breakers have not heard of it yet.
+    had it, and `death`, what ended that worker: the breakers have not heard of it yet. `repair`
+    names what this launch is to repair the browser by, for their metrics; empty: nothing is broken.
     """
 
     ref: HostRef
@@ -62,6 +65,7 @@ class LaunchOrder:
     warm: bool = True
     breakers: Mapping[str, Snapshot] = field(default_factory=dict)
     death: Failure | None = None
+    repair: str = ""
 
 
 @dataclass(frozen=True)

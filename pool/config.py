@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from actors.driver.arguments import Gpu
 from actors.messages import HostConfig
-from recovery.breaker import BreakerConfig
+from recovery.breaker import BreakerConfig, RegistryConfig
 from recovery.errors import BadInput, LevelUnavailable
+from recovery.history.config import HistoryConfig
 from recovery.kinds import Backend, BrowserType, Level, detect_browser_type
 from recovery.levels import BROWSERS_NEEDED, held
 from recovery.plan import strategy_order
@@ -40,6 +41,15 @@ _SECONDS: Mapping[str, tuple[float, float]] = {
     "hedge_seconds": (0.001, 86_400),
     "probe_seconds": (0, 86_400),
 }
+_RECORDS: Mapping[str, type] = {
+    "breaker": BreakerConfig,
+    "model_breaker": BreakerConfig,
+    "circuits": RegistryConfig,
+    "resources": ResourceLimits,
+    "history_limits": HistoryConfig,
+    "restart_limit": RestartLimit,
+}
+_OPTIONAL = ("model_breaker",)
 BACKENDS = ("auto", "wasm", "webgpu", "webnn")
 _WORDS: Mapping[str, Sequence[str]] = {
     "level": [str(level) for level in Level],
@@ -76,11 +86,14 @@ class PoolConfig:
     probe_seconds: float = 60.0  # an idle browser is asked a known answer so often; 0: never
     faults: bool = False  # whether faults may be injected into pages: for tests only
     reconnect_seconds: float = 2.0  # that a page which is out of touch has to come back
-    breaker: BreakerConfig = field(default_factory=BreakerConfig)  # of each browser and model
+    breaker: BreakerConfig = field(default_factory=BreakerConfig)  # of each browser
+    model_breaker: BreakerConfig | None = None  # of each model on a browser; None: as `breaker`
+    circuits: RegistryConfig = field(default_factory=RegistryConfig)  # how many may be open at once
     adaptive_scaling: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # least and most
     resources: ResourceLimits = field(default_factory=ResourceLimits)  # memory and wear
     checkpoint_interval: float = 60.0  # between checkpoints of the control log
     history: bool = True  # keep a sample of each operation and recovery step
+    history_limits: HistoryConfig = field(default_factory=HistoryConfig)  # rows, buffer, queries
     state_dir: str = ""  # of log and history; "": $TABPOOL_STATE, or the user's state directory
     lease: float = 15.0  # whoever is out of touch for longer is given up
     persistent: bool = False  # outlive the process that made the pool
@@ -114,11 +127,10 @@ class PoolConfig:
                 "(max_connections) browsers in all"
             )
             raise _bad("adaptive_scaling", all_in_all, (least, most))
-        limits: Any = self.resources
-        if not isinstance(limits, ResourceLimits):
-            raise _bad("resources", "a recovery.resources.ResourceLimits", limits)
-        if not isinstance(self.breaker, BreakerConfig):
-            raise _bad("breaker", "a recovery.breaker.BreakerConfig", self.breaker)
+        for name, kind in _RECORDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) and not (name in _OPTIONAL and value is None):
+                raise _bad(name, f"a pool.{kind.__name__}", value)
         if self.persistent and self.address is None:
             raise _bad(
                 "persistent", "an `address`: the Ray that is started here ends with its maker", True
@@ -203,6 +215,8 @@ class PoolConfig:
             probe_seconds=self.probe_seconds,
             faults=self.faults,
             breaker=self.breaker,
+            model_breaker=self.model_breaker,
+            circuits=self.circuits,
         )
 
 

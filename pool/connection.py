@@ -192,6 +192,7 @@ class Connection:
             scaling=config.scaling(),
             care_seconds=_SCALING_SECONDS if config.adaptive_scaling else _CARE_SECONDS,
             history=str(root / "history.duckdb") if config.history else "",
+            history_limits=config.history_limits,
             history_spare=str(Path(folder) / "history.duckdb") if config.history else "",
         )
 

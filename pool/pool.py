@@ -19,6 +19,7 @@ from typing import Any, Self
 from actors.messages import Examination
 from pool.background import BackgroundTasks
 from pool.blocking import BlockingPool
+from pool.breakers import Breakers
 from pool.browsers import Browsers
 from pool.bundles import collect, write_bundle
 from pool.config import PoolConfig
@@ -72,6 +73,7 @@ class BrowserPool:
             self._connection, self._catalog, self.operations, self._tasks
         )
         self._browsers = Browsers(self._connection)
+        self._breakers = Breakers(self._connection, self._browsers)
         self._diagnosis = Diagnosis(self._connection, self._browsers)
 
     @property
@@ -286,6 +288,26 @@ class BrowserPool:
         """
         return await self._browsers.repair(browser_id, failure, start)
 
+    # -- circuit breakers -------------------------------------------------------------------------
+
+    async def breakers(self) -> dict[str, Any]:
+        """What the circuit breakers have counted: sums over all, and each one's own figures.
+
+        `circuits` holds, for each browser and each model on it, what
+        `recovery.breaker.CircuitBreaker.get_metrics` says; `recovery_history` there names what
+        each outage was ended by. A browser that is being replaced is left out.
+        """
+        return await self._breakers.metrics()
+
+    async def switch_breaker(self, browser_id: str, to: str, *, model: str = "") -> None:
+        """Set a browser's circuit breaker by hand, or that of `model` on it.
+
+        `to`: "force_open" (refuse everything), "disable" (admit everything, still counting), or
+        "reset" (close it, and start afresh). It stays so over restarts of the browser. Raises
+        `BadInput` for another word, a browser that is not in service, a model it does not have.
+        """
+        await self._breakers.switch(browser_id, to, model)
+
     # -- what is known of it ----------------------------------------------------------------------
 
     async def state(self) -> PoolView:
@@ -319,7 +341,14 @@ class BrowserPool:
         return statistics
 
     async def history(self, question: str, **options: Any) -> Any:
-        """Ask `recovery.history.tracker.PerformanceHistoryTracker`, by the name of its method."""
+        """Ask the history, by a method of `recovery.history.tracker.PerformanceHistoryTracker`, or
+        for the rows of a view.
+
+        The views (`recovery_performance`, `strategy_scores`, `adaptive_timeouts`,
+        `progressive_recovery`) take `limit=` and columns that must equal a value:
+        `await pool.history("strategy_scores", error_type="crash")`. Raises `BadInput` for a
+        question or an option that there is not, `PoolClosed` if this pool keeps no history.
+        """
         self._connection.require()
         if self._connection.history is None:
             raise PoolClosed("this pool keeps no history (history=False, or it could not start)")

@@ -21,6 +21,7 @@ from actors.messages import Examination, RunReply, RunRequest
 from actors.relay import Chain, Hop
 from actors.supervisor.hosts import Host
 from actors.supervisor.records import ModelOrder, Table
+from recovery.breaker import BreakerSwitch
 from recovery.control import COMING, ModelPhase, Phase
 from recovery.errors import BrowserLost, PoolClosed, PoolError
 from recovery.faults import Fault, Injected
@@ -201,14 +202,25 @@ class Routing:
         self, ref: HostRef, fault: Fault | Mapping[str, Any], *, gated: bool = True
     ) -> Injected | None:
         """Break a host on purpose."""
-        return await self._hosts[ref].inject(ref, fault, gated=gated)
+        return await self._host(ref).inject(ref, fault, gated=gated)
 
     async def examine(self, ref: HostRef, *, screenshot: bool = True) -> Examination:
         """What a host knows of its page. Raises `BrowserLost`."""
+        return await self._host(ref).examine(screenshot=screenshot)
+
+    async def breaker_metrics(self, ref: HostRef) -> Mapping[str, Mapping[str, Any]]:
+        """What a host's circuit breakers have counted, by model. Raises `BrowserLost`."""
+        return await self._host(ref).breaker_metrics()
+
+    async def switch_breaker(self, ref: HostRef, model: str, to: BreakerSwitch) -> None:
+        """Set one of a host's circuit breakers by hand. Raises `BrowserLost`."""
+        await self._host(ref).switch_breaker(model, to)
+
+    def _host(self, ref: HostRef) -> Host:
         host = self._hosts.get(ref)
         if host is None:
             raise BrowserLost(f"{ref} is not in service")
-        return await host.examine(screenshot=screenshot)
+        return host
 
     async def _run_linked(
         self, address: str, request: RunRequest, tensors: Mapping[str, Any]

@@ -4,8 +4,9 @@ import math
 from dataclasses import replace
 
 from recovery.failures import Category, Scope, Severity
+from recovery.history.config import HistoryConfig
 from recovery.history.samples import OperationSample, RecoverySample
-from recovery.history.store import HistoryConfig, HistoryStore
+from recovery.history.store import HistoryStore
 from recovery.kinds import Backend, BrowserType, Level, ModelType, RecoveryLevel, Strategy
 
 NOW = 1_800_000_000.0

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from recovery.breaker import (
     BreakerConfig,
     BreakerKey,
+    BreakerSwitch,
     Change,
     CircuitBreaker,
     CircuitBreakerRegistry,
     CircuitOpenError,
     CircuitState,
     Permit,
+    RegistryConfig,
     Snapshot,
     retry_at,
 )
@@ -87,11 +90,21 @@ class HostBreakers:
         on_change: Callable[[Mapping[str, Snapshot]], None],
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        *,
+        model_config: BreakerConfig | None = None,
+        limits: RegistryConfig | None = None,
     ) -> None:
         self._browser_id = browser_id
         self._on_change = on_change
         self._clock = clock
-        self._registry = _OwnRegistry(config, clock=clock, wall=wall, on_change=self._changed)
+        self._registry = _OwnRegistry(
+            config,
+            model_config=model_config,
+            limits=limits,
+            clock=clock,
+            wall=wall,
+            on_change=self._changed,
+        )
         self._refusing: dict[str, CircuitBreaker] = {}  # those to look at for `blocked`
 
     def admit(self, model: str) -> Admission | None:
@@ -111,6 +124,27 @@ class HostBreakers:
     def observe(self, failure: Failure) -> None:
         """Something failed that reaches further than one operation."""
         self._registry.breaker(self._browser_id).observe(failure)
+
+    def repaired(self, method: str) -> None:
+        """The browser was repaired by `method`: if its circuits close now, that is what did it."""
+        for key in self._registry.snapshot(self._browser_id):
+            self._registry.breaker(*key).repaired(method)
+
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """What each breaker has counted, by model ("" the browser's own)."""
+        kept = self._registry.snapshot(self._browser_id)
+        return {key.model: self._registry.breaker(*key).get_metrics() for key in kept}
+
+    def switch(self, model: str, to: BreakerSwitch) -> None:
+        """Set one breaker by hand; the empty model is the browser's own."""
+        breaker = self._registry.breaker(self._browser_id, model)
+        match to:
+            case BreakerSwitch.FORCE_OPEN:
+                breaker.force_open()
+            case BreakerSwitch.DISABLE:
+                breaker.disable()
+            case BreakerSwitch.RESET:
+                breaker.reset()
 
     def blocked(self) -> dict[str, float]:
         """For how many seconds operations are refused: by model, or by "" for all."""

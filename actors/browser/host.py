@@ -43,7 +43,7 @@ from actors.messages import (
     RunRequest,
     Wear,
 )
-from recovery.breaker import BreakerKey, CircuitState
+from recovery.breaker import BreakerKey, BreakerSwitch, CircuitState
 from recovery.errors import BrowserLost
 from recovery.failures import Failure
 from recovery.faults import Fault, Injected
@@ -74,7 +74,7 @@ class BrowserHost:
         self._events = HostEvents()
         self._lease = Lease(config.lease_seconds, clock, self._lease_over)
         self._incarnation = incarnation = Incarnation(
-            browser_id, kind, clock, wall, on_end=self._ended, console=lambda: self.page.console
+            browser_id, kind, clock, wall, on_end=self._ended, context=self._context
         )
         self._breakers = breakers = HostBreakers(
             browser_id,
@@ -82,6 +82,8 @@ class BrowserHost:
             lambda moved: self._events.put(incarnation.ref, breakers=moved),
             clock,
             wall,
+            model_config=config.model_breaker,
+            limits=config.circuits,
         )
         page_process = PageProcess(clock)
         self.page = page = Page(incarnation, config, lambda event: self._watch.page_event(event))
@@ -155,6 +157,8 @@ class BrowserHost:
             self._breakers.restore(order.breakers)
             if order.death is not None:
                 self._breakers.observe(order.death)
+        if order.repair:
+            self._breakers.repaired(order.repair)
 
     async def _launch(self, order: LaunchOrder) -> LaunchReport:
         if not self._data.address:
@@ -178,6 +182,11 @@ class BrowserHost:
         )
 
     # -- the end of a browser ---------------------------------------------------------------------
+
+    def _context(self) -> Mapping[str, Any]:
+        """What a failure of the whole browser should tell: what the page said and was at."""
+        model = self._server.running or self._models.loading
+        return {"console": self.page.console, **(self._models.facts_of(model) if model else {})}
 
     def _out_of_touch(self, failure: Failure) -> None:
         """The page has no connection, and lives."""
@@ -279,6 +288,7 @@ class BrowserHost:
                 what="socket_closed",
             ) from error
         self._incarnation.require(ref)
+        self._breakers.repaired("reconnect")
 
     # -- what it says of itself -------------------------------------------------------------------
 
@@ -318,6 +328,14 @@ class BrowserHost:
     async def examine(self, *, screenshot: bool = True) -> Examination:
         """What is known of the page now, or was last, for whoever looks into a failure."""
         return await self._reports.examine(screenshot=screenshot)
+
+    def breaker_metrics(self) -> Mapping[str, Mapping[str, Any]]:
+        """What each circuit breaker here has counted, by model ("" the browser's own)."""
+        return self._breakers.metrics()
+
+    def switch_breaker(self, model: str, to: BreakerSwitch) -> None:
+        """Force a circuit open, disable it, or reset it; the empty model is the browser's own."""
+        self._breakers.switch(model, to)
 
     async def inject(
         self, ref: HostRef, fault: Fault | Mapping[str, Any], *, gated: bool = True

@@ -7,7 +7,7 @@ made it hears of the end, once, and does the rest.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from actors.messages import LaunchReport
@@ -18,7 +18,7 @@ from recovery.records import BrowserFacts, HostRef
 
 
 class Incarnation:
-    """The present one of a slot. `on_end` hears why it is over; `console` is its page's."""
+    """The present one of a slot. `on_end` hears why it is over; `context` is what is known then."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class Incarnation:
         wall: Callable[[], float],
         *,
         on_end: Callable[[Failure], None],
-        console: Callable[[], tuple[str, ...]],
+        context: Callable[[], Mapping[str, Any]],
     ) -> None:
         self.ref = HostRef(browser_id, -1)
         self.kind = kind
@@ -42,7 +42,7 @@ class Incarnation:
         self._clock = clock
         self._wall = wall
         self._on_end = on_end
-        self._console = console
+        self._context = context
 
     def begin(self, ref: HostRef) -> None:
         """Another one begins. Raises `StaleTerm` if it is no newer than the present one."""
@@ -79,7 +79,8 @@ class Incarnation:
         if ref != self.ref or self.cause is not None:
             return
         message = message or what.replace("_", " ")
-        self.end(self.failure(message, what, "", ref, console=self._console(), **evidence))
+        known = {**self._context(), **evidence}
+        self.end(self.failure(message, what, "", ref, **known))
 
     def end(self, failure: Failure) -> None:
         """The present incarnation is over because of `failure`, unless it was before."""

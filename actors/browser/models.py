@@ -56,6 +56,7 @@ class LoadedModels:
         self._warm_runs = config.warm_runs
         self._used_at: dict[str, float] = {}
         self._checked: dict[tuple[str, str], tuple[int, ...]] = {}
+        self._loading_spec: ModelSpec | None = None
         self._turn = asyncio.Lock()  # an unload must not overtake the load before it
 
     def begin(self, *, warm: bool) -> None:
@@ -63,6 +64,11 @@ class LoadedModels:
         self._warm_runs = self._config.warm_runs if warm else 1
         self.numeric, self.specs = {}, {}
         self.probes.clear()
+
+    @property
+    def loading(self) -> str:
+        """The model that is being loaded, if one is."""
+        return self._loading_spec.name if self._loading_spec else ""
 
     @property
     def busy(self) -> bool:
@@ -80,15 +86,14 @@ class LoadedModels:
 
     def facts_of(self, model: str) -> dict[str, str]:
         """What a failure of this model should tell of it, if it is loaded."""
-        if model not in self.numeric:
-            return {"model": model}
-        numeric, spec = self.numeric[model], self.specs[model]
-        return {
-            "model": model,
-            "backend": str(numeric.backend),
-            "adapter": numeric.adapter,
-            "model_type": str(spec.type),
-        }
+        facts = {"model": model}
+        spec = self.specs.get(model) or self._loading_spec
+        if spec is not None and spec.name == model:
+            facts["model_type"] = str(spec.type)
+        if model in self.numeric:
+            numeric = self.numeric[model]
+            facts |= {"backend": str(numeric.backend), "adapter": numeric.adapter}
+        return facts
 
     async def load(
         self,
@@ -100,36 +105,49 @@ class LoadedModels:
         """Load a model and warm it up; see `BrowserHost.load`."""
         async with self._turn:
             self._incarnation.require(ref)
-            self._page.bridge.register(spec)
-            await asyncio.to_thread(check_unchanged, spec, self._checked)
-            used = self._process.measure()
-            asked = question(spec, known)
+            self._loading_spec = spec
             try:
-                async with asyncio.timeout(self._config.load_seconds):
-                    reply = await self._page.ask("load", self._order(spec, backends), asked)
-            except TimeoutError as error:
-                raise PageError(
-                    f"{spec.name} was not loaded within {self._config.load_seconds:g} s; "
-                    "raise `load_seconds` or cut the model into shards",
-                    what="load_failed",
-                ) from error
-            numeric = self._numeric_id(reply.body)
-            self._incarnation.require(ref)
-            warmed = not reply.body.get("warmError")  # else there is no answer to be judged
-            if known is not None and warmed and (wrong := difference(known, reply.tensors)):
-                await self._page.ask("unload", {"model": spec.name})
-                raise PageError(
-                    f"{spec.name} computes something else here than natively: {wrong}",
-                    what="wrong_answer",
-                    model=spec.name,
-                )
-            self.probes.learn(spec, numeric, asked, reply.tensors if known and warmed else {})
-            await self._injector.page_is_ready(partial(self._page.ask, "fault"))
-            # Whichever process loaded and warmed the model is the page's: its end is the page's.
-            self._process.name(used)
-            self.numeric[spec.name], self.specs[spec.name] = numeric, spec
-            self.used(spec.name)
-            return numeric
+                return await self._load(ref, spec, backends, known)
+            finally:
+                self._loading_spec = None
+
+    async def _load(
+        self,
+        ref: HostRef,
+        spec: ModelSpec,
+        backends: tuple[Backend, ...],
+        known: KnownAnswer | None,
+    ) -> NumericId:
+        self._page.bridge.register(spec)
+        await asyncio.to_thread(check_unchanged, spec, self._checked)
+        used = self._process.measure()
+        asked = question(spec, known)
+        try:
+            async with asyncio.timeout(self._config.load_seconds):
+                reply = await self._page.ask("load", self._order(spec, backends), asked)
+        except TimeoutError as error:
+            raise PageError(
+                f"{spec.name} was not loaded within {self._config.load_seconds:g} s; "
+                "raise `load_seconds` or cut the model into shards",
+                what="load_failed",
+            ) from error
+        numeric = self._numeric_id(reply.body)
+        self._incarnation.require(ref)
+        warmed = not reply.body.get("warmError")  # else there is no answer to be judged
+        if known is not None and warmed and (wrong := difference(known, reply.tensors)):
+            await self._page.ask("unload", {"model": spec.name})
+            raise PageError(
+                f"{spec.name} computes something else here than natively: {wrong}",
+                what="wrong_answer",
+                model=spec.name,
+            )
+        self.probes.learn(spec, numeric, asked, reply.tensors if known and warmed else {})
+        await self._injector.page_is_ready(partial(self._page.ask, "fault"))
+        # Whichever process loaded and warmed the model is the page's: its end is the page's.
+        self._process.name(used)
+        self.numeric[spec.name], self.specs[spec.name] = numeric, spec
+        self.used(spec.name)
+        return numeric
 
     def _order(self, spec: ModelSpec, backends: tuple[Backend, ...]) -> dict[str, object]:
         return {

@@ -63,11 +63,17 @@ class OperationServer:
         self._status = status
         self._in_flight: OrderedDict[str, asyncio.Task[RunReply]] = OrderedDict()
         self._steps: dict[str, asyncio.Future[None]] = {}  # of sequences, under way
+        self._running: dict[str, str] = {}  # models that the page is asked for, the oldest first
         self._answers = AnswerCache(config.answers_kept_max, config.answers_kept_bytes_max)
 
     def queued(self) -> int:
         """Operations that are not answered, and abandoned ones that the page still computes."""
         return max(len(self._in_flight) + len(self._steps), self._page.outstanding)
+
+    @property
+    def running(self) -> str:
+        """The model that the page is at, if any: it takes one operation after the other."""
+        return next(iter(self._running.values()), "")
 
     def idle(self, seconds: float) -> bool:
         """Whether nothing is under way, and was not for so long."""
@@ -126,6 +132,7 @@ class OperationServer:
 
     def _ended(self, key: str, model: str) -> None:
         self._in_flight.pop(key, None)
+        self._running.pop(key, None)
         self.used_at = self._clock()
         self._models.used(model)
         self._on_used()
@@ -163,6 +170,7 @@ class OperationServer:
         body = {"model": request.model, **({"stage": asdict(stage)} if stage else {})}
         position = stage.position if stage else 0
         frame = Frame("run", key, ref.epoch, position=position, body=body, tensors=tensors)
+        self._running[key] = request.model
         try:
             async with asyncio.timeout(request.seconds):
                 answer = await self._page.request(frame)

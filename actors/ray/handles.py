@@ -29,7 +29,7 @@ from actors.ray.connection import NAMESPACE, this_node
 from actors.ray.starting import history_name, on_this_node, start_actor
 from actors.ray.workers import History, Native
 from actors.supervisor.records import SupervisorConfig
-from recovery.breaker import BreakerKey, CircuitState
+from recovery.breaker import BreakerKey, BreakerSwitch, CircuitState
 from recovery.errors import BrowserLost, InternalError, PoolClosed, PoolError, SetupError
 from recovery.faults import Fault, Injected
 from recovery.history.samples import Sample
@@ -109,6 +109,14 @@ class RayHost:
     async def examine(self, *, screenshot: bool = True) -> Examination:
         found: Examination = await result(self.actor.examine.remote(screenshot), "a browser")
         return found
+
+    async def breaker_metrics(self) -> Mapping[str, Mapping[str, Any]]:
+        call = self.actor.breaker_metrics.remote()
+        found: Mapping[str, Mapping[str, Any]] = await result(call, "a browser")
+        return found
+
+    async def switch_breaker(self, model: str, to: BreakerSwitch) -> None:
+        await result(self.actor.switch_breaker.remote(model, to), "a browser")
 
     async def reconnect(self, ref: HostRef, term: int) -> None:
         await result(self.actor.reconnect.remote(ref, term), str(ref))

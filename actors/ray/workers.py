@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from actors.native_host import NativeHost
 from actors.ray.connection import this_node
 from actors.ray.own_process import end_this_actor, end_unless_claimed
 from actors.supervisor.records import SupervisorConfig
-from recovery.breaker import BreakerKey, CircuitState
+from recovery.breaker import BreakerKey, BreakerSwitch, CircuitState
 from recovery.faults import Fault, Injected
 from recovery.history.samples import Sample
+from recovery.history.store import HistoryStore
 from recovery.kinds import Backend, BrowserType
 from recovery.records import HostRef, HostStatus, NumericId
 from sharding.models.known_answers import KnownAnswer
@@ -97,6 +99,12 @@ class Browser:
     async def wear(self) -> Wear:
         return self._host.wear()
 
+    async def breaker_metrics(self) -> Mapping[str, Mapping[str, Any]]:
+        return self._host.breaker_metrics()
+
+    async def switch_breaker(self, model: str, to: BreakerSwitch) -> None:
+        self._host.switch_breaker(model, to)
+
     async def drain(self, term: int) -> None:
         await self._host.drain(term)
 
@@ -115,7 +123,8 @@ class History:
 
     def __init__(self, config: SupervisorConfig) -> None:
         self._name = config.name
-        self._keeper = HistoryKeeper(Path(config.history), Path(config.history_spare))
+        make = partial(HistoryStore, config=config.history_limits)
+        self._keeper = HistoryKeeper(Path(config.history), Path(config.history_spare), make)
         self._lease_seconds = 2 * config.lease_seconds
         self._lease = end_unless_claimed(config.lease_seconds)
         self._opened: asyncio.Task[str] | None = None

@@ -97,6 +97,7 @@ class Launches:
             warm=order.epoch == 0 and not record.stands_in_for,
             breakers=record.breakers,
             death=self._hosts.death(order.browser_id),
+            repair=_repair(order),
         )
 
     async def _launch_failed(self, order: Launch, host: Host | None, error: PoolError) -> None:
@@ -131,3 +132,10 @@ class Launches:
                 await self._journal.happen(BrowserFailed(order.browser_id, order.epoch, failure))
             return
         await self._journal.happen(BrowserReconnected(order.browser_id, order.epoch))
+
+
+def _repair(order: Launch) -> str:
+    """What a launch repairs its browser by; nothing, if it is the first of its slot."""
+    if order.epoch == 0:
+        return ""
+    return "adjusted restart" if order.adjusted else "restart"

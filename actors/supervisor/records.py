@@ -11,6 +11,7 @@ from typing import Any
 
 from actors.supervisor.hosts import Host
 from recovery.control import PoolState
+from recovery.history.config import HistoryConfig
 from recovery.kinds import Backend, BrowserType, Level
 from recovery.placement import Placing
 from recovery.plan import StrategyOrder
@@ -42,6 +43,7 @@ class SupervisorConfig:
     care_seconds: float = 5.0  # between two looks at memory, wear and size; 0: never
     history: str = ""  # file of the samples; empty: none are kept
     history_spare: str = ""  # to be used while another pool writes to that
+    history_limits: HistoryConfig = field(default_factory=HistoryConfig)
 
 
 @dataclass(frozen=True)

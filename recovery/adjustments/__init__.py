@@ -1,19 +1,12 @@
 """What an adjusted restart changes (the AGGRESSIVE rung), and which browser to try instead.
 
-`table` is the data, `choice` picks from it; `models` says how each type of model likes to be run.
+`table` is the data, `choice` picks from it; `fallback` orders the other browsers.
 Whoever is outside imports from here.
 """
 
 from recovery.adjustments.arguments import merge_arguments
 from recovery.adjustments.choice import LaunchAdjustment, adjust
-from recovery.adjustments.models import (
-    Goal,
-    Loading,
-    ModelSettings,
-    constrained,
-    fallback_order,
-    model_settings,
-)
+from recovery.adjustments.fallback import BROWSER_ORDER, fallback_order
 from recovery.adjustments.table import (
     ADJUSTMENTS,
     WITHOUT_EQUIVALENT,
@@ -24,17 +17,13 @@ from recovery.adjustments.table import (
 
 __all__ = [
     "ADJUSTMENTS",
+    "BROWSER_ORDER",
     "WITHOUT_EQUIVALENT",
     "Adjustment",
-    "Goal",
     "LaunchAdjustment",
-    "Loading",
-    "ModelSettings",
     "PreferenceValue",
     "Unfulfilled",
     "adjust",
-    "constrained",
     "fallback_order",
     "merge_arguments",
-    "model_settings",
 ]

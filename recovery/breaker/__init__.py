@@ -5,11 +5,13 @@ This is the front door: code outside the package imports from here.
 
 from recovery.breaker.circuit import Change, CircuitBreaker, CircuitOpenError, Snapshot
 from recovery.breaker.config import BreakerConfig, RegistryConfig
+from recovery.breaker.metrics import registry_metrics
 from recovery.breaker.registry import BreakerKey, CircuitBreakerRegistry, open_max
 from recovery.breaker.state import (
     Abandoned,
     Asked,
     Breaker,
+    BreakerSwitch,
     CircuitState,
     Event,
     Failed,
@@ -32,6 +34,7 @@ __all__ = [
     "Breaker",
     "BreakerConfig",
     "BreakerKey",
+    "BreakerSwitch",
     "Change",
     "CircuitBreaker",
     "CircuitBreakerRegistry",
@@ -50,6 +53,7 @@ __all__ = [
     "is_recorded",
     "open_max",
     "open_seconds",
+    "registry_metrics",
     "retry_at",
     "step",
     "succeed",

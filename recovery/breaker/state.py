@@ -147,6 +147,14 @@ class Ticked:
     at: float
 
 
+class BreakerSwitch(StrEnum):
+    """What somebody may set a breaker to by hand."""
+
+    FORCE_OPEN = "force_open"  # refuse everything until it is reset or disabled
+    DISABLE = "disable"  # admit everything until it is reset or forced open; calls are counted
+    RESET = "reset"  # close it and start afresh
+
+
 @dataclass(frozen=True, slots=True)
 class Repaired:
     """Something was done about an outage. The probes still have to show that it helped."""

@@ -214,7 +214,7 @@ def _failed(state: PoolState, body: BrowserFailed, at: float) -> Decision:
     if ended.repair is None:
         if at - record.since >= state.limit.period_seconds:  # it served well: back to full speed
             ended = replace(ended, adjusted=None)
-        model_type = model_type_of(state, body.failure)
+        model_type = model_type_of(state, record, body.failure)
         key = tally_key(body.failure.category, record.kind, model_type)
         todo = plan(
             state.level,

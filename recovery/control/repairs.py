@@ -303,10 +303,15 @@ def lives_on(failure: Failure) -> bool:
     return failure.scope is Scope.OPERATION or (connection and failure.scope is Scope.PAGE)
 
 
-def model_type_of(state: PoolState, failure: Failure) -> ModelType:
-    """The type of the model that failed, or the one type that all models of the pool have."""
+def model_type_of(state: PoolState, record: BrowserRecord, failure: Failure) -> ModelType:
+    """The type of the model that a browser failed with.
+
+    That is the model which it was running or loading, where its worker could say; else the one
+    type that all models on the browser have, or all of the pool.
+    """
     model = str(failure.evidence.get("model", ""))
     if model in state.model_types:
         return state.model_types[model]
-    types = set(state.model_types.values())
+    here = {state.model_types[name] for name in record.models if name in state.model_types}
+    types = here or set(state.model_types.values())
     return types.pop() if len(types) == 1 else ModelType.UNKNOWN

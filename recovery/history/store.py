@@ -17,7 +17,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import duckdb
 from recovery.errors import BadInput, IllegalTransition, SetupError
 from recovery.history import damage, schema
 from recovery.history.buffer import SampleBuffer
+from recovery.history.config import HistoryConfig
 from recovery.history.samples import Sample
 
 _NOTES_MAX = 16
@@ -48,17 +48,6 @@ class HistoryUnavailable(SetupError):
 
 class HistoryTooNew(HistoryUnavailable):
     """A newer version of tabpool, or of DuckDB, made the file."""
-
-
-@dataclass(frozen=True)
-class HistoryConfig:
-    rows_max: int = 200_000  # in each base table; a tenth more before the oldest are deleted
-    buffer_max: int = 10_000  # samples that wait to be written; the oldest give way
-    answer_rows_max: int = 10_000  # a query with a longer answer is refused
-    query_seconds_max: float = 10.0  # a query that takes longer is ended
-    memory_bytes_max: int = 256 * 2**20  # DuckDB's own, for all it does at one time
-    wal_bytes_max: int = 4 * 2**20  # then it goes into the file, so that a torn one costs little
-    threads: int = 1  # DuckDB's; the processors are for the browsers
 
 
 class HistoryStore:

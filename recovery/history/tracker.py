@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypedDict
 from recovery.errors import BadInput
 from recovery.failures import Category
 from recovery.history.samples import Sample
+from recovery.history.schema import VIEWS
 from recovery.history.significance import SAMPLES_MIN, better, trend_direction, wilson
 from recovery.history.store import HistoryStore
 from recovery.kinds import BrowserType, ModelType, RecoveryLevel
@@ -67,6 +68,34 @@ class PerformanceHistoryTracker:
     def record(self, *samples: Sample) -> None:
         """The same as the store's `add`."""
         self._store.add(samples)
+
+    def view(self, name: str, *, limit: int = 1000, **equal: Any) -> list[dict[str, Any]]:
+        """Rows of one of `recovery.history.schema.VIEWS`, at most `limit`, the latest first.
+
+        `equal` are columns and what they must be: `view("strategy_scores", error_type="crash")`.
+        Raises `BadInput`, naming the views or the columns that there are.
+        """
+        if name not in VIEWS:
+            raise BadInput(
+                f"no view {name!r}; there are {', '.join(VIEWS)}.", expected=list(VIEWS), got=name
+            )
+        described = self._store.query(
+            "SELECT column_name FROM information_schema.columns WHERE table_name = ?", [name]
+        )
+        columns = [str(row["column_name"]) for row in described]
+        if unknown := sorted(equal.keys() - set(columns)):
+            raise BadInput(
+                f"{name} has no column {', '.join(unknown)}; it has {', '.join(columns)}.",
+                expected=columns,
+                got=unknown,
+            )
+        if type(limit) is not int or limit < 1:
+            raise BadInput(f"limit: expected a whole number from 1, got {limit!r}.", got=limit)
+        where = " AND ".join(f"{column} = ?" for column in equal) or "true"
+        return self._store.query(
+            f"SELECT * FROM {name} WHERE {where} ORDER BY ALL DESC LIMIT {limit}",
+            [str(value) if isinstance(value, str) else value for value in equal.values()],
+        )
 
     def success_rates(
         self, by: Sequence[str] = ("strategy", "rung"), since: float | None = None

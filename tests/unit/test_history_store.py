@@ -11,8 +11,9 @@ import pytest
 
 from recovery.errors import BadInput, IllegalTransition
 from recovery.failures import Category
+from recovery.history.config import HistoryConfig
 from recovery.history.samples import OperationSample, RecoverySample
-from recovery.history.store import HistoryConfig, HistoryStore, HistoryUnavailable
+from recovery.history.store import HistoryStore, HistoryUnavailable
 from recovery.history.tracker import PerformanceHistoryTracker
 from recovery.kinds import Level
 from tests.histories import (

@@ -6,6 +6,7 @@ import pytest
 
 from recovery.errors import BadInput
 from recovery.failures import Category
+from recovery.history.schema import VIEWS
 from recovery.history.tracker import PerformanceHistoryTracker, RungOutcome
 from recovery.kinds import BrowserType, ModelType
 from tests.histories import (
@@ -292,3 +293,40 @@ def test_a_browser_that_is_better_by_noise_only_is_not_recommended(tracker):
     )
     assert asked.recommend_browser(ModelType.TEXT)[0]["browser_type"] == "firefox"
     assert asked.get_performance_recommendations() == {"recommendations": {}}
+
+
+# -- views ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_every_view_can_be_asked_and_filtered(tracker, view):
+    asked = tracker(*many(3, STEP), replace(STEP, category=Category.TIMEOUT, pool="q"), FAILED)
+    rows = asked.view(view)
+    assert rows
+    assert {row["error_type"] for row in rows} == {"crash", "timeout"}
+    assert {row["error_type"] for row in asked.view(view, error_type=Category.TIMEOUT)} == {
+        "timeout"
+    }
+    assert len(asked.view(view, limit=1)) == 1
+    assert asked.view(view, error_type="api_error") == []
+
+
+@pytest.mark.parametrize(
+    ("view", "options", "said"),
+    [
+        ("nothing", {}, "there are recovery_performance, strategy_scores"),
+        ("strategy_scores", {"colour": "red"}, "no column colour; it has error_type, strategy"),
+        ("strategy_scores", {"limit": 0}, "whole number from 1"),
+        ("strategy_scores", {"limit": "1; DROP TABLE operations"}, "whole number from 1"),
+        ("operations", {}, "no view 'operations'"),
+    ],
+)
+def test_view_or_column_that_there_is_not_is_refused_with_those_that_there_are(
+    tracker, view, options, said
+):
+    with pytest.raises(BadInput, match=said):
+        tracker(STEP).view(view, **options)
+
+
+def test_values_are_no_part_of_the_query(tracker):
+    assert tracker(STEP).view("recovery_performance", error_type="' OR true --") == []

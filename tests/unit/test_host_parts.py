@@ -28,9 +28,7 @@ STATUS = HostStatus(REF, CHROME, Readiness.READY)
 
 
 def incarnation(ended: list) -> Incarnation:
-    made = Incarnation(
-        "b", CHROME, lambda: 5.0, lambda: 9.0, on_end=ended.append, console=lambda: ("x",)
-    )
+    made = Incarnation("b", CHROME, lambda: 5.0, lambda: 9.0, on_end=ended.append, context=dict)
     made.begin(REF)
     return made
 
@@ -83,7 +81,7 @@ class Launching:
         self.gates: list[asyncio.Future] = []
         self.begun: list[tuple[HostRef, bool]] = []
         self.incarnation = Incarnation(
-            "b", CHROME, lambda: 0.0, lambda: 0.0, on_end=self.end, console=lambda: ()
+            "b", CHROME, lambda: 0.0, lambda: 0.0, on_end=self.end, context=dict
         )
         self.it = Launcher(
             self.incarnation,

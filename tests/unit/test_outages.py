@@ -43,7 +43,7 @@ class Watched:
             asyncio.get_running_loop().time,
             lambda: 0.0,
             on_end=lambda failure: self.ended.append(failure.message),
-            console=lambda: ("said",),
+            context=lambda: {"console": ("said",)},
         )
         self.incarnation.begin(REF)
         self.incarnation.readiness = Readiness.READY

@@ -15,6 +15,7 @@ from recovery.control import (
     BrowserWanted,
     Launch,
     Load,
+    ModelLoaded,
     ModelPhase,
     ModelWanted,
     Phase,
@@ -23,9 +24,10 @@ from recovery.control import (
 )
 from recovery.failures import Category
 from recovery.kinds import BrowserType, Level, ModelType, RecoveryLevel
+from recovery.placement import Placing
 from recovery.plan import HOPELESS_ATTEMPTS
 from recovery.supervision import RestartLimit
-from tests.fakes import FACTS, failure
+from tests.fakes import FACTS, NUMERIC, failure
 from tests.stories import (
     CHROME,
     LIMIT,
@@ -274,3 +276,29 @@ def test_drain_in_the_middle_of_a_repair_ends_it():
     assert story.tell(BrowserUnwanted("b")) == (Stop("b", 0), Stop("edge-r1", 0))
     assert story.state.repairs[0].outcome == "stopped"
     assert story.browser.repair is None
+
+
+def test_crash_in_a_pool_of_several_types_is_planned_for_the_model_that_was_running():
+    story = serving_with()  # m is text
+    story.tell(ModelWanted("vad", "digest", ModelType.AUDIO))
+    story.tell(ModelLoaded("b", 0, "vad", NUMERIC))
+    crash = failure(Category.CRASH, evidence={"model": "vad"})
+    story.tell(BrowserFailed("b", 0, crash, False))
+    assert story.browser.repair.model_type is ModelType.AUDIO
+
+
+def test_where_nothing_was_running_the_type_is_that_of_all_models_on_the_browser():
+    story = serving_with()  # m is text
+    story.tell(BrowserWanted("c", CHROME))
+    story.ready("c")
+    story.tell(ModelWanted("vad", "digest", ModelType.AUDIO, Placing(1, "vad")))
+    (without,) = (r for r in story.state.browsers.values() if "vad" not in r.models)
+    story.tell(BrowserFailed(without.id, 0, failure(Category.CRASH), False))
+    assert story.state.browsers[without.id].repair.model_type is ModelType.TEXT
+
+
+def test_where_nothing_was_running_and_there_are_several_types_none_is_made_up():
+    story = serving_with()  # m is text
+    story.tell(ModelWanted("vad", "digest", ModelType.AUDIO))
+    story.tell(BrowserFailed("b", 0, failure(Category.CRASH), False))
+    assert story.browser.repair.model_type is ModelType.UNKNOWN

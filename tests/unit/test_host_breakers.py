@@ -1,7 +1,14 @@
 """The circuit breakers of one browser, on a clock of their own."""
 
 from actors.browser.breakers import HostBreakers
-from recovery.breaker import BreakerConfig, CircuitState, Snapshot
+from recovery.breaker import (
+    BreakerConfig,
+    BreakerKey,
+    BreakerSwitch,
+    CircuitState,
+    RegistryConfig,
+    Snapshot,
+)
 from recovery.failures import Category, Failure, Scope, Severity
 
 CONFIG = BreakerConfig(recovery_timeout=10.0, recovery_timeout_jitter=0.0, success_threshold=1)
@@ -145,3 +152,73 @@ def test_operation_that_is_the_probe_of_a_half_open_breaker_knows_it():
     after = it.breakers.admit("m")
     assert after is not None
     assert not after.on_trial
+
+
+# -- what ended an outage, and switches by hand ----------------------------------------------------
+
+
+def test_repair_is_named_in_what_ended_the_outage():
+    it = Guarded()
+    it.fail(times=3)
+    it.breakers.repaired("restart")
+    it.now += 10.0
+    probe = it.breakers.admit("m")
+    assert probe is not None
+    probe.succeeded()
+    (recovery,) = it.breakers.metrics()["m"]["recovery_history"]
+    assert recovery["recovery_method"] == "restart"
+
+
+def test_outage_that_only_time_has_ended_says_probe():
+    it = Guarded()
+    it.breakers.repaired("restart")  # before anything was broken: it explains nothing
+    it.fail(times=3)
+    it.now += 10.0
+    probe = it.breakers.admit("m")
+    assert probe is not None
+    probe.succeeded()
+    (recovery,) = it.breakers.metrics()["m"]["recovery_history"]
+    assert recovery["recovery_method"] == "probe"
+
+
+def test_circuit_is_forced_open_disabled_and_reset_by_hand():
+    it = Guarded()
+    it.breakers.switch("m", BreakerSwitch.FORCE_OPEN)
+    assert it.breakers.admit("m") is None
+    assert it.breakers.blocked()["m"] > 1e6
+    it.breakers.switch("m", BreakerSwitch.DISABLE)
+    it.fail(times=5)
+    assert it.breakers.admit("m") is not None
+    it.breakers.switch("m", BreakerSwitch.RESET)
+    assert it.states()[-1] == ("m", CircuitState.CLOSED)
+    it.breakers.switch("", BreakerSwitch.FORCE_OPEN)
+    assert it.breakers.admit("other") is None, "the browser's own refuses for all its models"
+
+
+def test_models_may_be_set_to_something_else_than_their_browser():
+    breakers = HostBreakers(
+        "b0",
+        CONFIG,
+        lambda moved: None,
+        clock=lambda: 0.0,
+        model_config=BreakerConfig(failure_threshold=1, recovery_timeout_jitter=0.0),
+    )
+    admission = breakers.admit("m")
+    assert admission is not None
+    admission.failed(BAD, cured=False)
+    assert "m" in breakers.blocked()
+
+
+def test_cap_on_open_circuits_is_the_pool_s():
+    breakers = HostBreakers(
+        "b0",
+        CONFIG,
+        lambda moved: None,
+        clock=lambda: 0.0,
+        limits=RegistryConfig(open_share_max=0.0),
+    )
+    breakers.note_peers({BreakerKey("b1", "m"): CircuitState.CLOSED})
+    for _ in range(5):
+        admission = breakers.admit("m")
+        assert admission is not None, "no circuit may open here"
+        admission.failed(BAD, cured=False)
