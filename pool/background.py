@@ -1,4 +1,4 @@
-"""What a client has running that no caller waits for: bounded, and ended with the pool.
+"""What a client has running beside what its callers wait for; with the pool, it is ended.
 
 This module must not know what the tasks do.
 """
@@ -34,6 +34,11 @@ class BackgroundTasks:
         self._audits.append(audit)
         while self._audits and (self._audits[0].done() or len(self._audits) > _AUDITS_MAX):
             self._audits.popleft().cancel()
+
+    async def finish(self) -> list[Exception]:
+        """Wait for what was started and still runs; returns what it raised."""
+        outcomes = await asyncio.gather(*self._tasks, return_exceptions=True)
+        return [outcome for outcome in outcomes if isinstance(outcome, Exception)]
 
     async def cancel(self) -> None:
         """End them all, and wait for that."""

@@ -1,7 +1,7 @@
 """Whether a fault really happened, by the word of anybody but the injector: the kernel, the
 supervisor's log, the page itself, the answers.
 
-What was seen is gathered by `pool.chaos.runner`; here it is weighed. Pure: nothing is looked at.
+What was seen is gathered by `pool.chaos.watch`; here it is weighed. Pure: nothing is looked at.
 """
 
 from __future__ import annotations

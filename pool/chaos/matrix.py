@@ -22,9 +22,10 @@ from rich.table import Table
 from actors.driver.binaries import installed_kinds
 from pool.chaos import charts
 from pool.chaos.breakable import chaos_pool
+from pool.chaos.plan import Plan
 from pool.chaos.records import ChaosRun
 from pool.chaos.report import table
-from pool.chaos.runner import ChaosRunner, Plan
+from pool.chaos.runner import ChaosRunner
 from pool.chaos.workload import Question, Source, Workload, known_sources, native_answer
 from pool.config import BACKENDS
 from pool.models.registry import read_model

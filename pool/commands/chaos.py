@@ -20,9 +20,10 @@ from actors.ray.cluster import LocalCluster
 from pool.chaos import matrix as matrices
 from pool.chaos.breakable import chaos_pool
 from pool.chaos.bundle import BundleWriter
+from pool.chaos.plan import Plan
 from pool.chaos.records import ChaosRun
 from pool.chaos.report import verdict, write_report
-from pool.chaos.runner import ChaosRunner, Plan
+from pool.chaos.runner import ChaosRunner
 from pool.chaos.view import shown
 from pool.chaos.workload import Workload, source_of
 from pool.commands.generate import parse_browsers

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 from pool.bundles import read_bundle
 from pool.chaos.breakable import chaos_pool
+from pool.chaos.plan import Plan
 from pool.chaos.records import ChaosRun, read_run
 from pool.chaos.report import verdict
-from pool.chaos.runner import ChaosRunner, Plan
+from pool.chaos.runner import ChaosRunner
 from pool.chaos.workload import Workload, source_of
 from pool.commands.main import app
 from recovery.errors import FaultRefused

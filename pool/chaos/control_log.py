@@ -1,0 +1,88 @@
+"""What the supervisor has logged since the run began: failures that it noticed, and its clock.
+
+The log is read while the supervisor writes it. This module must not write a log itself; at most
+it gives the supervisor something to log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pool.chaos.clock import SupervisorClock
+from pool.chaos.evidence import Noticed
+from pool.pool import BrowserPool
+from recovery.errors import PoolError
+from recovery.log import log
+
+_EVENTS_MAX = 200_000  # of the control log that are kept for the account
+
+
+class ControlLogReader:
+    """The control log of a pool, read from where the last reading ended."""
+
+    def __init__(self, pool: BrowserPool, clock: SupervisorClock) -> None:
+        self._pool = pool
+        self._clock = clock
+        self._noticed: deque[Noticed] = deque(maxlen=_EVENTS_MAX)
+        self._last_seq = 0
+        self._last_logged: tuple[float, float] = (0.0, 0.0)  # its clock, and ours
+
+    @property
+    def noticed(self) -> Sequence[Noticed]:
+        """The failures that the supervisor has taken in, their times by our clock."""
+        return self._noticed
+
+    @property
+    def last_seq(self) -> int:
+        """The number of the last event that was read."""
+        return self._last_seq
+
+    async def read(self) -> None:
+        """Read what is new. A log that can't be read now is read the next time."""
+        folder = self._pool.log_folder
+        if folder is None:
+            return
+        with contextlib.suppress(PoolError, OSError):
+            events = await asyncio.to_thread(lambda: list(log.show(folder, self._last_seq + 1)))
+            for event in events:
+                if event.get("type") == "unreadable":
+                    continue
+                self._last_seq = max(self._last_seq, int(event["seq"]))
+                self._last_logged = (float(event["at"]), time.time())
+                if (failure := noticed_in(event)) is not None:
+                    self._noticed.append(replace(failure, at=self._clock.ours(failure.at)))
+
+    async def have_something_logged(self) -> None:
+        """Order what is so already: an event that changes nothing, but has to be logged."""
+        for name in self._pool.models()[:1]:
+            with contextlib.suppress(PoolError):
+                await self._pool.order_again(name)
+
+    async def skew(self) -> float:
+        """How far the supervisor's clock is ahead of ours, by what it logs now."""
+        await self.have_something_logged()
+        await self.read()
+        return self._last_logged[0] - self._last_logged[1]
+
+
+def noticed_in(event: Mapping[str, Any]) -> Noticed | None:
+    """The failure of a browser that a logged event tells of, by the supervisor's clock."""
+    body = event["body"]
+    failure = body.get("failure") if isinstance(body, Mapping) else None
+    if not isinstance(failure, Mapping) or "browser_id" not in body:
+        return None
+    return Noticed(
+        str(body["browser_id"]),
+        int(body.get("epoch", -1)),
+        str(failure["category"]),
+        str(failure.get("evidence", {}).get("what", "")),
+        float(failure["at"]),
+        str(body.get("model", "")),
+        int(event["seq"]),
+    )
