@@ -8,6 +8,7 @@ import re
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -15,9 +16,9 @@ import typer
 from actors.history import QUESTIONS
 from actors.messages import HostConfig
 from actors.supervisor.records import SupervisorConfig
-from pool import BrowserPool
+from pool import BrowserPool, Result
 from pool.chaos.plan import Plan
-from pool.commands.main import COMMANDS, GROUPS
+from pool.commands.main import COMMANDS, GROUPS, app
 from pool.config import PoolConfig
 from recovery.breaker import BreakerConfig, RegistryConfig
 from recovery.history.config import HistoryConfig
@@ -46,16 +47,22 @@ SETTINGS = (
 
 
 @cache
-def reads() -> dict[str, set[str]]:
-    """By name: the modules of the packages that read an attribute of that name."""
-    found: dict[str, set[str]] = {}
+def reads() -> frozenset[str]:
+    """The names of all attributes that the packages read, but for where settings are checked."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.FunctionDef) and node.name in ("__post_init__", "checked"):
+            return
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            found.add(node.attr)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
     for room in ("pool", "actors", "sharding", "recovery"):
         for path in (ROOT / room).rglob("*.py"):
-            where = str(path.relative_to(ROOT))
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                    found.setdefault(node.attr, set()).add(where)
-    return found
+            visit(ast.parse(path.read_text()))
+    return frozenset(found)
 
 
 @pytest.mark.parametrize(
@@ -64,25 +71,7 @@ def reads() -> dict[str, set[str]]:
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_every_field_of_every_setting_is_read_where_it_works(settings, name):
-    own = inspect.getsourcefile(settings)
-    readers = {where for where in reads().get(name, set()) if str(ROOT / where) != own}
-    if settings is PoolConfig:  # what a pool hands on to its browsers is read there
-        readers |= {"pool/config.py"} & reads().get(name, set()) if name in handed_on() else set()
-    assert readers, f"{settings.__name__}.{name} is read by nobody"
-
-
-@cache
-def handed_on() -> set[str]:
-    """The options that `PoolConfig.hosts` and its like make something of."""
-    tree = ast.parse((ROOT / "pool" / "config.py").read_text())
-    methods = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name in ("hosts", "kinds", "scaling")
-    ]
-    return {
-        node.attr for made in methods for node in ast.walk(made) if isinstance(node, ast.Attribute)
-    }
+    assert name in reads(), f"{settings.__name__}.{name} is read by nobody"
 
 
 def test_every_view_that_the_history_has_can_be_asked_for():
@@ -96,7 +85,7 @@ def test_every_question_and_view_is_named_where_users_look():
     assert not named, f"docs/monitoring.md names no {', '.join(named)}"
 
 
-# -- the command line -------------------------------------------------------------------------------
+# -- the command line ------------------------------------------------------------------------------
 
 
 def commands() -> list:
@@ -118,16 +107,15 @@ def test_every_option_of_a_command_is_read_by_it(command):
     assert "locals" in used or not unread, f"{command.__name__} reads no {', '.join(unread)}"
 
 
-# -- the documents ----------------------------------------------------------------------------------
+# -- the documents ---------------------------------------------------------------------------------
 
 _KEYWORD = re.compile(r"`(?:[\w.]+\()?(\w+)=[^`]*`")
 _LONG_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]+)")
-_OF_OTHERS = re.compile(r"tabpool|python -m (benchmarks|tests)|make ")
 
 
 def taken() -> set[str]:
-    """What users can pass by name: options of a pool and its records, parameters of its calls."""
-    names = {f.name for settings in SETTINGS for f in fields(settings)}
+    """What users can pass or find by name: options, parameters of calls, fields of a result."""
+    names = {f.name for record in (*SETTINGS, Result) for f in fields(record)}
     calls = [call for _, call in inspect.getmembers(BrowserPool, inspect.isfunction)]
     for call in calls:
         names |= set(inspect.signature(call).parameters)
@@ -157,24 +145,21 @@ _NOT_OURS = {"by", "error_type", "resources", "limit"}
 
 @pytest.mark.parametrize("document", documents(), ids=lambda path: path.name)
 def test_documents_name_no_command_line_option_that_no_command_has(document):
-    known = {"help"}
-    for command in commands():
-        for name, parameter in inspect.signature(command).parameters.items():
-            known.add(name.replace("_", "-"))
-            for meta in getattr(parameter.annotation, "__metadata__", ()) or ():
-                known |= {d.lstrip("-") for d in getattr(meta, "param_decls", None) or ()}
-    app_help = {f"--{name}" for name in known}
-    lines = [line for line in document.read_text().splitlines() if "tabpool " in line]
+    known = {
+        option for command in all_commands() for made in command.params for option in made.opts
+    }
     named = {
         f"--{option}"
-        for line in lines
-        if "benchmarks" not in line and "tests.simulator" not in line
-        for command in re.findall(r"tabpool [a-z]+ [^`#]*", line)
-        for option in _LONG_OPTION.findall(command)
+        for line in document.read_text().splitlines()
+        for words in re.findall(r"tabpool [a-z]+ [^`#]*", line)
+        for option in _LONG_OPTION.findall(words)
     }
-    assert named <= app_help, f"{document.name}: {', '.join(sorted(named - app_help))}"
+    assert "--json" in known
+    assert named <= known | {"--help"}, f"{document.name}: {', '.join(sorted(named - known))}"
 
 
-def test_typer_is_what_reads_the_options():
-    assert issubclass(typer.Typer, object)
-    assert commands(), "there is something to check"
+def all_commands() -> list[Any]:
+    """Every command and subcommand, as typer has understood them."""
+    top: Any = typer.main.get_command(app)
+    nested = [getattr(made, "commands", {made.name: made}) for made in top.commands.values()]
+    return [command for group in nested for command in group.values()]
