@@ -1,6 +1,6 @@
 """Faults for tests and demonstrations, made from outside on a browser of this machine.
 
-Only processes below a pool's own warden can be touched: anything else is refused. Nothing here
+Only processes below a pool's own reaper can be touched: anything else is refused. Nothing here
 runs unless it is called. For faults by kind and intensity, on any node, see `actors.injector`.
 """
 
@@ -45,7 +45,7 @@ def crash_tab(report: LaunchReport, kind: BrowserType) -> Sequence[int]:
             process.kill()
             killed.append(process.pid)
     if not killed:
-        raise BadInput(f"no page process of {kind} below warden {report.pids['warden']}")
+        raise BadInput(f"no page process of {kind} below reaper {report.pids['reaper']}")
     return killed
 
 
@@ -58,7 +58,7 @@ def kill_network(report: LaunchReport) -> int:
         with contextlib.suppress(psutil.Error):
             process.kill()
             return process.pid
-    raise BadInput(f"no network process below warden {report.pids['warden']}")
+    raise BadInput(f"no network process below reaper {report.pids['reaper']}")
 
 
 def wrong_answers(
@@ -78,13 +78,13 @@ def drop_sockets(bridge: Bridge, names: Iterable[str] = ("control", "data")) -> 
 
 
 def processes_of(report: LaunchReport, kind: BrowserType) -> BrowserProcesses:
-    """The processes of a launch: all that are below its warden."""
-    return BrowserProcesses(kind, report.pids, report.pids.get("warden", 0))
+    """The processes of a launch: all that are below its reaper."""
+    return BrowserProcesses(kind, report.pids, report.pids.get("reaper", 0))
 
 
 def _tree(report: LaunchReport) -> list[psutil.Process]:
-    """The processes below the launch's warden, the warden itself left out."""
+    """The processes below the launch's reaper, the reaper itself left out."""
     try:
-        return psutil.Process(report.pids["warden"]).children(recursive=True)
+        return psutil.Process(report.pids["reaper"]).children(recursive=True)
     except psutil.NoSuchProcess as error:
         raise BadInput("this browser is gone already") from error

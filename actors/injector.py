@@ -2,7 +2,7 @@
 supervisor: its death, a full disk, a clock that jumps.
 
 An injector lives in the very worker that it breaks, on whatever node that is, and touches nothing
-but processes below the browser's warden, the worker itself, and on order the raylet above it. What
+but processes below the browser's reaper, the worker itself, and on order the raylet above it. What
 each fault is said to do at each intensity is in `recovery.faults`. Whether it really happened is
 for others to say (`pool.chaos.evidence`). This module must not repair anything, nor decide when to
 break what.
@@ -34,9 +34,9 @@ from recovery.faults import (
     FAULTS,
     Fault,
     FaultKind,
+    FaultSite,
     Injected,
     Intensity,
-    Place,
     may_inject,
 )
 from recovery.records import HostRef
@@ -89,7 +89,7 @@ class Driven(Protocol):
 
 
 @dataclass(frozen=True)
-class Victim:
+class InjectionTarget:
     """The present incarnation of a browser, as whoever breaks it needs it.
 
     `ask` says something to the page's worker; `circuit` is the state of the browser's own circuit
@@ -132,41 +132,41 @@ class BrowserFailureInjector:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def inject(
-        self, victim: Victim, fault: Fault, *, use_circuit_breaker: bool = True
+        self, target: InjectionTarget, fault: Fault, *, use_circuit_breaker: bool = True
     ) -> Injected:
-        """Make `fault` happen to `victim`; says what was done.
+        """Make `fault` happen to `target`; says what was done.
 
         With `use_circuit_breaker` a browser whose circuit is open is left alone, and one on trial
         is not broken severely. Raises `FaultRefused`, or `BrowserLost` for a browser that is gone.
         """
         if not self._allowed:
             raise refused("off")
-        if use_circuit_breaker and not may_inject(victim.circuit, fault.intensity):
+        if use_circuit_breaker and not may_inject(target.circuit, fault.intensity):
             raise FaultRefused(
-                f"{fault}: the circuit of {victim.ref} is {victim.circuit}, so it is left alone. "
+                f"{fault}: the circuit of {target.ref} is {target.circuit}, so it is left alone. "
                 "Wait until it has closed, or inject ungated.",
                 what="circuit_open",
             )
-        if victim.processes.kind not in FAULTS[fault.kind].engines:
-            raise impossible(fault, f"{victim.processes.kind} has none")
-        if FAULTS[fault.kind].place is not Place.BROWSER:
+        if target.processes.kind not in FAULTS[fault.kind].engines:
+            raise impossible(fault, f"{target.processes.kind} has none")
+        if FAULTS[fault.kind].place is not FaultSite.BROWSER:
             raise impossible(fault, "it is aimed at a supervisor")
         ordered = self._wall()
-        hit = await self._break(victim, fault)
+        hit = await self._break(target, fault)
         at = ordered if hit.at is None else hit.at
         return Injected(
             fault,
             at,
             fault.dose.what,
-            victim.ref.browser_id,
-            victim.ref.epoch,
+            target.ref.browser_id,
+            target.ref.epoch,
             tuple(hit.pids),
             None if hit.seconds is None else at + hit.seconds,
         )
 
-    async def _break(self, victim: Victim, fault: Fault) -> _Hit:
+    async def _break(self, target: InjectionTarget, fault: Fault) -> _Hit:
         """What `fault` says."""
-        how, processes, server = fault.intensity, victim.processes, victim.server
+        how, processes, server = fault.intensity, target.processes, target.server
         match fault.kind:
             case FaultKind.LAUNCH_FAILURE:
                 failing = [_HANGS] if how is Intensity.SEVERE else [_ENDS]
@@ -178,7 +178,7 @@ class BrowserFailureInjector:
             case FaultKind.TIMEOUT if how is Intensity.MILD:
                 return self._suspend(fault, processes.pages(), 1.0)
             case FaultKind.TIMEOUT if how is Intensity.MODERATE:
-                await victim.ask({"what": "loop"})
+                await target.ask({"what": "loop"})
             case FaultKind.TIMEOUT:
                 return self._send(fault, processes.tree(), signal.SIGSTOP)
             case FaultKind.TAB_CRASH:
@@ -190,9 +190,9 @@ class BrowserFailureInjector:
             case FaultKind.GPU_PROCESS_CRASH:
                 return self._send(fault, processes.gpu(), SIGNALS[how])
             case FaultKind.DEVICE_LOSS:
-                await self._destroy(victim, fault)
+                await self._destroy(target, fault)
             case FaultKind.MEMORY_EXHAUSTION:
-                return await self._exhaust(victim, fault)
+                return await self._exhaust(target, fault)
             case FaultKind.SOCKET_DROP:
                 server.drop(_SOCKETS[how])
             case FaultKind.API_ERROR:
@@ -200,15 +200,15 @@ class BrowserFailureInjector:
                 return self._send(fault, processes.pages(), signal.SIGKILL)
             case FaultKind.WRONG_ANSWER:
                 bit, times = _LIES[how]
-                await victim.ask({"what": "lie", "times": times, "bit": bit, "element": 0})
+                await target.ask({"what": "lie", "times": times, "bit": bit, "element": 0})
             case FaultKind.PAGE_REFRESH:
-                await _refresh(victim, how)
+                await _refresh(target, how)
             case FaultKind.TAB_HIDDEN:
-                return await self._hide(victim, how)
+                return await self._hide(target, how)
             case FaultKind.MACHINE_SUSPENDED:
                 return self._suspend(fault, processes.tree(), _STOPPED_SECONDS[how])
             case FaultKind.MESSAGE_OVER_LIMIT:
-                await _flood(victim, how)
+                await _flood(target, how)
             case FaultKind.WORKER_DEATH:
                 return self._end_soon(os.getpid(), SIGNALS[how])
             case FaultKind.NODE_DEATH:
@@ -261,20 +261,20 @@ class BrowserFailureInjector:
         self._later(go_on())
         return _Hit([process.pid for process in stopped], seconds, at)
 
-    async def _destroy(self, victim: Victim, fault: Fault) -> None:
-        if not victim.device:
+    async def _destroy(self, target: InjectionTarget, fault: Fault) -> None:
+        if not target.device:
             raise impossible(fault, "no model is on a WebGPU device")
         at_once = fault.intensity is Intensity.MILD
         self._destroy_next += fault.intensity is Intensity.SEVERE
-        await victim.ask({"what": "destroy", "times": 0 if at_once else 1})
+        await target.ask({"what": "destroy", "times": 0 if at_once else 1})
 
-    async def _exhaust(self, victim: Victim, fault: Fault) -> _Hit:
+    async def _exhaust(self, target: InjectionTarget, fault: Fault) -> _Hit:
         if fault.intensity is Intensity.MILD:
-            await victim.ask({"what": "hold", "bytes": _HOLD_BYTES, "seconds": _HOLD_SECONDS})
+            await target.ask({"what": "hold", "bytes": _HOLD_BYTES, "seconds": _HOLD_SECONDS})
             return _Hit(seconds=_HOLD_SECONDS)
         if sys.platform != "linux":
             raise impossible(fault, "only Linux can forbid a process to grow")
-        pages = victim.processes.pages()
+        pages = target.processes.pages()
         before = {page.pid: page.rlimit(psutil.RLIMIT_DATA) for page in pages}
         try:
             for page in pages:
@@ -282,7 +282,7 @@ class BrowserFailureInjector:
                 page.rlimit(psutil.RLIMIT_DATA, (most, before[page.pid][1]))
         except psutil.AccessDenied as error:
             raise impossible(fault, "only root may forbid this browser to grow") from error
-        await victim.ask({"what": "exhaust", "times": 1})
+        await target.ask({"what": "exhaust", "times": 1})
         if fault.intensity is Intensity.SEVERE:
             return _Hit(list(before))
 
@@ -295,15 +295,15 @@ class BrowserFailureInjector:
         self._later(lift())
         return _Hit(list(before), _LIMIT_SECONDS)
 
-    async def _hide(self, victim: Victim, how: Intensity) -> _Hit:
-        await victim.driver.hide()
+    async def _hide(self, target: InjectionTarget, how: Intensity) -> _Hit:
+        await target.driver.hide()
         seconds = _HIDDEN_SECONDS.get(how)
         if seconds is None:
             return _Hit()
 
         async def show() -> None:
             await asyncio.sleep(seconds)
-            await victim.driver.show()
+            await target.driver.show()
 
         self._later(show())
         return _Hit(seconds=seconds)
@@ -369,24 +369,24 @@ async def _unless_gone(work: Awaitable[None]) -> None:
         await work
 
 
-async def _refresh(victim: Victim, how: Intensity) -> None:
+async def _refresh(target: InjectionTarget, how: Intensity) -> None:
     match how:
         case Intensity.MILD:
-            await victim.server.tell({"kind": "fault", "what": "reload"})
+            await target.server.tell({"kind": "fault", "what": "reload"})
         case Intensity.MODERATE:
-            await victim.driver.reload()
+            await target.driver.reload()
         case Intensity.SEVERE:
-            await victim.driver.leave()
+            await target.driver.leave()
 
 
-async def _flood(victim: Victim, how: Intensity) -> None:
-    size = victim.bytes_max + _FLOOD_EXTRA_BYTES
+async def _flood(target: InjectionTarget, how: Intensity) -> None:
+    size = target.bytes_max + _FLOOD_EXTRA_BYTES
     if how is Intensity.MILD:
-        await victim.ask({"what": "tooLarge", "times": 1})
+        await target.ask({"what": "tooLarge", "times": 1})
         return
-    await victim.ask({"what": "flood", "bytes": size})
+    await target.ask({"what": "flood", "bytes": size})
     if how is Intensity.SEVERE:
-        await victim.server.tell({"kind": "fault", "what": "flood", "bytes": 1 << 20})
+        await target.server.tell({"kind": "fault", "what": "flood", "bytes": 1 << 20})
 
 
 def refused(what: str) -> FaultRefused:

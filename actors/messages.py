@@ -73,7 +73,7 @@ class LaunchReport:
     facts: BrowserFacts
     port: int
     seconds: Mapping[str, float]  # by phase, for the timeline
-    pids: Mapping[str, int]  # "driver", "browser", "warden", "worker"
+    pids: Mapping[str, int]  # "driver", "browser", "reaper", "worker"
     profile: str
     node: str = ""
     address: str = ""  # of the data plane, for clients on the same node
@@ -119,7 +119,7 @@ class RunReply:
 
 
 @dataclass(frozen=True)
-class Wear:
+class Usage:
     """What a host and its machine carry, for the decisions of `recovery.resources`."""
 
     browser: BrowserLoad
@@ -141,7 +141,7 @@ class HostEvent:
 
 
 @dataclass(frozen=True)
-class Examination:
+class PageDiagnostics:
     """What a worker knows of its page, for whoever looks into a failure. `screenshot` is a PNG,
     empty if the page can't be seen any more; `frames` are headers, `actors.bridge.FrameSeen`."""
 

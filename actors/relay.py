@@ -24,7 +24,7 @@ from actors.messages import RunReply, RunRequest
 from recovery.errors import BrowserLost, CallerError
 from recovery.failures import Failure, categorize_browser_failure
 from recovery.records import HostRef
-from recovery.sequences import ELSEWHERE
+from recovery.sequences import MISADDRESSED
 from sharding.models.frames import Array, Frame
 from sharding.sequences.caches import StepOrder
 
@@ -275,7 +275,7 @@ class Chain:
 
     def _told(self, frame: Frame) -> tuple[str, Failure | None]:
         why, what = str(frame.body.get("why", "")), str(frame.body.get("what", ""))
-        if not what or what in ELSEWHERE:
+        if not what or what in MISADDRESSED:
             return why, None
         refs = {hop.stage: hop.ref for hop in self._hops}
         facts = {"what": what, "ref": refs.get(int(frame.body["stage"])), "at": time.time()}

@@ -46,29 +46,29 @@ class Fault:
     notice_goal: bool = False
 
 
-def _page(victim: BrowserProcesses) -> list[int]:
-    return [process.pid for process in victim.pages()]
+def _page(target: BrowserProcesses) -> list[int]:
+    return [process.pid for process in target.pages()]
 
 
 FAULTS = (
     Fault("tab_crash", _page, engines=ENGINES, plain=True, notice_goal=True),
     Fault(
         "browser_kill",
-        lambda victim: [victim.pids["browser"]],
+        lambda target: [target.pids["browser"]],
         engines=ENGINES,
         plain=True,
         notice_goal=True,
     ),
     Fault(
         "driver_kill",
-        lambda victim: [victim.pids["driver"]],
+        lambda target: [target.pids["driver"]],
         engines=ENGINES,
         plain=True,
         notice_goal=True,
     ),
     Fault("hang", _page, signal.SIGSTOP, from_notice=True),
-    Fault("worker_kill", lambda victim: [victim.pids["worker"]]),
-    Fault("network_kill", lambda victim: [p.pid for p in victim.network()]),
+    Fault("worker_kill", lambda target: [target.pids["worker"]]),
+    Fault("network_kill", lambda target: [p.pid for p in target.network()]),
 )
 
 
@@ -105,15 +105,15 @@ def make_question() -> Question:
 
 
 async def struck(
-    asked: Awaitable[_T], fault: Fault, victim: BrowserProcesses
+    asked: Awaitable[_T], fault: Fault, target: BrowserProcesses
 ) -> tuple[_T, float, float]:
     """Let the fault happen while an operation runs; what came of that, and when it happened.
 
     When: by the wall clock and by the performance counter.
     """
-    pids = fault.find(victim)  # looked up first: that takes longer than noticing may
+    pids = fault.find(target)  # looked up first: that takes longer than noticing may
     if not pids or not all(pids):
-        raise AssertionError(f"{fault.name}: no such process of {victim}")
+        raise AssertionError(f"{fault.name}: no such process of {target}")
     running = asyncio.ensure_future(asked)
     await asyncio.sleep(_FAULT_AFTER_SECONDS)
     wall, began = time.time(), time.perf_counter()

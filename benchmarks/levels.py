@@ -51,7 +51,7 @@ _BROWSERS: Mapping[str, Mapping[str, int]] = {
     "critical": {"chrome": 1, "firefox": 1, "safari": 1},
 }
 _HANG_SECONDS = 5.0
-_WRONG = Fault("wrong_answer", lambda victim: [])
+_WRONG = Fault("wrong_answer", lambda target: [])
 _KINDS = (*(f for f in FAULTS if f.name in ("tab_crash", "browser_kill", "driver_kill")),)
 _HANG = next(fault for fault in FAULTS if fault.name == "hang")
 _NORMAL_ROUNDS = 30
@@ -104,12 +104,12 @@ async def _strike(
     count = sum(_BROWSERS[level].values())
     await _settled(pool, count)
     launches = (await pool.state()).launches
-    victims = {
-        name: BrowserProcesses(BrowserType(name.split("-")[0]), report.pids, report.pids["warden"])
+    targets = {
+        name: BrowserProcesses(BrowserType(name.split("-")[0]), report.pids, report.pids["reaper"])
         for name, report in launches.items()
         if name in {host.ref.browser_id for host in pool.hosts() if host.can_take("minilm")}
     }
-    pids = {name: list(fault.find(victim)) for name, victim in victims.items()}
+    pids = {name: list(fault.find(target)) for name, target in targets.items()}
     if fault is _WRONG:
         await _make_one_lie(pool)
     running = asyncio.create_task(pool.run_with_recovery("minilm", "embed", question.inputs))
@@ -241,8 +241,8 @@ async def _plain(report: Report, quick: bool, question: Question, progress: Prog
             took = []
             for _ in range(rounds):
                 await ask()
-                victim = BrowserProcesses(kind, plain.pids, plain.pids["driver"])
-                answer, _, at = await struck(ask(), fault, victim)
+                target = BrowserProcesses(kind, plain.pids, plain.pids["driver"])
+                answer, _, at = await struck(ask(), fault, target)
                 took.append((time.perf_counter() - at) * 1e3)
                 question.check(np.asarray(answer))
                 progress.advance(task)

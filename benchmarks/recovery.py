@@ -71,8 +71,8 @@ async def _ours(
 
     (await ask()).outputs  # noqa: B018 - raises if it failed: settled, as the other side is
     launch = (await pool.state()).launches[f"{kind}-0"]
-    victim = BrowserProcesses(kind, launch.pids, launch.pids["warden"])
-    result, wall, at = await struck(ask(), fault, victim)
+    target = BrowserProcesses(kind, launch.pids, launch.pids["reaper"])
+    result, wall, at = await struck(ask(), fault, target)
     failure = result.original_error
     if failure is None:
         raise AssertionError(f"{fault.name} came too late to matter")
@@ -103,8 +103,8 @@ async def _theirs(
 
     await ask()
     before = plain.relaunches
-    victim = BrowserProcesses(kind, plain.pids, plain.pids["driver"])
-    answer, _, at = await struck(ask(), fault, victim)
+    target = BrowserProcesses(kind, plain.pids, plain.pids["driver"])
+    answer, _, at = await struck(ask(), fault, target)
     cell.took.append((time.perf_counter() - at) * 1e3)
     question.check(answer)
     if plain.relaunches != before + 1:

@@ -33,13 +33,13 @@ from recovery.answering import (
 from recovery.errors import BrowserError, PoolBusy
 from recovery.failures import Category, Failure, Scope, categorize_browser_failure
 from recovery.kinds import Backend, Level, Readiness
-from recovery.levels import COPIES, COPIES_MAX, REDUNDANT, copies_wanted, held
+from recovery.levels import COPIES, COPIES_MAX, REDUNDANT, copies_wanted, effective_level
 from recovery.records import HostRef, HostStatus, NumericId
 from recovery.voting import (
     QUORUM,
     Ballot,
-    Closeness,
     Elected,
+    Tolerance,
     Undecided,
     Verdict,
     count_votes,
@@ -61,7 +61,7 @@ class Question:
     level: Level
     digest: str = ""
     client: str = ""
-    closeness: Closeness = field(default_factory=Closeness)
+    tolerance: Tolerance = field(default_factory=Tolerance)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Answering:
         self._policy = AnsweringPolicy(
             question.level, rules.attempts_max * copies, rules.wait_when_full
         )
-        self._held = held(question.level, 0)
+        self._level_effective = effective_level(question.level, 0)
         self._quorum = QUORUM if question.level is Level.CRITICAL else 1
         self._sent = False
 
@@ -161,7 +161,7 @@ class Answering:
     def _begin(self) -> None:
         """The first copy is about to be sent: what is ready now is what the operation has."""
         ready = self._ready()
-        self._held = held(self._question.level, ready)
+        self._level_effective = effective_level(self._question.level, ready)
         if not self._rules.strict and ready < QUORUM:
             self._quorum = 1
         self._sent = True
@@ -228,7 +228,7 @@ class Answering:
         if reply.failure is not None:
             if reply.failure.evidence.get("what") in ("replaced", "not_loaded"):
                 # Our table was old; nothing was tried, so nothing has failed.
-                await self._routing.distrust(ref)
+                await self._routing.exclude(ref)
                 return None
             await self._failed_attempt(ref, reply.failure, began)
             return None
@@ -250,7 +250,7 @@ class Answering:
             Scope.BROWSER,
         )
         if gone:
-            await self._routing.distrust(ref)
+            await self._routing.exclude(ref)
 
     # -- waiting ----------------------------------------------------------------------------------
 
@@ -421,7 +421,7 @@ class Answering:
 
     def _count(self, *late: _Answer) -> Verdict:
         ballots = [answer.ballot for answer in (*self._answers, *late)]
-        return count_votes(ballots, self._question.closeness)
+        return count_votes(ballots, self._question.tolerance)
 
     # -- the account ------------------------------------------------------------------------------
 
@@ -453,7 +453,7 @@ class Answering:
             self._question.model,
             self._question.op,
             success=True,
-            level_effective=self._held,
+            level_effective=self._level_effective,
             browser_id=status.ref.browser_id,
             browser_type=status.browser,
             epoch=status.ref.epoch,
@@ -478,7 +478,7 @@ class Answering:
             self._question.model,
             self._question.op,
             success=False,
-            level_effective=self._held,
+            level_effective=self._level_effective,
             recovery=tuple(self._steps),
             original_error=first,
             error=f"{why} (first failure: {first})" if first else why,

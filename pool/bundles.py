@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from actors.messages import Examination
+from actors.messages import PageDiagnostics
 from pool.config import PoolConfig
 from pool.doctor import machine
 from pool.models.registry import ModelEntry
@@ -52,18 +52,18 @@ class Bundle:
     files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
 
-class ExaminedPool(Protocol):
+class DiagnosedPool(Protocol):
     """What a `BrowserPool` has that is looked at here."""
 
     @property
     def log_folder(self) -> Path | None: ...
     async def export_telemetry(self) -> dict[str, Any]: ...
     def hosts(self) -> tuple[HostStatus, ...]: ...
-    async def examine(self, browser_id: str, *, screenshot: bool = True) -> Examination: ...
+    async def diagnose(self, browser_id: str, *, screenshot: bool = True) -> PageDiagnostics: ...
 
 
 async def collect(
-    pool: ExaminedPool,
+    pool: DiagnosedPool,
     result: Result,
     inputs: Mapping[str, Any],
     *,
@@ -98,14 +98,14 @@ async def collect(
     return Bundle(facts, dict(inputs) if with_data else None, files)
 
 
-async def _look(pool: ExaminedPool, files: dict[str, bytes]) -> None:
+async def _look(pool: DiagnosedPool, files: dict[str, bytes]) -> None:
     if pool.log_folder is not None:
         files["events.jsonl"] = await asyncio.to_thread(_last_events, pool.log_folder)
     files["telemetry.json"] = _json(await pool.export_telemetry())
     for host in pool.hosts()[:BROWSERS_MAX]:
         name = host.ref.browser_id
         with contextlib.suppress(PoolError):
-            found = await pool.examine(name)
+            found = await pool.diagnose(name)
             picture = found.screenshot
             plain = dataclasses.asdict(dataclasses.replace(found, screenshot=b""))
             files[f"browsers/{name}.json"] = _json(plain)

@@ -16,7 +16,7 @@ from pool.models.registry import ModelEntry
 from pool.requests import PartRequests
 from pool.results import Result
 from recovery.errors import CallerError
-from recovery.levels import ORDER, held
+from recovery.levels import LEVELS_ASCENDING, effective_level
 from sharding.models.frames import Array
 from sharding.models.signature import ModelSpec
 
@@ -95,7 +95,9 @@ class Composition:
             self._entry.name,
             self._op,
             success=not error,
-            level_effective=min(levels, key=ORDER.index, default=held(self._requests.level, 0)),
+            level_effective=min(
+                levels, key=LEVELS_ASCENDING.index, default=effective_level(self._requests.level, 0)
+            ),
             browser_id=last.browser_id if last else "",
             browser_type=last.browser_type if last else None,
             epoch=last.epoch if last else 0,

@@ -15,7 +15,7 @@ from recovery.breaker import BreakerConfig, RegistryConfig
 from recovery.errors import BadInput, LevelUnavailable
 from recovery.history.config import HistoryConfig
 from recovery.kinds import Backend, BrowserType, Level, detect_browser_type
-from recovery.levels import BROWSERS_NEEDED, held
+from recovery.levels import BROWSERS_NEEDED, effective_level
 from recovery.plan import strategy_order
 from recovery.resources import ResourceLimits
 from recovery.scaling import ScalingLimits
@@ -194,7 +194,7 @@ class PoolConfig:
     @property
     def level_effective(self) -> Level:
         """The level that this many browsers can hold."""
-        return held(Level(self.level), sum(self.kinds().values()))
+        return effective_level(Level(self.level), sum(self.kinds().values()))
 
     def hosts(self) -> HostConfig:
         """What every browser is told."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from actors.messages import Examination
+from actors.messages import PageDiagnostics
 from actors.ray.connection import this_node
 from pool.browsers import Browsers
 from pool.connection import Connection
 from recovery.errors import FaultRefused
-from recovery.faults import FAULTS, Fault, FaultKind, Injected, Place
+from recovery.faults import FAULTS, Fault, FaultKind, FaultSite, Injected
 
 
 class Diagnosis:
@@ -23,10 +23,10 @@ class Diagnosis:
         self._connection = connection
         self._browsers = browsers
 
-    async def examine(self, browser_id: str, *, screenshot: bool) -> Examination:
-        """See `BrowserPool.examine`."""
+    async def diagnose(self, browser_id: str, *, screenshot: bool) -> PageDiagnostics:
+        """See `BrowserPool.diagnose`."""
         routing = self._connection.routing
-        return await routing.examine(self._browsers.serving(browser_id), screenshot=screenshot)
+        return await routing.diagnose(self._browsers.serving(browser_id), screenshot=screenshot)
 
     async def control_pids(self) -> Mapping[str, int]:
         """The processes of the pool's supervisor and history, on the head node."""
@@ -39,7 +39,7 @@ class Diagnosis:
     async def inject_fault(self, fault: Fault, *, gated: bool) -> Injected:
         """See `BrowserPool.inject_fault`."""
         supervisor, routing = self._connection.require()
-        if FAULTS[fault.kind].place is Place.SUPERVISOR:
+        if FAULTS[fault.kind].place is FaultSite.SUPERVISOR:
             return await supervisor.inject(fault)
         ref = self._browsers.serving(fault.target)
         if fault.kind is FaultKind.NODE_DEATH:

@@ -37,7 +37,7 @@ class Finding:
     hints: tuple[str, ...] = ()
 
 
-async def examine(
+async def launch_each(
     kinds: Iterable[BrowserType] = tuple(BrowserType), *, headless: bool = True
 ) -> AsyncIterator[Finding]:
     """Launch each browser in turn and report what it really has."""

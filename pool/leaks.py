@@ -56,7 +56,7 @@ class Traces:
         return found + [f"port {port}" for port in self._ports if _listening(port)]
 
 
-async def leftovers(reports: Iterable[LaunchReport]) -> list[str]:
+async def leaked(reports: Iterable[LaunchReport]) -> list[str]:
     """What of these launches is still there although it had time to go."""
     traces = Traces()
     traces.note(reports)

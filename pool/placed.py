@@ -18,7 +18,7 @@ from pool.sequence import Generating, Prompt
 from recovery.errors import BadInput, InternalError
 from sharding.models.frames import Array
 from sharding.models.signature import ModelSpec
-from sharding.sequences.stages import Line
+from sharding.sequences.stages import StagePipeline
 
 
 @dataclass(frozen=True)
@@ -122,14 +122,14 @@ class CutModel(_InParts):
     """A model that was cut by layer, without caches: its stages are asked in order."""
 
     def __init__(
-        self, entry: ModelEntry, call: Call, line: Line, specs: Sequence[ModelSpec]
+        self, entry: ModelEntry, call: Call, pipeline: StagePipeline, specs: Sequence[ModelSpec]
     ) -> None:
         super().__init__(entry, call)
-        self._line = line
+        self._pipeline = pipeline
         self._specs = specs
 
     async def outputs(self, tensors: Mapping[str, Array]) -> Mapping[str, Array]:
-        return await run_stages(self._composition, self._line, self._specs, tensors)
+        return await run_stages(self._composition, self._pipeline, self._specs, tensors)
 
 
 class ComponentModel(_InParts):
@@ -151,23 +151,23 @@ def place(entry: ModelEntry, call: Call, specs: Callable[[], Sequence[ModelSpec]
     """The model as `call` asks it. `specs` gives what browsers have loaded of its stages."""
     if entry.components:
         return ComponentModel(entry, call)
-    if entry.line is None or not entry.in_parts:
+    if entry.pipeline is None or not entry.in_parts:
         return WholeModel(entry, call)
-    if entry.line.decoder:
+    if entry.pipeline.decoder:
         return SequenceModel(entry, call)
-    return CutModel(entry, call, entry.line, specs())
+    return CutModel(entry, call, entry.pipeline, specs())
 
 
 async def run_stages(
     composition: Composition,
-    line: Line,
+    pipeline: StagePipeline,
     specs: Sequence[ModelSpec],
     tensors: Mapping[str, Array],
 ) -> dict[str, Array]:
     """The uncut encoder's outputs: each stage gets its inputs and what the one before it sends."""
     found: dict[str, Array] = {}
-    for stage, spec in zip(line.stages, specs, strict=True):
+    for stage, spec in zip(pipeline.stages, specs, strict=True):
         given = {shared.name: tensors[shared.name] for shared in stage.shared}
         given |= {received.name: found[received.name] for received in stage.receives}
         found |= await composition.ask(spec, given)
-    return {output.name: found[output.name] for output in line.outputs}
+    return {output.name: found[output.name] for output in pipeline.outputs}

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from actors.messages import Examination
+from actors.messages import PageDiagnostics
 from pool.background import BackgroundTasks
 from pool.blocking import BlockingPool
 from pool.breakers import Breakers
@@ -401,12 +401,12 @@ class BrowserPool:
         )
         return await asyncio.to_thread(write_bundle, found, Path(path))
 
-    async def examine(self, browser_id: str, *, screenshot: bool = True) -> Examination:
+    async def diagnose(self, browser_id: str, *, screenshot: bool = True) -> PageDiagnostics:
         """What is known of a browser's page: console, last frames' headers, a screenshot.
 
         Raises `BadInput` for a browser that is not in service, `BrowserLost` for one that is gone.
         """
-        return await self._diagnosis.examine(browser_id, screenshot=screenshot)
+        return await self._diagnosis.diagnose(browser_id, screenshot=screenshot)
 
     async def control_pids(self) -> Mapping[str, int]:
         """The processes of the pool's supervisor and history, on the head node."""

@@ -28,7 +28,7 @@ class FaultyBrowsers:
         """A browser was outvoted: leave it alone, and have it replaced."""
         routing = self._connection.known_routing
         if routing is not None:
-            routing.shun(ref)
+            routing.exclude_faulty(ref)
         self._tasks.start(self._replace(ref, failure), "charge")
 
     async def _replace(self, ref: HostRef, failure: Failure) -> None:
@@ -37,7 +37,7 @@ class FaultyBrowsers:
             try:
                 await routing.unless_gone(supervisor.repair(ref.browser_id, failure, None))
             finally:
-                routing.pardon(ref)  # if it is still there, nobody could replace it
+                routing.readmit(ref)  # if it is still there, nobody could replace it
 
 
 class ParkedModels:
@@ -66,7 +66,7 @@ class ParkedModels:
         why = ""
         try:
             supervisor, routing = self._connection.require()
-            await routing.unless_gone(supervisor.wake(model))
+            await routing.unless_gone(supervisor.reload(model))
         except PoolError as error:
             why = str(error)
         known = self._connection.known_routing

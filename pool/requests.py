@@ -21,7 +21,6 @@ from recovery.failures import Failure
 from recovery.kinds import Level
 from recovery.levels import REDUNDANT
 from recovery.records import HostRef
-from recovery.voting import Closeness
 from sharding.models.frames import Frame, encoded_size
 from sharding.models.signature import ModelSpec
 
@@ -64,9 +63,8 @@ class PartRequests:
         size = self.check_size(spec.name, tensors)
         kind = (spec.digest, op, self.level, size)
         late = self.latencies.late_after(kind) if self.level in REDUNDANT else math.inf
-        tolerance = Closeness(spec.tolerance.rtol, spec.tolerance.atol)
         answering = Answering(
-            Question(op_id, spec.name, op, self.level, spec.digest, self.client, tolerance),
+            Question(op_id, spec.name, op, self.level, spec.digest, self.client, spec.tolerance),
             replace(self.rules, late_seconds=min(late, seconds / 2)),
             self.routing,
             self.rng,

@@ -20,7 +20,7 @@ from recovery.kinds import Readiness
 from recovery.records import HostRef, HostStatus
 from sharding.models.frames import Array
 from sharding.sequences.caches import StepOrder
-from sharding.sequences.hosts import Chain, Place, StepReply
+from sharding.sequences.hosts import Chain, StagePlacement, StepReply
 
 _FROZEN_GRACE_SECONDS = 1.0  # past a step's limit, before its browser is taken for frozen
 
@@ -87,11 +87,11 @@ class RoutedStages:
         )
 
     async def chain(
-        self, sequence: str, places: Sequence[Place], *, copies: bool, seconds: float
+        self, sequence: str, placements: Sequence[StagePlacement], *, copies: bool, seconds: float
     ) -> Chain | None:
         hops = []
-        for number, place in enumerate(places):
-            later = {spec.name for other in places[number + 1 :] for spec in other.stage.shared}
+        for number, place in enumerate(placements):
+            later = {spec.name for other in placements[number + 1 :] for spec in other.stage.shared}
             hops.append(
                 Hop(
                     number,
@@ -114,8 +114,8 @@ class RoutedStages:
             self._on_stuck(model)  # it may be parked
         await self._routing.change(seconds, self._seen)
 
-    async def distrust(self, ref: HostRef) -> None:
-        await self._routing.distrust(ref)
+    async def exclude(self, ref: HostRef) -> None:
+        await self._routing.exclude(ref)
 
     def outvoted(self, ref: HostRef, failure: Failure) -> None:
         self._on_wrong(ref, failure)

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from actors.dataplane import DataLink
 from actors.links import Links
-from actors.messages import Examination, RunReply, RunRequest
+from actors.messages import PageDiagnostics, RunReply, RunRequest
 from actors.relay import Chain, Hop
 from actors.supervisor.hosts import Host
 from actors.supervisor.records import ModelOrder, Table
@@ -29,7 +29,7 @@ from recovery.kinds import Readiness
 from recovery.records import HostRef, HostStatus
 
 _QUEUE_NEWS_SECONDS = 0.1  # a host that said it is full is asked again after this
-_DISTRUST_SECONDS = 2.0  # a dead browser is usually replaced or dropped within this
+_EXCLUDED_SECONDS = 2.0  # a dead browser is usually replaced or dropped within this
 _UNREACHABLE_SECONDS = 0.2  # between two calls of a supervisor that is out of reach
 
 
@@ -61,7 +61,7 @@ class Routing:
         self._client = client
         self._poll_seconds = poll_seconds
         self._patience_seconds = 3 * poll_seconds
-        self._distrusted: dict[HostRef, float] = {}
+        self._excluded: dict[HostRef, float] = {}
         self._statuses: dict[HostRef, HostStatus] = {}
         self._hosts: dict[HostRef, Host] = {}
         self._outstanding: dict[HostRef, int] = {}
@@ -128,7 +128,7 @@ class Routing:
         for ref in self._statuses.keys() - refs:
             del self._statuses[ref], self._hosts[ref]
             self._heard.pop(ref, None)
-            self._distrusted.pop(ref, None)
+            self._excluded.pop(ref, None)
         await self.announce()
 
     async def announce(self) -> None:
@@ -145,14 +145,14 @@ class Routing:
             replace(
                 status,
                 queue=max(self._queue_heard(status), self._outstanding.get(ref, 0)),
-                readiness=Readiness.DEAD if self._distrust_left(ref) > 0 else status.readiness,
+                readiness=Readiness.DEAD if self._exclusion_left(ref) > 0 else status.readiness,
                 blocked=self._blocked(status),
             )
             for ref, status in self._statuses.items()
         ]
 
-    def _distrust_left(self, ref: HostRef) -> float:
-        return self._distrusted.get(ref, -math.inf) - asyncio.get_running_loop().time()
+    def _exclusion_left(self, ref: HostRef) -> float:
+        return self._excluded.get(ref, -math.inf) - asyncio.get_running_loop().time()
 
     def _blocked(self, status: HostStatus) -> Mapping[str, float]:
         """For how many seconds more breakers refuse, by model."""
@@ -204,9 +204,9 @@ class Routing:
         """Break a host on purpose."""
         return await self._host(ref).inject(ref, fault, gated=gated)
 
-    async def examine(self, ref: HostRef, *, screenshot: bool = True) -> Examination:
+    async def diagnose(self, ref: HostRef, *, screenshot: bool = True) -> PageDiagnostics:
         """What a host knows of its page. Raises `BrowserLost`."""
-        return await self._host(ref).examine(screenshot=screenshot)
+        return await self._host(ref).diagnose(screenshot=screenshot)
 
     async def breaker_metrics(self, ref: HostRef) -> Mapping[str, Mapping[str, Any]]:
         """What a host's circuit breakers have counted, by model. Raises `BrowserLost`."""
@@ -281,34 +281,34 @@ class Routing:
         known = self._statuses.get(status.ref)
         if known is not None:  # a host doesn't know its own address: keep the table's
             self._statuses[status.ref] = replace(status, ref=known.ref)
-            if self._distrusted.get(status.ref) != math.inf:  # one that was outvoted stays so
-                self._distrusted.pop(status.ref, None)
+            if self._excluded.get(status.ref) != math.inf:  # one that was outvoted stays so
+                self._excluded.pop(status.ref, None)
             self._heard[status.ref] = asyncio.get_running_loop().time()
         await self.announce()
 
-    async def distrust(self, ref: HostRef) -> None:
+    async def exclude(self, ref: HostRef) -> None:
         """This incarnation failed; leave it alone until the supervisor has replaced it.
 
         For a while only: should the supervisor not agree that it failed, it is asked again.
         """
         if ref in self._statuses:
-            until = asyncio.get_running_loop().time() + _DISTRUST_SECONDS
-            self._distrusted[ref] = max(until, self._distrusted.get(ref, until))
+            until = asyncio.get_running_loop().time() + _EXCLUDED_SECONDS
+            self._excluded[ref] = max(until, self._excluded.get(ref, until))
 
-    def shun(self, ref: HostRef) -> None:
+    def exclude_faulty(self, ref: HostRef) -> None:
         """Leave this incarnation alone, whatever it says of itself: it was outvoted."""
         if ref in self._statuses:
-            self._distrusted[ref] = math.inf
+            self._excluded[ref] = math.inf
 
-    def pardon(self, ref: HostRef) -> None:
-        self._distrusted.pop(ref, None)
+    def readmit(self, ref: HostRef) -> None:
+        self._excluded.pop(ref, None)
 
     async def change(self, seconds: float, seen: int | None = None) -> None:
         """Wait until something may have changed (since `changes` was `seen`), at most `seconds`."""
         if seen is not None and seen != self.changes:
             return
         full = [status.ref for status in self._statuses.values() if status.full]
-        news = [*map(self._news_left, full), *map(self._distrust_left, self._distrusted)]
+        news = [*map(self._news_left, full), *map(self._exclusion_left, self._excluded)]
         for status in self._statuses.values():
             news.extend(self._blocked(status).values())
         for left in news:

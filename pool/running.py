@@ -33,15 +33,14 @@ from pool.routed_stages import RoutedStages
 from pool.sequence import GeneratedToken, Generating, Prompt, SequenceView
 from recovery.errors import BadInput, MessageTooLarge, PageError, PoolBusy
 from recovery.kinds import Level, Strategy
-from recovery.levels import ORDER
+from recovery.levels import LEVELS_ASCENDING
 from recovery.records import HostRef
-from recovery.voting import Closeness
 from sharding.models.signature import ModelSpec
-from sharding.sequences.barrier import Rendezvous
+from sharding.sequences.barrier import Barrier
 from sharding.sequences.rules import PipelineRules
 
 _OP_ID_MAX = 128
-_COUNTED = ("asked", "answered", "recovered", "simulated", "failed", "refused")
+_COUNTED = ("requested", "answered", "recovered", "simulated", "failed", "refused")
 
 
 class OperationRunner:
@@ -66,7 +65,7 @@ class OperationRunner:
         config = connection.config
         self._latencies = Latencies(config.hedge_quantile, config.hedge_seconds)
         # Of coordinated models: one each for as long as a sequence of it goes on.
-        self._barriers: weakref.WeakValueDictionary[str, Rendezvous] = weakref.WeakValueDictionary()
+        self._barriers: weakref.WeakValueDictionary[str, Barrier] = weakref.WeakValueDictionary()
         self._recorder: Recorder | None = None
 
     async def start_recording(self, theirs: SupervisorConfig) -> None:
@@ -188,8 +187,10 @@ class OperationRunner:
         pools = self._connection.level
         if level is None:
             return pools
-        if level not in ORDER or ORDER.index(Level(level)) > ORDER.index(pools):
-            lower = ", ".join(ORDER[: ORDER.index(pools) + 1])
+        if level not in LEVELS_ASCENDING or LEVELS_ASCENDING.index(
+            Level(level)
+        ) > LEVELS_ASCENDING.index(pools):
+            lower = ", ".join(LEVELS_ASCENDING[: LEVELS_ASCENDING.index(pools) + 1])
             raise BadInput(
                 f"level: expected one that this pool holds ({lower}), got {level!r}.", got=level
             )
@@ -199,7 +200,7 @@ class OperationRunner:
         self, entry: ModelEntry, op_id: str, op: str, level: Level, prompt: Prompt
     ) -> Generating:
         connection, config = self._connection, self._connection.config
-        orders, tolerance = connection.routing.models(), entry.spec.tolerance
+        orders = connection.routing.models()
         stages = RoutedStages(
             connection.routing,
             self._latencies,
@@ -212,12 +213,12 @@ class OperationRunner:
             level,
             config.max_recovery_attempts,
             config.deadline,
-            closeness=Closeness(tolerance.rtol, tolerance.atol),
+            tolerance=entry.spec.tolerance,
             strict=config.strict,
         )
         barrier = None
         if config.strategy == Strategy.COORDINATED:
-            barrier = self._barriers.setdefault(entry.name, Rendezvous())
+            barrier = self._barriers.setdefault(entry.name, Barrier())
         encoder = self._catalog.encoder(entry.name)
         return Generating(op_id, op, entry, prompt, stages, rules, encoder, barrier)
 
@@ -245,7 +246,7 @@ class OperationRunner:
                 "(waiting_max). Await some of them first, or raise the limit."
             )
         self.in_flight += 1
-        self.counts["asked"] += 1
+        self.counts["requested"] += 1
         try:
             yield
         except (PoolBusy, MessageTooLarge):

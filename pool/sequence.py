@@ -20,21 +20,21 @@ from pool.models.tokens import TextEncoder
 from pool.results import RecoveryStep, Result
 from pool.routed_stages import RoutedStages
 from recovery.errors import SequenceLost
-from recovery.levels import held
+from recovery.levels import effective_level
 from recovery.records import HostRef
 from sharding.models.frames import Array
-from sharding.sequences.barrier import Rendezvous
+from sharding.sequences.barrier import Barrier
 from sharding.sequences.decoding import Decoding
 from sharding.sequences.pipeline import Generation, Token
 from sharding.sequences.rules import PipelineRules
-from sharding.sequences.stages import Line
+from sharding.sequences.stages import StagePipeline
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a sequence begins with. `line` are the stages that it goes through."""
+    """What a sequence begins with. `pipeline` are the stages that it goes through."""
 
-    line: Line
+    pipeline: StagePipeline
     ids: tuple[int, ...]
     decoding: Decoding
 
@@ -56,7 +56,7 @@ class GeneratedToken:
 
 @dataclass(frozen=True)
 class StageView:
-    """A stage of a sequence now; see `sharding.sequences.pipeline.Standing`. `layers`: None if
+    """A stage of a sequence now; see `sharding.sequences.pipeline.StageStatus`. `layers`: None if
     unknown.
     """
 
@@ -87,7 +87,7 @@ class Generating:
         stages: RoutedStages,
         rules: PipelineRules,
         encoder: TextEncoder | None,
-        rendezvous: Rendezvous | None,
+        barrier: Barrier | None,
     ) -> None:
         self._op_id = op_id
         self._op = op
@@ -103,7 +103,7 @@ class Generating:
         # Two clients may give their operations the same names; a page must not mix them up.
         name = f"{op_id}/{secrets.token_hex(4)}"
         self.generation = Generation(
-            name, prompt.line, stages, rules, prompt.decoding, rendezvous=rendezvous
+            name, prompt.pipeline, stages, rules, prompt.decoding, barrier=barrier
         )
 
     async def stream(self) -> AsyncGenerator[GeneratedToken]:
@@ -140,7 +140,7 @@ class Generating:
 
     def view(self) -> SequenceView:
         """How it is now: cheap, and asks nobody."""
-        standings = zip(self._prompt.line.stages, self.generation.standings(), strict=True)
+        statuses = zip(self._prompt.pipeline.stages, self.generation.statuses(), strict=True)
         return SequenceView(
             tuple(
                 StageView(
@@ -150,7 +150,7 @@ class Generating:
                     now.position,
                     now.rebuilding,
                 )
-                for stage, now in standings
+                for stage, now in statuses
             ),
             self._recovery(),
         )
@@ -165,12 +165,12 @@ class Generating:
                 step.outcome,
                 step.failure,
             )
-            for step in self.generation.account.happened
+            for step in self.generation.statistics.events
         )
 
     def result(self) -> Result:
         """What has come of it so far. Of a failed one, the tokens that came are in its error."""
-        account, ended = self.generation.account, time.monotonic()
+        statistics, ended = self.generation.statistics, time.monotonic()
         tokens = np.asarray([token.id for token in self._tokens], np.int64)
         values: dict[str, Array] = {"tokens": tokens}
         if self._encoder is not None:
@@ -182,14 +182,14 @@ class Generating:
         rate = (len(tokens) - 1) / (ended - began) if ended > began and len(tokens) > 1 else 0.0
         refs = self.generation.where()
         last = next((s for s in self._stages.hosts() if refs and s.ref == refs[-1]), None)
-        model = self._prompt.line.stages[-1].model
+        model = self._prompt.pipeline.stages[-1].model
         error = self._error
         return Result(
             self._op_id,
             self._entry.name,
             self._op,
             success=error is None,
-            level_effective=held(self._level, self._stages.ready()),
+            level_effective=effective_level(self._level, self._stages.ready()),
             browser_id=refs[-1].browser_id if refs else "",
             browser_type=last.browser if last else None,
             epoch=refs[-1].epoch if refs else 0,
@@ -199,13 +199,13 @@ class Generating:
             error="" if error is None else f"{error} ({len(tokens)} tokens had come)",
             metrics={
                 "duration_ms": (ended - self._began) * 1e3,
-                "in_page_ms": account.in_page_ms,
+                "in_page_ms": statistics.in_page_ms,
                 "first_token_ms": (began - self._began) * 1e3,
                 "tokens_per_second": rate,
                 "tokens": float(len(tokens)),
-                "attempts": 1.0 + sum(step.what == "failed" for step in account.happened),
-                "copied_bytes": float(account.copied_bytes),
-                "history_bytes": float(account.history_bytes),
+                "attempts": 1.0 + sum(step.what == "failed" for step in statistics.events),
+                "copied_bytes": float(statistics.copied_bytes),
+                "history_bytes": float(statistics.history_bytes),
             },
             values=values if error is None else {},
             stages=tuple(ref.browser_id for ref in refs),

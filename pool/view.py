@@ -12,7 +12,7 @@ from actors.messages import LaunchReport
 from actors.supervisor.records import Table
 from recovery.control import Phase, PoolState
 from recovery.kinds import Level
-from recovery.levels import held
+from recovery.levels import effective_level
 from recovery.records import HostStatus
 
 
@@ -54,7 +54,7 @@ def view_of(
         for record in records
         if record.phase is not Phase.STOPPED and not record.replaced_by and not record.stands_in_for
     ]
-    effective = held(level, len(alive))
+    effective = effective_level(level, len(alive))
     return PoolView(
         name,
         wanted_level,

@@ -54,7 +54,7 @@ class Intensity(StrEnum):
     SEVERE = "severe"
 
 
-class Place(StrEnum):
+class FaultSite(StrEnum):
     """What a fault is aimed at: one browser's slot, or the supervisor that all share."""
 
     BROWSER = "browser"
@@ -77,7 +77,7 @@ class Facts:
     """What is known of a kind of fault. `engines`: those that can have it."""
 
     doses: Mapping[Intensity, Dose]
-    place: Place = Place.BROWSER
+    place: FaultSite = FaultSite.BROWSER
     engines: frozenset[BrowserType] = frozenset(BrowserType)
 
 
@@ -249,7 +249,7 @@ FAULTS: Mapping[FaultKind, Facts] = {
     FaultKind.WORKER_DEATH: Facts(_signals("the browser's Ray worker", Level.MEDIUM)),
     FaultKind.NODE_DEATH: Facts(_signals("the browser's raylet, and its workers die", Level.HIGH)),
     FaultKind.SUPERVISOR_DEATH: Facts(
-        _signals("the supervisor's process", Level.MEDIUM, frozenset()), Place.SUPERVISOR
+        _signals("the supervisor's process", Level.MEDIUM, frozenset()), FaultSite.SUPERVISOR
     ),
     FaultKind.FULL_DISK: Facts(
         _of(
@@ -258,7 +258,7 @@ FAULTS: Mapping[FaultKind, Facts] = {
                 for seconds in (1, 3, 10)
             )
         ),
-        Place.SUPERVISOR,
+        FaultSite.SUPERVISOR,
     ),
     FaultKind.CLOCK_STEP: Facts(
         _of(
@@ -266,7 +266,7 @@ FAULTS: Mapping[FaultKind, Facts] = {
             Dose("the supervisor's wall clock jumps a day ahead", Level.NONE),
             Dose("the supervisor's wall clock jumps a day back", Level.NONE),
         ),
-        Place.SUPERVISOR,
+        FaultSite.SUPERVISOR,
     ),
 }
 
@@ -410,7 +410,7 @@ def draw_schedule(
             deck = rng.sample(possible, len(possible))
         kind = deck.pop()
         target = rng.choice(targets[kind])
-        aimed = target if FAULTS[kind].place is Place.BROWSER else ""
+        aimed = target if FAULTS[kind].place is FaultSite.BROWSER else ""
         drawn.append(Due(when, Fault(kind, rng.choice(intensities), aimed), clock))
         when += every
     return Schedule(seed, tuple(drawn))

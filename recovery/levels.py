@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from recovery.kinds import Level
 
-ORDER = (Level.NONE, Level.LOW, Level.MEDIUM, Level.HIGH, Level.CRITICAL)
+LEVELS_ASCENDING = (Level.NONE, Level.LOW, Level.MEDIUM, Level.HIGH, Level.CRITICAL)
 
 # Browsers that must have a model ready: one to lose at `high`, a majority at `critical`.
 BROWSERS_NEEDED: Mapping[Level, int] = {
@@ -21,15 +21,15 @@ BROWSERS_NEEDED: Mapping[Level, int] = {
     Level.CRITICAL: 3,
 }
 
-COPIES: Mapping[Level, int] = {**dict.fromkeys(ORDER, 1), Level.CRITICAL: 3}
+COPIES: Mapping[Level, int] = {**dict.fromkeys(LEVELS_ASCENDING, 1), Level.CRITICAL: 3}
 REDUNDANT = (Level.HIGH, Level.CRITICAL)
 COPIES_MAX = 5  # of one operation at `critical`, while no two of its answers agree
 
 
-def held(level: Level, ready: int) -> Level:
+def effective_level(level: Level, ready: int) -> Level:
     """The level that `ready` browsers hold, if `level` is what was asked for."""
     while level in REDUNDANT and ready < BROWSERS_NEEDED[level]:
-        level = ORDER[ORDER.index(level) - 1]
+        level = LEVELS_ASCENDING[LEVELS_ASCENDING.index(level) - 1]
     return level
 
 

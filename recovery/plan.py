@@ -47,8 +47,8 @@ LEVEL_RUNGS: Mapping[Level, frozenset[RecoveryLevel]] = {
 }
 
 # A rung that was tried so often for such a failure, and worked at most so rarely, is passed by.
-HOPELESS_ATTEMPTS = 5
-HOPELESS_RATE = 0.2
+INEFFECTIVE_ATTEMPTS = 5
+INEFFECTIVE_RATE = 0.2
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ class Tally:
     successes: int = 0
 
     @property
-    def hopeless(self) -> bool:
-        tried = self.attempts >= HOPELESS_ATTEMPTS
-        return tried and self.successes <= self.attempts * HOPELESS_RATE
+    def ineffective(self) -> bool:
+        tried = self.attempts >= INEFFECTIVE_ATTEMPTS
+        return tried and self.successes <= self.attempts * INEFFECTIVE_RATE
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def plan(
             why += f", raised to {int(start)} (breaker {breaker}, scope {failure.scope})"
     rungs = [rung for rung in strategy.rungs if rung is not SIMULATION]
     begin = [rung for rung in rungs if rung >= start] or rungs[-1:]
-    hopeful = [rung for rung in begin if not history.get(rung, Tally()).hopeless]
+    hopeful = [rung for rung in begin if not history.get(rung, Tally()).ineffective]
     if hopeful and hopeful != begin:
         passed = ", ".join(str(int(rung)) for rung in begin if rung not in hopeful)
         why += f"; rung {passed} rarely works here"

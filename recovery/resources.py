@@ -1,4 +1,4 @@
-"""What is done about memory and wear: models to park, browsers to recycle, loads to refuse.
+"""What is done about memory and usage: models to park, browsers to recycle, loads to refuse.
 
 Pure functions of what was measured; who measures, and who carries an answer out, is the caller's
 business. One thing at a time: the effect of a step must be seen before the next is taken. This
@@ -17,7 +17,7 @@ SWOLLEN_RATIO = 1.5  # of the pool's median: what is larger has swollen
 
 @dataclass(frozen=True)
 class ResourceLimits:
-    """When memory is short, and when a browser is worn. Fractions are of a node's memory."""
+    """When memory is short, and when a browser is overused. Fractions are of a node's memory."""
 
     memory_low: float = 0.15  # less available: idle models are parked, swollen browsers recycled
     memory_min: float = 0.08  # a load whose peak would leave less is refused
@@ -90,7 +90,7 @@ def relieve(
     park = _park(limits, short, browsers)
     recycle = None
     if not recycling:
-        recycle = _recycle_worn(limits, browsers)
+        recycle = _recycle_overused(limits, browsers)
         if recycle is None and park is None:
             recycle = _recycle_swollen(limits, short, browsers)
     return tuple(action for action in (park, recycle) if action is not None)
@@ -157,16 +157,16 @@ def _park(
     return Park(model, f"not used for {idle[model]:.0f} s, and {_shortage(tightest)}")
 
 
-def _recycle_worn(limits: ResourceLimits, browsers: Sequence[BrowserLoad]) -> Recycle | None:
-    worn = [
-        (*_wear(limits, browser), browser)
+def _recycle_overused(limits: ResourceLimits, browsers: Sequence[BrowserLoad]) -> Recycle | None:
+    overused = [
+        (*_usage(limits, browser), browser)
         for browser in browsers
         if _may_be_recycled(limits, browser, browsers)
     ]
-    worn = [(ratio, why, browser) for ratio, why, browser in worn if ratio >= 1]
-    if not worn:
+    overused = [(ratio, why, browser) for ratio, why, browser in overused if ratio >= 1]
+    if not overused:
         return None
-    _, why, browser = min(worn, key=lambda entry: (-entry[0], entry[2].browser_id))
+    _, why, browser = min(overused, key=lambda entry: (-entry[0], entry[2].browser_id))
     return Recycle(browser.browser_id, browser.epoch, why)
 
 
@@ -210,19 +210,19 @@ def _may_be_recycled(
     return any(other.ready for other in browsers if other.browser_id != browser.browser_id)
 
 
-def _wear(limits: ResourceLimits, browser: BrowserLoad) -> tuple[float, str]:
-    """How worn it is, 1 being the limit, and by what."""
-    wear = [(0.0, "")]
+def _usage(limits: ResourceLimits, browser: BrowserLoad) -> tuple[float, str]:
+    """How overused it is, 1 being the limit, and by what."""
+    usage = [(0.0, "")]
     if limits.recycle_seconds > 0:
         why = f"{browser.age_seconds:.0f} s old, of at most {limits.recycle_seconds:g} s"
-        wear.append((browser.age_seconds / limits.recycle_seconds, why))
+        usage.append((browser.age_seconds / limits.recycle_seconds, why))
     if limits.recycle_operations > 0:
         why = f"served {browser.served} operations, of at most {limits.recycle_operations}"
-        wear.append((browser.served / limits.recycle_operations, why))
+        usage.append((browser.served / limits.recycle_operations, why))
     if limits.recycle_bytes > 0:
         why = f"holds {_mib(browser.memory_bytes)}, of at most {_mib(limits.recycle_bytes)}"
-        wear.append((browser.memory_bytes / limits.recycle_bytes, why))
-    return max(wear, key=lambda entry: entry[0])
+        usage.append((browser.memory_bytes / limits.recycle_bytes, why))
+    return max(usage, key=lambda entry: entry[0])
 
 
 def _tightest(short: Iterable[NodeLoad]) -> NodeLoad:

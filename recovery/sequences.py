@@ -17,19 +17,23 @@ from recovery.records import HostRef, HostStatus, NumericId
 QUORUM = {Level.CRITICAL: 2}
 # The host is well, but does not have what was meant: another incarnation, or a sequence that it
 # does not know or knows otherwise. Nothing has failed there.
-ELSEWHERE = frozenset(
+MISADDRESSED = frozenset(
     {"replaced", "not_loaded", "out_of_step", "stale_step", "stale_frame", "too_many_sequences"}
 )
-ASKED_MAX = 2  # times that a page which is cut off is asked again, where it can be built elsewhere
+RETRIES_MAX = (
+    2  # times that a page which is cut off is asked again, where it can be built elsewhere
+)
 
 
-class Cure(StrEnum):
+class RecoveryAction(StrEnum):
     ASK_AGAIN = "ask_again"  # the page may still have its caches
     REBUILD = "rebuild"  # caches have to be made anew, there or elsewhere
     GIVE_UP = "give_up"
 
 
-def cure(level: Level, failure: Failure, failures: int, failures_max: int, asked: int = 0) -> Cure:
+def recovery_action(
+    level: Level, failure: Failure, failures: int, failures_max: int, asked: int = 0
+) -> RecoveryAction:
     """What to do about a stage that did not answer, `failures` of this step included.
 
     `low` survives what leaves the page its caches: a lost connection, a step that took too long.
@@ -37,14 +41,14 @@ def cure(level: Level, failure: Failure, failures: int, failures_max: int, asked
     `asked` times in vain.
     """
     if level is Level.NONE or failures > failures_max:
-        return Cure.GIVE_UP
-    if failure.evidence.get("what") in ELSEWHERE:
-        return Cure.GIVE_UP if level is Level.LOW else Cure.REBUILD
+        return RecoveryAction.GIVE_UP
+    if failure.evidence.get("what") in MISADDRESSED:
+        return RecoveryAction.GIVE_UP if level is Level.LOW else RecoveryAction.REBUILD
     brief = failure.category in (Category.CONNECTION_FAILURE, Category.TIMEOUT)
     brief = brief and failure.scope in (Scope.PAGE, Scope.OPERATION)
-    if brief and (asked < ASKED_MAX or level is Level.LOW):
-        return Cure.ASK_AGAIN
-    return Cure.GIVE_UP if level is Level.LOW else Cure.REBUILD
+    if brief and (asked < RETRIES_MAX or level is Level.LOW):
+        return RecoveryAction.ASK_AGAIN
+    return RecoveryAction.GIVE_UP if level is Level.LOW else RecoveryAction.REBUILD
 
 
 def copies_of_stage(level: Level, answers: int, pending: int, *, late: bool) -> int:

@@ -24,7 +24,7 @@ from actors.messages import (
     LaunchReport,
     RunReply,
     RunRequest,
-    Wear,
+    Usage,
 )
 from actors.supervisor.journal import MemoryLog
 from actors.supervisor.records import ModelOrder
@@ -38,8 +38,9 @@ from recovery.log.codec import as_logged
 from recovery.log.segments import LogUnavailable
 from recovery.records import BrowserFacts, HostRef, HostStatus, NumericId
 from recovery.resources import BrowserLoad, NodeLoad
+from recovery.voting import Tolerance
 from sharding.models.known_answers import KnownAnswer
-from sharding.models.signature import ModelSpec, TensorSpec, Tolerance
+from sharding.models.signature import ModelSpec, TensorSpec
 
 FACTS = BrowserFacts(product="Fake", version="1")
 NUMERIC = NumericId("fake-ort", Backend.WASM)
@@ -137,7 +138,7 @@ class FakeHost:
         self.in_touch = _open_gate()
         self._lost: Failure | None = None
         self.reconnects = 0
-        self.worn: dict[str, Any] = {}  # what `wear` says, where it is not new
+        self.usage_said: dict[str, Any] = {}  # what `wear` says, where it is not new
         self.available_bytes = 1 << 33
 
     # -- faults on demand -------------------------------------------------------------------------
@@ -220,7 +221,7 @@ class FakeHost:
         self.models.pop(model, None)
         self.digests.pop(model, None)
 
-    async def wear(self) -> Wear:
+    async def usage(self) -> Usage:
         load = BrowserLoad(
             self.ref.browser_id,
             self.ref.epoch,
@@ -233,7 +234,9 @@ class FakeHost:
             ready=self.readiness is Readiness.READY,
             models=dict.fromkeys(self.models, 0.0),
         )
-        return Wear(replace(load, **self.worn), NodeLoad("node", 1 << 34, self.available_bytes))
+        return Usage(
+            replace(load, **self.usage_said), NodeLoad("node", 1 << 34, self.available_bytes)
+        )
 
     async def inject(
         self, ref: HostRef, fault: Fault | Mapping[str, Any], *, gated: bool = True

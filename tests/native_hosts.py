@@ -21,7 +21,7 @@ from recovery.records import HostRef, HostStatus, NumericId
 from sharding.sequences.caches import SequenceCaches, StepOrder
 from sharding.sequences.hosts import StepReply
 from sharding.sequences.native_stages import NativeStage
-from sharding.sequences.stages import Line
+from sharding.sequences.stages import StagePipeline
 
 NUMERIC = NumericId("native", Backend.NATIVE)
 
@@ -31,14 +31,14 @@ class NativeHosts:
 
     chains_by_default = False  # whether steps may go from host to host by themselves
 
-    def __init__(self, line: Line, specs, count: int = 3) -> None:
+    def __init__(self, pipeline: StagePipeline, specs, count: int = 3) -> None:
         self._stages = {
             stage.model: NativeStage(stage, spec)
-            for stage, spec in zip(line.stages, specs, strict=True)
+            for stage, spec in zip(pipeline.stages, specs, strict=True)
         }
         for stage in self._stages.values():
             stage.open()
-        self._line = line
+        self._line = pipeline
         self.refs = [HostRef("abcdefgh"[n]) for n in range(count)]
         self.caches: dict[HostRef, dict[str, SequenceCaches]] = {}
         for ref in self.refs:
@@ -127,7 +127,7 @@ class NativeHosts:
         except TimeoutError:
             pass
 
-    async def distrust(self, ref: HostRef) -> None:
+    async def exclude(self, ref: HostRef) -> None:
         pass
 
     async def chain(self, sequence, places, *, copies, seconds):

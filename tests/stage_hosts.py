@@ -14,7 +14,7 @@ from recovery.records import HostRef, HostStatus, NumericId
 from sharding.models.signature import CacheSpec, TensorSpec
 from sharding.sequences.caches import DELTA, StepOrder
 from sharding.sequences.context import StageContext
-from sharding.sequences.events import Account, Events
+from sharding.sequences.events import Events, SequenceStatistics
 from sharding.sequences.hosts import StepReply
 from sharding.sequences.rules import PipelineRules
 from sharding.sequences.stages import Stage
@@ -35,7 +35,7 @@ class PaperHosts:
         self.replies: dict[HostRef, deque[StepReply]] = defaultdict(deque)
         self.orders: list[tuple[HostRef, StepOrder, dict[str, np.ndarray]]] = []
         self.silent: set[HostRef] = set()  # these never answer
-        self.distrusted: list[HostRef] = []
+        self.excluded: list[HostRef] = []
         self.charged: list[HostRef] = []
         self.timed: list[str] = []
         self.late_seconds = math.inf
@@ -65,8 +65,8 @@ class PaperHosts:
     async def change(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
-    async def distrust(self, ref: HostRef) -> None:
-        self.distrusted.append(ref)
+    async def exclude(self, ref: HostRef) -> None:
+        self.excluded.append(ref)
 
     def outvoted(self, ref: HostRef, failure: Failure) -> None:
         self.charged.append(ref)
@@ -96,4 +96,4 @@ def fails(what: str, ref: HostRef = A) -> StepReply:
 def context_of(hosts: PaperHosts, level: Level = Level.MEDIUM, **options) -> StageContext:
     clock = asyncio.get_running_loop().time
     rules = PipelineRules(level, **{"step_seconds": 1.0, **options})
-    return StageContext("s", 0, STAGE, hosts, rules, Events(Account(), clock))
+    return StageContext("s", 0, STAGE, hosts, rules, Events(SequenceStatistics(), clock))

@@ -69,9 +69,9 @@ class Admission:
         self._model.success(self._model_permit)
         self._browser.success(self._browser_permit)
 
-    def failed(self, failure: Failure, *, cured: bool) -> None:
-        """The operation itself failed. `cured`: it will be tried again elsewhere."""
-        self._model.failure(self._model_permit, failure, cured=cured)
+    def failed(self, failure: Failure, *, retried: bool) -> None:
+        """The operation itself failed. `retried`: it will be tried again elsewhere."""
+        self._model.failure(self._model_permit, failure, retried=retried)
         self._browser.abandon(self._browser_permit)  # neither its fault nor a sign that it is well
 
     def abandoned(self) -> None:

@@ -31,17 +31,17 @@ from actors.browser.serve import OperationServer
 from actors.browser.startup import Startup
 from actors.browser.watch import Watch
 from actors.dataplane import DataServer
-from actors.injector import BrowserFailureInjector, Victim
+from actors.injector import BrowserFailureInjector, InjectionTarget
 from actors.messages import (
-    Examination,
     HostConfig,
     HostEvent,
     HostReport,
     LaunchOrder,
     LaunchReport,
+    PageDiagnostics,
     RunReply,
     RunRequest,
-    Wear,
+    Usage,
 )
 from recovery.breaker import BreakerKey, BreakerSwitch, CircuitState
 from recovery.errors import BrowserLost
@@ -295,9 +295,9 @@ class BrowserHost:
     def status(self) -> HostStatus:
         return self._reports.status(self._server)
 
-    def wear(self) -> Wear:
+    def usage(self) -> Usage:
         """Age, use and memory (as last looked at) of the browser, and memory of the machine."""
-        return self._reports.wear(self._server)
+        return self._reports.usage(self._server)
 
     async def memory_bytes(self) -> int:
         """Resident bytes of the browser's whole process tree; `status` has the latest, too."""
@@ -325,9 +325,9 @@ class BrowserHost:
             self._breakers.note_peers(peers)
         return await self._events.next(after, seconds)
 
-    async def examine(self, *, screenshot: bool = True) -> Examination:
+    async def diagnose(self, *, screenshot: bool = True) -> PageDiagnostics:
         """What is known of the page now, or was last, for whoever looks into a failure."""
-        return await self._reports.examine(screenshot=screenshot)
+        return await self._reports.diagnose(screenshot=screenshot)
 
     def breaker_metrics(self) -> Mapping[str, Mapping[str, Any]]:
         """What each circuit breaker here has counted, by model ("" the browser's own)."""
@@ -351,9 +351,9 @@ class BrowserHost:
         await self.page.ask("fault", fault)
         return None
 
-    def _victim(self) -> Victim:
+    def _victim(self) -> InjectionTarget:
         session, own = self.process.require_session(), self._breakers.snapshots().get("")
-        return Victim(
+        return InjectionTarget(
             self._incarnation.ref,
             self.process.tree(),
             self.page.bridge,

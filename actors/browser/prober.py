@@ -53,7 +53,7 @@ class Prober:
             return None
         body = {"model": model}
         op_id = self._page.numbered("probe")
-        frame = Frame("run", op_id, ref.epoch, body=body, tensors=known.asked)
+        frame = Frame("run", op_id, ref.epoch, body=body, tensors=known.question)
         try:
             reply = await self._page.request(frame)
         except PoolError:

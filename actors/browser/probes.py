@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from recovery.records import HostRef, NumericId
-from recovery.voting import Ballot, Closeness, agree, describe_spread
+from recovery.voting import Ballot, Tolerance, agree, describe_spread
 from sharding.models.signature import ModelSpec
 
 _Arrays = Mapping[str, np.ndarray[Any, Any]]
@@ -25,10 +25,10 @@ class Known:
     """A question, and what was answered to it."""
 
     model: str
-    asked: _Arrays
+    question: _Arrays
     answer: _Arrays
     numeric: NumericId
-    closeness: Closeness
+    tolerance: Tolerance
 
 
 class Probes:
@@ -38,14 +38,15 @@ class Probes:
         self._known: dict[str, Known] = {}
         self._turn = 0
 
-    def learn(self, spec: ModelSpec, numeric: NumericId, asked: _Arrays, answer: _Arrays) -> None:
+    def learn(
+        self, spec: ModelSpec, numeric: NumericId, question: _Arrays, answer: _Arrays
+    ) -> None:
         """What the model has just answered, once that was found to be right."""
         if not answer:
             self._known.pop(spec.name, None)
             return
-        closeness = Closeness(spec.tolerance.rtol, spec.tolerance.atol)
         copies = {name: np.array(array) for name, array in answer.items()}  # not views of a frame
-        self._known[spec.name] = Known(spec.name, asked, copies, numeric, closeness)
+        self._known[spec.name] = Known(spec.name, question, copies, numeric, spec.tolerance)
 
     def forget(self, model: str) -> None:
         self._known.pop(model, None)
@@ -74,4 +75,4 @@ class Probes:
             return ""
         before = Ballot(HostRef("before"), known.numeric, known.answer)
         now = Ballot(HostRef("now"), known.numeric, answer)
-        return "" if agree(before, now, known.closeness) else describe_spread([before, now])
+        return "" if agree(before, now, known.tolerance) else describe_spread([before, now])

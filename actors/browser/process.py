@@ -15,7 +15,7 @@ from pathlib import Path
 from actors.browser.incarnation import Incarnation
 from actors.driver.arguments import LaunchSettings
 from actors.driver.binaries import Binaries
-from actors.driver.processes import BrowserProcesses, Warden, WardenOrder
+from actors.driver.processes import BrowserProcesses, ProcessReaper, ReaperOrder
 from actors.driver.profiles import new_profile_path
 from actors.driver.session import Session, driver_command, free_port
 from actors.injector import BrowserFailureInjector
@@ -31,7 +31,7 @@ class Detached:
     """A browser that nobody uses any more, and that is not ended yet."""
 
     session: Session | None
-    reaper: Warden | None
+    reaper: ProcessReaper | None
     survivors: tuple[int, ...]  # to be killed by pid, should the reaper be dead
 
 
@@ -50,7 +50,7 @@ class BrowserProcess:
         self._incarnation = incarnation
         self._injector = injector
         self._watch = watch
-        self._reaper: Warden | None = None
+        self._reaper: ProcessReaper | None = None
         self._endings: set[asyncio.Task[None]] = set()
 
     async def start(
@@ -64,9 +64,9 @@ class BrowserProcess:
         Raises `LaunchFailed`.
         """
         ref = self._incarnation.ref
-        reaper = self._reaper = Warden()
+        reaper = self._reaper = ProcessReaper()
         profile, port = new_profile_path(), free_port()
-        order = WardenOrder(
+        order = ReaperOrder(
             driver_command(binaries, port),
             [binaries.xvfb, *_XVFB_ARGUMENTS] if binaries.xvfb else None,
             profile,
@@ -81,7 +81,7 @@ class BrowserProcess:
         self.pids = {
             "driver": reaper.driver_pid,
             "browser": session.browser_pid or _only_child(reaper),
-            "warden": reaper.pid,
+            "reaper": reaper.pid,
             "worker": os.getpid(),
         }
         for name in ("driver", "browser"):
@@ -92,7 +92,7 @@ class BrowserProcess:
     def _ended(self, ref: HostRef, what: str) -> Callable[[], None]:
         return lambda: self._incarnation.lost(ref, what)
 
-    def _on_exit(self, ref: HostRef, reaper: Warden) -> Callable[[int, int], None]:
+    def _on_exit(self, ref: HostRef, reaper: ProcessReaper) -> Callable[[int, int], None]:
         def on_exit(pid: int, status: int) -> None:
             if pid == reaper.driver_pid and reaper is self._reaper:  # else it was let go
                 ended = f"the driver ended with {status}"
@@ -129,7 +129,7 @@ class BrowserProcess:
 
     def tree(self) -> BrowserProcesses:
         """The processes as whoever breaks or examines them needs them."""
-        return BrowserProcesses(self._incarnation.kind, dict(self.pids), self.pids.get("warden", 0))
+        return BrowserProcesses(self._incarnation.kind, dict(self.pids), self.pids.get("reaper", 0))
 
     async def memory_bytes(self) -> int:
         """Resident bytes of the whole process tree."""
@@ -150,7 +150,7 @@ def _private_directories(binaries: Binaries, profile: Path) -> Mapping[str, str]
     return {variable: str(profile / name) for variable, name in names.items()}
 
 
-def _only_child(reaper: Warden) -> int:
+def _only_child(reaper: ProcessReaper) -> int:
     """The browser's pid where its driver does not tell: the driver's first child."""
     children = [p for p in reaper.tree() if p.ppid() == reaper.driver_pid]
     return children[0].pid if children else 0

@@ -20,7 +20,7 @@ from actors.browser.page import Page
 from actors.browser.process import BrowserProcess
 from actors.browser.serve import OperationServer
 from actors.browser.watch import Watch
-from actors.messages import Examination, HostConfig, HostReport, Wear
+from actors.messages import HostConfig, HostReport, PageDiagnostics, Usage
 from recovery.errors import BrowserLost
 from recovery.kinds import BrowserType, Readiness
 from recovery.records import HostStatus
@@ -83,11 +83,11 @@ class HostReports:
             memory_bytes=self._memory_bytes,
         )
 
-    def wear(self, server: OperationServer) -> Wear:
+    def usage(self, server: OperationServer) -> Usage:
         """Age, use and memory (as last looked at) of the browser, and memory of the machine."""
         incarnation, now, memory = self._incarnation, self._clock(), psutil.virtual_memory()
         used = max(server.used_at, incarnation.ready_at)
-        return Wear(
+        return Usage(
             BrowserLoad(
                 incarnation.ref.browser_id,
                 incarnation.ref.epoch,
@@ -126,7 +126,7 @@ class HostReports:
             breakers=self._breakers.snapshots(),
         )
 
-    async def examine(self, *, screenshot: bool) -> Examination:
+    async def diagnose(self, *, screenshot: bool) -> PageDiagnostics:
         """What is known of the page now, or was last, for whoever looks into a failure."""
         incarnation, bridge, session = self._incarnation, self._page.served, self._process.session
         picture = b""
@@ -136,7 +136,7 @@ class HostReports:
             with contextlib.suppress(BrowserLost, TimeoutError):
                 async with asyncio.timeout(_SCREENSHOT_SECONDS):
                     picture = await session.screenshot()
-        return Examination(
+        return PageDiagnostics(
             incarnation.ref,
             incarnation.readiness,
             bridge.visibility if bridge else "",

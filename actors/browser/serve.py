@@ -24,7 +24,7 @@ from actors.messages import HostConfig, RunReply, RunRequest
 from recovery.errors import CallerError, PageError, PoolError
 from recovery.failures import Failure, Scope
 from recovery.records import HostRef, HostStatus
-from recovery.sequences import ELSEWHERE
+from recovery.sequences import MISADDRESSED
 from sharding.models.frames import Frame
 
 
@@ -164,7 +164,7 @@ class OperationServer:
     ) -> RunReply:
         ref, begun, queued = self._incarnation.ref, self._clock(), self.queued()
         if admission.on_trial and (wrong := await self._probe(ref, request.model)) is not None:
-            admission.failed(wrong, cured=not request.last)
+            admission.failed(wrong, retried=not request.last)
             return RunReply(self._status(), failure=replace(wrong, op_id=request.op_id))
         stage = request.stage
         body = {"model": request.model, **({"stage": asdict(stage)} if stage else {})}
@@ -208,7 +208,7 @@ class OperationServer:
             **self._models.facts_of(request.model),
         )
         if self._page.connected:
-            admission.failed(failure, cured=not request.last)
+            admission.failed(failure, retried=not request.last)
         else:
             admission.abandoned()  # the model can't answer while its page is away
         return failure
@@ -218,10 +218,10 @@ class OperationServer:
         facts = {**error.fields, **self._models.facts_of(request.model)}
         facts.pop("what", None)
         failure = self._incarnation.failure(str(error), what, request.op_id, request.ref, **facts)
-        if what in ELSEWHERE:  # it was unloaded meanwhile, say: nothing has failed
+        if what in MISADDRESSED:  # it was unloaded meanwhile, say: nothing has failed
             admission.abandoned()
         else:
-            admission.failed(failure, cured=not request.last)
+            admission.failed(failure, retried=not request.last)
         if failure.scope is Scope.PAGE:
             self._incarnation.end(failure)  # out of memory, say: it would fail every other one, too
         return failure

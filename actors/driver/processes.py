@@ -1,6 +1,6 @@
-"""Processes of one browser: the warden that guards them, and which of them serve its page.
+"""Processes of one browser: the reaper that guards them, and which of them serve its page.
 
-The ledger of what was started is the process tree below the warden itself, so it can't miss a
+The ledger of what was started is the process tree below the reaper itself, so it can't miss a
 process and can't name one that is not ours. This module must not know Selenium or the page.
 """
 
@@ -35,12 +35,12 @@ _OWN_UI = "--top-chrome-webui"  # a renderer that draws Chromium's own toolbar
 _STARTED_SECONDS = 15.0
 _WORKED_SECONDS = 0.1  # CPU time is counted in steps of 0.01 s, and others collect garbage
 _WORKED_RATIO = 4.0  # by which a page's process outdoes those that happen to be busy
-_ENDED_SECONDS = 6.0  # longer than the warden's own limit
+_ENDED_SECONDS = 6.0  # longer than the reaper's own limit
 
 
 @dataclass(frozen=True)
-class WardenOrder:
-    """What a warden is to start, on which profile (made from `template` if there is one)."""
+class ReaperOrder:
+    """What a reaper is to start, on which profile (made from `template` if there is one)."""
 
     driver: Sequence[str]
     xvfb: Sequence[str] | None
@@ -59,8 +59,8 @@ class WardenOrder:
         return json.dumps(fields).encode() + b"\n"
 
 
-class Warden:
-    """A running warden, seen from the actor that owns it."""
+class ProcessReaper:
+    """A running reaper, seen from the actor that owns it."""
 
     def __init__(self) -> None:
         self.pid = 0
@@ -70,8 +70,8 @@ class Warden:
         self._done = False
         self._profile = ""
 
-    async def start(self, order: WardenOrder, on_exit: Callable[[int, int], None]) -> None:
-        """Start the driver below a new warden.
+    async def start(self, order: ReaperOrder, on_exit: Callable[[int, int], None]) -> None:
+        """Start the driver below a new reaper.
 
         `on_exit(pid, status)` is called for each direct or adopted child that ends.
         Raises `LaunchFailed` when the driver (or its display) can't be started.
@@ -92,7 +92,7 @@ class Warden:
         self._stdin = launcher.stdin
         started: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._reader = asyncio.create_task(
-            self._read(launcher.stdout, started, on_exit), name="warden-reader"
+            self._read(launcher.stdout, started, on_exit), name="reaper-reader"
         )
         try:
             async with asyncio.timeout(_STARTED_SECONDS):
@@ -114,7 +114,7 @@ class Warden:
     ) -> None:
         async for line in stdout:
             match json.loads(line):
-                case {"started": int(pid), "what": "warden"}:
+                case {"started": int(pid), "what": "reaper"}:
                     self.pid = pid
                 case {"started": int(pid), "what": "driver"} if not started.done():
                     self.driver_pid = pid  # before its exit can be told
@@ -126,13 +126,13 @@ class Warden:
                 case {"done": True}:
                     self._done = True
         if not started.done():
-            started.set_exception(OSError("its warden ended"))
+            started.set_exception(OSError("its reaper ended"))
             started.exception()  # nobody may be waiting any more
         if not self._done:  # it was killed, and its driver with it
             on_exit(self.driver_pid, -signal.SIGKILL)
 
     def tree(self) -> list[psutil.Process]:
-        """Every living process below the warden."""
+        """Every living process below the reaper."""
         try:
             return psutil.Process(self.pid).children(recursive=True) if self.pid else []
         except psutil.NoSuchProcess:
@@ -147,9 +147,9 @@ class Warden:
         return total
 
     async def end(self, survivors: Sequence[int] = ()) -> None:
-        """Let the warden kill everything below it and remove the profile.
+        """Let the reaper kill everything below it and remove the profile.
 
-        Should the warden itself have been killed, `survivors` (pids that the caller knows to
+        Should the reaper itself have been killed, `survivors` (pids that the caller knows to
         be of this browser) are killed with their descendants. Does not raise.
         """
         stdin, self._stdin = self._stdin, None

@@ -54,7 +54,7 @@ def template_path(binaries: Binaries, gpu: str) -> Path:
 
 
 def new_profile_path() -> str:
-    """A path for the profile of one launch, which the warden makes and removes."""
+    """A path for the profile of one launch, which the reaper makes and removes."""
     return os.path.join(tempfile.gettempdir(), f"{_RUN_PREFIX}{secrets.token_hex(6)}")
 
 

@@ -2,14 +2,14 @@
 
 A script of its own (standard library only, so that it starts in milliseconds). Its parent, the
 browser actor, holds the other end of its standard input; when that end closes, for whatever
-reason, the warden kills every descendant and removes the profile directory. It makes itself
+reason, the reaper kills every descendant and removes the profile directory. It makes itself
 the reaper of its orphans (`PR_SET_CHILD_SUBREAPER`), so that processes which browsers detach
 stay its descendants, and a session of its own, so that a signal to the actor's process group
 passes it by. It must not import anything of the project.
 
 Input: one JSON line `{"driver": [argv], "xvfb": [argv] | null, "profile": directory to make,
 "template": directory to copy into it | null, "environment": {}}`. Output: JSON lines
-`{"started": pid, "what": "warden" | "xvfb" | "driver"}`, `{"exited": pid, "status": n}`
+`{"started": pid, "what": "reaper" | "xvfb" | "driver"}`, `{"exited": pid, "status": n}`
 (negative: the signal's number), `{"error": text}`, and at the end `{"done": true}`.
 """
 
@@ -42,12 +42,12 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def _die_with_warden() -> None:
+def _die_with_reaper() -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _say(**fields: Any) -> None:
-    # The actor may be gone; the warden's own job goes on.
+    # The actor may be gone; the reaper's own job goes on.
     with contextlib.suppress(OSError):
         os.write(1, json.dumps(fields).encode() + b"\n")
 
@@ -134,7 +134,7 @@ def _spawn(
         stderr=subprocess.DEVNULL,
         pass_fds=fds,
         process_group=0,
-        preexec_fn=_die_with_warden,  # one thread only, so this is safe here
+        preexec_fn=_die_with_reaper,  # one thread only, so this is safe here
     )
 
 
@@ -161,7 +161,7 @@ def _fill_profile(profile: str, template: str | None) -> None:
 def main() -> None:
     if os.fork():
         os._exit(0)  # Ray kills the direct children of a worker that ends; this one must live on
-    _say(started=os.getpid(), what="warden")
+    _say(started=os.getpid(), what="reaper")
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)

@@ -89,7 +89,7 @@ def _options(settings: LaunchSettings, binaries: Binaries, profile: Path) -> Arg
 
 
 class Session:
-    """A browser under a driver that already runs (see `Warden`)."""
+    """A browser under a driver that already runs (see `ProcessReaper`)."""
 
     def __init__(self, settings: LaunchSettings, binaries: Binaries, profile: Path) -> None:
         self._settings = settings
@@ -197,7 +197,7 @@ class Session:
         self._driver = None
 
     def close(self) -> None:
-        """Let the thread go. Ends nothing: the warden does that."""
+        """Let the thread go. Ends nothing: the reaper does that."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _require(self) -> webdriver.Remote:

@@ -16,14 +16,14 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from actors.messages import (
-    Examination,
     HostEvent,
     HostReport,
     LaunchOrder,
     LaunchReport,
+    PageDiagnostics,
     RunReply,
     RunRequest,
-    Wear,
+    Usage,
 )
 from actors.ray.connection import NAMESPACE, this_node
 from actors.ray.starting import history_name, on_this_node, start_actor
@@ -106,8 +106,8 @@ class RayHost:
         made: Injected | None = await result(self.actor.inject.remote(ref, fault, gated), str(ref))
         return made
 
-    async def examine(self, *, screenshot: bool = True) -> Examination:
-        found: Examination = await result(self.actor.examine.remote(screenshot), "a browser")
+    async def diagnose(self, *, screenshot: bool = True) -> PageDiagnostics:
+        found: PageDiagnostics = await result(self.actor.diagnose.remote(screenshot), "a browser")
         return found
 
     async def breaker_metrics(self) -> Mapping[str, Mapping[str, Any]]:
@@ -121,9 +121,9 @@ class RayHost:
     async def reconnect(self, ref: HostRef, term: int) -> None:
         await result(self.actor.reconnect.remote(ref, term), str(ref))
 
-    async def wear(self) -> Wear:
-        wear: Wear = await result(self.actor.wear.remote(), "a browser")
-        return wear
+    async def usage(self) -> Usage:
+        usage: Usage = await result(self.actor.usage.remote(), "a browser")
+        return usage
 
     async def drain(self, term: int) -> None:
         await result(self.actor.drain.remote(term), "a browser")

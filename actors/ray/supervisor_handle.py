@@ -98,8 +98,8 @@ class RaySupervisor:
     async def load(self, order: ModelOrder) -> None:
         await self._call(lambda: self.actor.load.remote(order), None)
 
-    async def wake(self, model: str) -> None:
-        await self._call(lambda: self.actor.wake.remote(model), None)
+    async def reload(self, model: str) -> None:
+        await self._call(lambda: self.actor.reload.remote(model), None)
 
     async def unload(self, model: str) -> None:
         await self._call(lambda: self.actor.unload.remote(model))

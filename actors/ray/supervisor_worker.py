@@ -193,8 +193,8 @@ class PoolSupervisor:
     async def load(self, order: ModelOrder) -> None:
         await (await self._open()).load(order)
 
-    async def wake(self, model: str) -> None:
-        await (await self._open()).wake(model)
+    async def reload(self, model: str) -> None:
+        await (await self._open()).reload(model)
 
     async def unload(self, model: str) -> None:
         await (await self._open()).unload(model)

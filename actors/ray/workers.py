@@ -16,15 +16,15 @@ from typing import Any
 from actors.browser.host import BrowserHost
 from actors.history import HistoryKeeper
 from actors.messages import (
-    Examination,
     HostConfig,
     HostEvent,
     HostReport,
     LaunchOrder,
     LaunchReport,
+    PageDiagnostics,
     RunReply,
     RunRequest,
-    Wear,
+    Usage,
 )
 from actors.native_host import NativeHost
 from actors.ray.connection import this_node
@@ -72,8 +72,8 @@ class Browser:
     ) -> Injected | None:
         return await self._host.inject(ref, fault, gated=gated)
 
-    async def examine(self, screenshot: bool) -> Examination:
-        return await self._host.examine(screenshot=screenshot)
+    async def diagnose(self, screenshot: bool) -> PageDiagnostics:
+        return await self._host.diagnose(screenshot=screenshot)
 
     async def unload(self, ref: HostRef, term: int, model: str) -> None:
         await self._host.unload(ref, term, model)
@@ -96,8 +96,8 @@ class Browser:
     async def status(self) -> HostStatus:
         return self._host.status()
 
-    async def wear(self) -> Wear:
-        return self._host.wear()
+    async def usage(self) -> Usage:
+        return self._host.usage()
 
     async def breaker_metrics(self) -> Mapping[str, Mapping[str, Any]]:
         return self._host.breaker_metrics()

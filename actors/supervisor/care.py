@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
 
-from actors.messages import Wear
+from actors.messages import Usage
 from actors.supervisor.hosts import Host, Hosts
 from actors.supervisor.journal import Journal
 from actors.supervisor.records import ModelOrder, SupervisorConfig
@@ -54,12 +54,12 @@ class Care:
 
     async def carried(self) -> tuple[list[BrowserLoad], list[NodeLoad]]:
         """What the hosts in service, and their nodes, carry. Who does not answer is left out."""
-        found: list[Wear] = []
+        found: list[Usage] = []
 
         async def ask(host: Host) -> None:
             with contextlib.suppress(PoolError, TimeoutError):
                 async with asyncio.timeout(_ASK_SECONDS):
-                    found.append(await host.wear())
+                    found.append(await host.usage())
 
         serving = [
             host
@@ -67,9 +67,9 @@ class Care:
             if self._journal.state.browsers[browser_id].phase is Phase.READY
         ]
         await asyncio.gather(*map(ask, serving))
-        found.sort(key=lambda wear: wear.browser.browser_id)
-        nodes = {wear.node.node: wear.node for wear in found}
-        return [wear.browser for wear in found], list(nodes.values())
+        found.sort(key=lambda usage: usage.browser.browser_id)
+        nodes = {usage.node.node: usage.node for usage in found}
+        return [usage.browser for usage in found], list(nodes.values())
 
     async def refuse_if_full(self, order: ModelOrder) -> None:
         """Raises `SetupError` if the memory of a machine is too small for a model's load."""

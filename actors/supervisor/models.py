@@ -96,7 +96,7 @@ class Models:
                 raise
         await self._changes.until(lambda: self._settled(name))
 
-    async def wake(self, model: str) -> None:
+    async def reload(self, model: str) -> None:
         """Have a parked model loaded again, without waiting for it. Any other is left as it is.
 
         Raises `SetupError` while there is too little memory for it.

@@ -16,7 +16,7 @@ from actors.supervisor.watching import Watches
 from recovery.control import BrowserStopped, Drain, Phase, Stop
 from recovery.errors import PoolError
 
-_STOP_SECONDS = 10.0  # longer than a warden takes; then the worker is killed, and its warden acts
+_STOP_SECONDS = 10.0  # longer than a reaper takes; then the worker is killed, and its reaper acts
 _DRAIN_SECONDS = 300.0  # what is in flight has deadlines of its own
 
 

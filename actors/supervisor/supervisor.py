@@ -197,12 +197,12 @@ class Supervisor:
         """
         await self._models.load(order)
 
-    async def wake(self, model: str) -> None:
+    async def reload(self, model: str) -> None:
         """Have a parked model loaded again, without waiting for it. Any other is left as it is.
 
         Raises `SetupError` while there is too little memory for it.
         """
-        await self._models.wake(model)
+        await self._models.reload(model)
 
     async def unload(self, model: str) -> None:
         await self._models.unload(model)

@@ -16,7 +16,7 @@ from pool.chaos.workload import Question, Workload
 from pool.pool import BrowserPool
 from pool.results import Result
 from recovery.errors import PoolBusy, PoolError, SequenceLost
-from recovery.levels import ORDER
+from recovery.levels import LEVELS_ASCENDING
 
 Tell = Callable[[int, Question, Result, str], None]
 
@@ -124,7 +124,7 @@ def strikes_of(number: int, result: Result) -> list[Strike]:
 
 
 def _failed(error: Exception, op_id: str, question: Question) -> Result:
-    said, none = repr(error), ORDER[0]
+    said, none = repr(error), LEVELS_ASCENDING[0]
     return Result(
         op_id, question.model, question.op, success=False, level_effective=none, error=said
     )

@@ -17,7 +17,7 @@ from pool.chaos.evidence import Noticed, Seen, evidence, judged
 from pool.chaos.records import FaultRecord, OpRecord
 from recovery.control import Repair
 from recovery.faults import FAULTS as KINDS
-from recovery.faults import Injected, Place
+from recovery.faults import FaultSite, Injected
 from recovery.kinds import RecoveryLevel
 
 
@@ -85,7 +85,7 @@ def _finished(
     seen = replace(gathered.seen.get(record.number, Seen()), noticed=noticed, answers=answers)
     shown = evidence(injected, seen)
     repair = _repair_of(injected, until, gathered.repairs)
-    aimed_at_browser = KINDS[injected.fault.kind].place is Place.BROWSER
+    aimed_at_browser = KINDS[injected.fault.kind].place is FaultSite.BROWSER
     return replace(
         record,
         outcome="happened" if shown else "unseen",

@@ -1,4 +1,4 @@
-"""What is kept of a chaos run: every operation, every fault and what came of it, memory, leftovers.
+"""What is kept of a chaos run: every operation, every fault and what came of it, memory, leaked.
 
 Plain records that go to JSON and back. This module must not judge them (`report` does).
 """
@@ -98,13 +98,13 @@ class ChaosRun:
     operations: tuple[OpRecord, ...]
     faults: tuple[FaultRecord, ...]
     memory: tuple[MemorySample, ...] = ()
-    leftovers: tuple[str, ...] = ()
+    leaked: tuple[str, ...] = ()
     repaired: bool = True  # whether every browser was back, or replaced, in the end
     notes: tuple[str, ...] = field(default=())
 
-    def with_leftovers(self, left: tuple[str, ...]) -> ChaosRun:
+    def with_leaked(self, left: tuple[str, ...]) -> ChaosRun:
         """The same run, with what was left behind when its pool was closed."""
-        return replace(self, leftovers=left)
+        return replace(self, leaked=left)
 
     def to_json(self) -> str:
         return _RUN.dump_json(self, indent=1).decode()

@@ -133,7 +133,7 @@ def summary(run: ChaosRun) -> dict[str, Any]:
         "level": run.settings.get("level", ""),
         "levels_effective": dict(Counter(op.level_effective for op in operations)),
         "memory": growth(run.memory),
-        "leftovers": list(run.leftovers),
+        "leaked": list(run.leaked),
         "seconds": run.seconds,
         "seed": run.seed,
     }
@@ -232,8 +232,8 @@ def verdict(run: ChaosRun) -> list[tuple[str, bool]]:
         (f"{total['simulated']} simulated", not total["simulated"]),
         ("every browser was back in the end", run.repaired),
         (
-            "nothing left behind" if not run.leftovers else f"left: {', '.join(run.leftovers)}",
-            not run.leftovers,
+            "nothing left behind" if not run.leaked else f"left: {', '.join(run.leaked)}",
+            not run.leaked,
         ),
         (
             (

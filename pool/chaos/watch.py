@@ -105,7 +105,7 @@ class FaultWatch:
                 grown = await self._tree_bytes(injected.target) - before.tree_bytes
                 return replace(seen, grown_bytes=grown)
             case FaultKind.TAB_HIDDEN:
-                found = await self._pool.examine(injected.target, screenshot=False)
+                found = await self._pool.diagnose(injected.target, screenshot=False)
                 return replace(seen, visibility=found.visibility)
             case FaultKind.CLOCK_STEP:
                 skew = await self._log.skew() - before.skew_seconds

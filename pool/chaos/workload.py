@@ -102,7 +102,7 @@ def _verses(entry: ModelEntry) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _made_up(entry: ModelEntry) -> list[tuple[str, Mapping[str, Any]]]:
-    if entry.line is not None:
+    if entry.pipeline is not None:
         ids = [{"input_ids": [1 + n, 2, 3], "max_new_tokens": 16} for n in range(_QUESTIONS)]
         return [("generate", {**each, "ignore_eos": True, "logits": True}) for each in ids]
     return [("inference", varied_inputs(entry.spec, 2 + n)) for n in range(_QUESTIONS)]
@@ -167,7 +167,7 @@ class Workload:
             kind = entry.spec.type if source.type is ModelType.UNKNOWN else source.type
             asked = [Question(source.name, kind, op, inputs) for op, inputs in source.ask(entry)]
             by_model.append(asked)
-            if not entry.in_parts and entry.line is None:
+            if not entry.in_parts and entry.pipeline is None:
                 await self._compare(pool, entry, asked[0])
         longest = max(map(len, by_model))
         turns = [asked[n % len(asked)] for n in range(longest) for asked in by_model]

@@ -280,7 +280,7 @@ async def _chaos(
     finally:
         if cluster is not None:
             await asyncio.to_thread(cluster.stop)
-    return run.with_leftovers(left)
+    return run.with_leaked(left)
 
 
 def _tell(console: Console, run: ChaosRun, folder: Path | None, as_json: bool) -> int:

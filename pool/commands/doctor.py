@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pool import doctor as examination
+from pool import doctor as machine_doctor
 from recovery.kinds import BrowserType, detect_browser_type
 
 
@@ -31,12 +31,12 @@ def doctor(
     kinds = [detect_browser_type(name) for name in browsers.split(",") if name] or list(BrowserType)
     console = Console(stderr=as_json)
 
-    async def look() -> list[examination.Finding]:
+    async def look() -> list[machine_doctor.Finding]:
         found = []
         with console.status("") as status:
             names = iter(kinds)
             status.update(f"launching {next(names)} ...")
-            async for finding in examination.examine(kinds, headless=not headed):
+            async for finding in machine_doctor.launch_each(kinds, headless=not headed):
                 found.append(finding)
                 following = next(names, None)
                 if following:
@@ -45,18 +45,18 @@ def doctor(
 
     findings = asyncio.run(look())
     if as_json:
-        typer.echo(json.dumps(examination.as_json(findings), indent=2, default=str))
+        typer.echo(json.dumps(machine_doctor.as_json(findings), indent=2, default=str))
     else:
         _show(console, findings)
-    raise typer.Exit(0 if examination.verdict(findings) else 1)
+    raise typer.Exit(0 if machine_doctor.verdict(findings) else 1)
 
 
-def _show(console: Console, findings: list[examination.Finding]) -> None:
+def _show(console: Console, findings: list[machine_doctor.Finding]) -> None:
     table = Table(title="browsers on this machine")
     for column in ("type", "product", "WASM", "WebGPU adapter", "WebNN", "ready in", "usable"):
         table.add_column(column)
     for finding in findings:
-        table.add_row(*examination.as_row(finding))
+        table.add_row(*machine_doctor.as_row(finding))
     console.print(table)
     for finding in findings:
         for line in (finding.problem, *finding.hints):
@@ -64,9 +64,9 @@ def _show(console: Console, findings: list[examination.Finding]) -> None:
                 console.print(
                     f"  {finding.browser}: {line}", highlight=False, markup=False, soft_wrap=True
                 )
-    machine = examination.machine()
+    machine = machine_doctor.machine()
     console.print(", ".join(f"{k} {v}" for k, v in machine.items() if k != "executable"))
-    if examination.verdict(findings):
+    if machine_doctor.verdict(findings):
         usable = ", ".join(str(f.browser) for f in findings if f.usable)
         console.print(f"[green]A pool can run here[/green] with: {usable}")
     else:

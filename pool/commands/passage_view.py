@@ -110,7 +110,7 @@ class Shown:
     def struck(self, killed: Killed) -> None:
         """A browser has been killed."""
 
-    def happened(self, step: RecoveryStep) -> None:
+    def event(self, step: RecoveryStep) -> None:
         """Something happened besides the writing."""
 
     def look(self, written: Written) -> None:
@@ -139,7 +139,7 @@ class PlainText(Shown):
         else:
             self._note(str(killed))
 
-    def happened(self, step: RecoveryStep) -> None:
+    def event(self, step: RecoveryStep) -> None:
         self._note(step_line(step))
 
     def __exit__(self, *_: object) -> None:
@@ -220,7 +220,7 @@ async def _looking(
             written.browsers.setdefault(status.ref.browser_id, str(status.browser))
         written.view = view
         for step in view.recovery[told:]:
-            shown.happened(step)
+            shown.event(step)
         shown.look(written)
 
     async def keep_looking() -> None:
@@ -249,12 +249,12 @@ async def _products(pool: BrowserPool) -> dict[str, str]:
 
 async def _strike(pool: BrowserPool, view: SequenceView, kill: Kill, began: float) -> Killed:
     index = len(view.stages) // 2 if kill.stage is None else kill.stage
-    victim = next((ref.browser_id for ref in view.stages[index].where), "")
+    target = next((ref.browser_id for ref in view.stages[index].where), "")
     launches = (await pool.state()).launches
-    if victim not in launches:
-        raise BadInput(f"stage {index} is in no browser that could be killed", got=victim)
-    pid = kill_process(launches[victim], "browser")
-    return Killed(victim, pid, index, kill.after, time.monotonic() - began, len(view.recovery))
+    if target not in launches:
+        raise BadInput(f"stage {index} is in no browser that could be killed", got=target)
+    pid = kill_process(launches[target], "browser")
+    return Killed(target, pid, index, kill.after, time.monotonic() - began, len(view.recovery))
 
 
 # -- drawing ---------------------------------------------------------------------------------------

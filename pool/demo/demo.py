@@ -30,7 +30,7 @@ from actors.messages import LaunchReport
 from actors.ray import connection as ray_actors
 from pool import BrowserPool, PoolView, Result
 from pool.demo.passage import Passage, write_passage
-from pool.leaks import leftovers
+from pool.leaks import leaked
 from pool.models.bundled import minilm_folder
 from pool.models.registry import ModelEntry
 from pool.models.tokens import encoder_for
@@ -38,7 +38,7 @@ from pool.operations.embed import EMBED
 from recovery.control import Phase
 from recovery.errors import PoolError
 from recovery.kinds import BrowserType
-from recovery.levels import ORDER
+from recovery.levels import LEVELS_ASCENDING
 from sharding.models.native import NativeSession
 
 BROWSERS = {"chrome": 2, "firefox": 1, "safari": 1}
@@ -110,14 +110,14 @@ async def _both_acts(
     asked = [*sentences, *sentences[-_VOTED:]]
     reference = await asyncio.to_thread(_native, entry, asked)
     difference = float(np.abs(vectors - reference).max())
-    left = await leftovers(list(launched.values()))
+    left = await leaked(list(launched.values()))
 
     console.print(_browser_table(view, results))
     _print_timeline(console, view, results, faults, first)
     _print_levels(console, results)
     _print_nearest(console, sentences, vectors[: len(sentences)])
     passage = await write_passage(console)
-    left += await leftovers(passage.launches)
+    left += await leaked(passage.launches)
     return _judge(console, results, difference, passage, left, view)
 
 
@@ -159,12 +159,12 @@ async def _embed_all(
 
         async def break_things() -> None:
             await when(len(sentences) // 3)
-            victim = _busiest(pool, BrowserType.CHROME, ())
-            pid = kill_process(launched[victim], "browser")
-            faults.append(Fault(time.time() - first, f"SIGKILL of the browser, pid {pid}", victim))
-            progress.console.print(f"[red]killed[/red] {victim} (SIGKILL, pid {pid})")
+            target = _busiest(pool, BrowserType.CHROME, ())
+            pid = kill_process(launched[target], "browser")
+            faults.append(Fault(time.time() - first, f"SIGKILL of the browser, pid {pid}", target))
+            progress.console.print(f"[red]killed[/red] {target} (SIGKILL, pid {pid})")
             await when(2 * len(sentences) // 3)
-            other = _busiest(pool, BrowserType.CHROME, (victim,))
+            other = _busiest(pool, BrowserType.CHROME, (target,))
             pids = crash_tab(launched[other], BrowserType.CHROME)
             faults.append(Fault(time.time() - first, f"tab crash, renderers {pids}", other))
             progress.console.print(f"[red]crashed[/red] the tab of {other}")
@@ -183,10 +183,10 @@ async def _outvote(
     first: float,
 ) -> list[Result]:
     """Ask at level critical, while one browser answers wrong."""
-    liar = next(h.ref.browser_id for h in pool.hosts() if h.browser is BrowserType.FIREFOX)
-    await pool.inject(liar, wrong_answers(1000, bit=30))
-    faults.append(Fault(time.time() - first, "a bit of each of its answers is flipped", liar))
-    console.print(f"[red]lying[/red] from now on: {liar} (bit 30 of one number in each answer)")
+    faulty = next(h.ref.browser_id for h in pool.hosts() if h.browser is BrowserType.FIREFOX)
+    await pool.inject(faulty, wrong_answers(1000, bit=30))
+    faults.append(Fault(time.time() - first, "a bit of each of its answers is flipped", faulty))
+    console.print(f"[red]lying[/red] from now on: {faulty} (bit 30 of one number in each answer)")
     return [
         await pool.run_with_recovery("minilm", "embed", {"text": sentence})
         for sentence in sentences
@@ -286,7 +286,7 @@ def _print_levels(console: Console, results: Sequence[Result]) -> None:
     table = Table(title="levels: what an operation was promised, and what became of it")
     for column in ("level held", "operations", "hit by a fault", "votes", "p50 ms", "slowest ms"):
         table.add_column(column, justify="left" if column == "level held" else "right")
-    for level in sorted({result.level_effective for result in results}, key=ORDER.index):
+    for level in sorted({result.level_effective for result in results}, key=LEVELS_ASCENDING.index):
         own = [result for result in results if result.level_effective is level]
         votes = sorted({int(result.metrics.get("votes", 1)) for result in own})
         table.add_row(
@@ -318,7 +318,7 @@ def _judge(
     results: Sequence[Result],
     difference: float,
     passage: Passage,
-    leftovers: Sequence[str],
+    leaked: Sequence[str],
     view: PoolView,
 ) -> int:
     ids = {result.op_id for result in results}
@@ -334,9 +334,7 @@ def _judge(
         f"largest difference to native onnxruntime {difference:.2e} (goal: below "
         f"{DIFFERENCE_MAX:g})": difference < DIFFERENCE_MAX,
         **passage.checks,
-        "nothing left behind" if not leftovers else f"left behind: {', '.join(leftovers)}": (
-            not leftovers
-        ),
+        "nothing left behind" if not leaked else f"left behind: {', '.join(leaked)}": (not leaked),
         "no answer simulated": not any(r.simulated for r in results),
     }
     console.print()

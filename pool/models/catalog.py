@@ -30,7 +30,7 @@ from recovery.errors import (
     UnknownModel,
 )
 from recovery.kinds import Backend, Level, ModelType
-from recovery.levels import BROWSERS_NEEDED, ORDER
+from recovery.levels import BROWSERS_NEEDED, LEVELS_ASCENDING
 from recovery.placement import Placing
 from sharding.models.inputs import check_inputs
 from sharding.models.signature import ModelSpec
@@ -111,7 +111,10 @@ class ModelCatalog:
     def _probes(self) -> bool:
         """Whether browsers are asked known answers: from level medium on, unless told not to."""
         level, config = self._connection.level, self._connection.config
-        return ORDER.index(level) >= ORDER.index(Level.MEDIUM) and config.probe_seconds > 0
+        return (
+            LEVELS_ASCENDING.index(level) >= LEVELS_ASCENDING.index(Level.MEDIUM)
+            and config.probe_seconds > 0
+        )
 
     def _too_few(self, state: PoolState, part: str) -> PoolError | None:
         """Why a model, or a part of one, is not on as many browsers as the level takes."""

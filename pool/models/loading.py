@@ -24,7 +24,13 @@ from sharding.cutting.manifest import MANIFEST_NAME, Manifest, read_manifest
 from sharding.models.frames import Array
 from sharding.models.known_answers import KnownAnswer, record
 from sharding.models.signature import ModelSpec
-from sharding.sequences.stages import Stage, decoder_line, example, line_of_manifest, stage_specs
+from sharding.sequences.stages import (
+    Stage,
+    decoder_pipeline,
+    example,
+    pipeline_of_manifest,
+    stage_specs,
+)
 
 
 @dataclass(frozen=True)
@@ -82,20 +88,20 @@ def read_parts(
 
 
 def _whole(entry: ModelEntry) -> tuple[ModelEntry, tuple[Part, ...]]:
-    line = None
+    pipeline = None
     if entry.spec.type in (ModelType.TEXT, ModelType.UNKNOWN):
-        line = decoder_line(entry.name, entry.spec.files[0].path)
-    if line is None:
+        pipeline = decoder_pipeline(entry.name, entry.spec.files[0].path)
+    if pipeline is None:
         return entry, (Part(entry.spec),)
-    (stage,) = line.stages
+    (stage,) = pipeline.stages
     spec = replace(entry.spec, caches=stage.caches)
-    return replace(entry, spec=spec, line=line), (Part(spec, example(stage)),)
+    return replace(entry, spec=spec, pipeline=pipeline), (Part(spec, example(stage)),)
 
 
 def _parts(
     entry: ModelEntry, folder: Path, manifest: Manifest
 ) -> tuple[ModelEntry, tuple[Part, ...]]:
-    line = line_of_manifest(entry.name, manifest)
+    pipeline = pipeline_of_manifest(entry.name, manifest)
     specs = stage_specs(entry.name, folder, manifest)
     whole = "\n".join([manifest.source, *(f"{s.span} {s.digest}" for s in specs)])
     spec = replace(
@@ -104,9 +110,9 @@ def _parts(
         load_peak_bytes=max(spec.load_peak_bytes for spec in specs),
     )
     parts = tuple(
-        Part(spec, _example(stage)) for spec, stage in zip(specs, line.stages, strict=True)
+        Part(spec, _example(stage)) for spec, stage in zip(specs, pipeline.stages, strict=True)
     )
-    return replace(entry, spec=spec, line=line), parts
+    return replace(entry, spec=spec, pipeline=pipeline), parts
 
 
 def _example(stage: Stage) -> Mapping[str, Array] | None:

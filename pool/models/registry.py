@@ -20,9 +20,10 @@ from pydantic import TypeAdapter
 
 from recovery.errors import BadInput, NotAModel, UnknownModel
 from recovery.kinds import ModelType
+from recovery.voting import Tolerance
 from sharding.cutting.manager import ModelShardingManager
-from sharding.models.signature import ModelFile, ModelSpec, Tolerance, read_signature
-from sharding.sequences.stages import STAGE_MARK, Line
+from sharding.models.signature import ModelFile, ModelSpec, read_signature
+from sharding.sequences.stages import STAGE_MARK, StagePipeline
 
 MODELS_MAX = 64  # in one pool
 CONFIG_BYTES_MAX = 16 << 20
@@ -130,7 +131,7 @@ def _by_task(architectures: list[str]) -> ModelType:
 class ModelEntry:
     """A model as the pool knows it: the graph's spec, and what lies beside the graph.
 
-    `config` is the content of `config.json` (empty without one). `line` are the stages of a
+    `config` is the content of `config.json` (empty without one). `pipeline` are the stages of a
     decoder, or of a model that was cut, `components` the models that work together as this one:
     then these are what browsers load. `dictionary` is the file of a text reader's characters.
     Picklable.
@@ -139,7 +140,7 @@ class ModelEntry:
     spec: ModelSpec
     tokenizer_path: Path | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
-    line: Line | None = None
+    pipeline: StagePipeline | None = None
     components: tuple[ModelSpec, ...] = ()
     dictionary: ModelFile | None = None
 
@@ -152,7 +153,9 @@ class ModelEntry:
         """The names of what browsers load for it."""
         if self.components:
             return tuple(spec.name for spec in self.components)
-        return tuple(stage.model for stage in self.line.stages) if self.line else (self.name,)
+        return (
+            tuple(stage.model for stage in self.pipeline.stages) if self.pipeline else (self.name,)
+        )
 
     @property
     def in_parts(self) -> bool:

@@ -48,13 +48,13 @@ def prepare_generate(
     `inputs` holds `text` or `input_ids`, and any of `sharding.sequences.decoding.Decoding`'s
     options.
     """
-    if entry.line is None:
+    if entry.pipeline is None:
         raise BadInput(
             f"Model {entry.name!r} can't generate: it is no decoder with a cache.",
             expected="a decoder with a cache",
             got=str(entry.spec.type),
         )
-    entry.line.check_generates()
+    entry.pipeline.check_generates()
     if not isinstance(inputs, Mapping):
         raise BadInput("Inputs must be named: text or input_ids.", got=type(inputs).__name__)
     known = ("text", "input_ids", *OPTIONS)
@@ -77,7 +77,7 @@ def prepare_generate(
         decoding = decoding_from({**options, "stop": sorted(decoding.stop | ends)})
     ids = _ids_of(entry, inputs, encoder)
     check_length(len(ids), decoding.max_new_tokens, entry.positions_max)
-    return Prompt(entry.line, ids, decoding)
+    return Prompt(entry.pipeline, ids, decoding)
 
 
 def _ids_of(

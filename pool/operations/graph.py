@@ -121,7 +121,7 @@ def _check_form(op: str, entry: ModelEntry) -> None:
             expected="read",
             got=op,
         )
-    if entry.in_parts and entry.line is not None and entry.line.decoder:
+    if entry.in_parts and entry.pipeline is not None and entry.pipeline.decoder:
         raise BadInput(
             f"{entry.name} is cut into {len(entry.parts)} shards with caches, so it takes only "
             "'generate': load it whole for other operations.",

@@ -206,12 +206,12 @@ class CircuitBreaker:
         permit: Permit | None,
         what: Failure | BaseException,
         *,
-        cured: bool = False,
+        retried: bool = False,
         components: int = 1,
     ) -> None:
         """Report a failure of an admitted call; with no permit, one outside any call.
 
-        `cured` says that a retry helped, `components` how many components are affected.
+        `retried` says that a retry helped, `components` how many components are affected.
         """
         if isinstance(what, BaseException):
             if not self.counts(what):
@@ -224,7 +224,7 @@ class CircuitBreaker:
         with self._lock:
             at = self._clock()
             before = self._breaker
-            event = Failed(at, permit, what.category, what.severity, cured, components)
+            event = Failed(at, permit, what.category, what.severity, retried, components)
             after = fail(before, event, self.config)
             opened = after.state is CircuitState.OPEN and before.state is CircuitState.CLOSED
             if opened and not self._may_open():

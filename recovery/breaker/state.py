@@ -119,7 +119,7 @@ class Succeeded:
 class Failed:
     """A call failed; with no permit, something failed outside any call (a browser died).
 
-    `cured`: a retry helped, so the operation did not fail for its caller. `components`: how many
+    `retried`: a retry helped, so the operation did not fail for its caller. `components`: how many
     are affected. `may_open`: whether the pool's cap leaves room for one more open circuit.
     """
 
@@ -127,7 +127,7 @@ class Failed:
     permit: Permit | None
     category: Category
     severity: Severity
-    cured: bool = False
+    retried: bool = False
     components: int = 1
     may_open: bool = True
 
@@ -280,7 +280,7 @@ def is_recorded(breaker: Breaker, failure: Failed) -> bool:
     """Whether a failure counts towards opening; every failure counts in the metrics.
 
     The rules that say "always" come before those that say "never": a mild failure that a retry
-    cured is recorded where it is the second of its category in a row.
+    retried is recorded where it is the second of its category in a row.
     """
     if (
         failure.severity is Severity.SEVERE
@@ -290,8 +290,8 @@ def is_recorded(breaker: Breaker, failure: Failed) -> bool:
     ):
         return True
     if failure.severity is Severity.MILD:
-        return not failure.cured
-    return not failure.cured or failure.components > 1
+        return not failure.retried
+    return not failure.retried or failure.components > 1
 
 
 def retry_at(breaker: Breaker, config: BreakerConfig) -> float | None:

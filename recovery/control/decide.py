@@ -33,7 +33,7 @@ from recovery.control.instructions import Decision, Drain, Launch, Stop
 from recovery.control.models import (
     blamed,
     everywhere,
-    is_hopeless,
+    load_given_up,
     loads_of,
     model_failed,
     model_loaded,
@@ -159,7 +159,7 @@ def _ready(state: PoolState, body: BrowserReady, at: float) -> Decision:
         launches_failed=0,
         served=True,
         models={
-            model: ModelPhase.FAILED if is_hopeless(record, model) else ModelPhase.LOADING
+            model: ModelPhase.FAILED if load_given_up(record, model) else ModelPhase.LOADING
             for model in everywhere(state)
         },
     )
@@ -233,8 +233,8 @@ def _failed(state: PoolState, body: BrowserFailed, at: float) -> Decision:
             return with_record(state, waiting), ()
     # What was installed when it served is installed: such an error passes (no memory, an upgrade).
     final = body.final and not ended.served
-    hopeless = final or ended.launches_failed >= state.limit.launches_failed_max
-    return climb(state, ended, at, can_restart=not hopeless, touchable=touchable)
+    ineffective = final or ended.launches_failed >= state.limit.launches_failed_max
+    return climb(state, ended, at, can_restart=not ineffective, touchable=touchable)
 
 
 def _unwanted(state: PoolState, browser_id: str, at: float) -> Decision:

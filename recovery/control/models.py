@@ -1,7 +1,7 @@
 """What events make of models: who loads which, who has it, and who never will.
 
 A model is loaded by every browser, or, if it is placed, by as many as its placing says. A load
-that failed is tried again; one that fails twice in a row is hopeless on that browser, also if the
+that failed is tried again; one that fails twice in a row is given up on that browser, also if the
 browser died of it. This module must not change a browser's phase.
 """
 
@@ -57,7 +57,7 @@ def placed(state: PoolState) -> Decision:
             str(record.kind),
             record.phase is Phase.READY,
             {model for model, phase in record.models.items() if phase is not ModelPhase.FAILED},
-            {model for model in state.placed if is_hopeless(record, model)},
+            {model for model in state.placed if load_given_up(record, model)},
         )
         for record in state.browsers.values()
         if record.phase in (Phase.READY, *COMING) and not record.stands_in_for
@@ -113,7 +113,7 @@ def model_failed(state: PoolState, body: ModelFailed) -> Decision:
         return state, ()
     record = _counted_load(record, body.model, body.failure)
     record = replace(record, numeric=without(record.numeric, body.model))
-    if not is_hopeless(record, body.model):
+    if not load_given_up(record, body.model):
         again = Load(record.id, record.epoch, body.model, LOAD_AGAIN_SECONDS)
         return with_record(state, record), (again,)
     models = {**record.models, body.model: ModelPhase.FAILED}
@@ -135,7 +135,7 @@ def _counted_load(record: BrowserRecord, model: str, failure: Failure) -> Browse
     return replace(record, loads_failed=counts, load_failures=failures)
 
 
-def is_hopeless(record: BrowserRecord, model: str) -> bool:
+def load_given_up(record: BrowserRecord, model: str) -> bool:
     return record.loads_failed.get(model, 0) >= LOAD_ATTEMPTS_MAX
 
 

@@ -192,8 +192,8 @@ def stand_in_failed(state: PoolState, record: BrowserRecord, at: float) -> Decis
     assert principal.repair is not None
     if principal.repair.trying:
         return with_record(state, principal), (stop,)
-    hopeless = principal.launches_failed >= state.limit.launches_failed_max
-    state, more = climb(state, principal, at, can_restart=not hopeless, touchable=False)
+    ineffective = principal.launches_failed >= state.limit.launches_failed_max
+    state, more = climb(state, principal, at, can_restart=not ineffective, touchable=False)
     return state, (stop, *more)
 
 

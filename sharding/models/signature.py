@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 
 from recovery.errors import NotAModel
 from recovery.kinds import ModelType
+from recovery.voting import Tolerance
 from sharding.models.frames import SUPPORTED_DTYPES
 from sharding.models.load_memory import peak_bytes
 
@@ -49,19 +50,6 @@ class TensorSpec:
             return f"{self.dtype} of any shape"
         dims = ", ".join("?" if dim is None else str(dim) for dim in self.shape)
         return f"{self.dtype}[{dims}]"
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How far answers of different back ends may lie apart: |a - b| <= atol + rtol * |b|.
-
-    The default is for float32 on WASM against native or WebGPU: the differences that were
-    measured lie between 1e-6 and 1e-4 (other orders of summation, other fused kernels), and
-    real faults (a wrong layer, a flipped exponent bit) are orders of magnitude above it.
-    """
-
-    rtol: float = 1e-3
-    atol: float = 1e-4
 
 
 @dataclass(frozen=True)

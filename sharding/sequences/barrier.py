@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 
 
-class Rendezvous:
+class Barrier:
     """Where the sequences of one model wait while a stage is rebuilt, if they are coordinated.
 
     All stages then stand at one position of every sequence, between two tokens.

@@ -13,8 +13,8 @@ from recovery.levels import REDUNDANT
 from recovery.sequences import QUORUM
 from sharding.models.frames import Array
 from sharding.sequences.events import Events
-from sharding.sequences.history import Taken
-from sharding.sequences.hosts import Chain, Place, StageHosts
+from sharding.sequences.history import RecordedStep
+from sharding.sequences.hosts import Chain, StageHosts, StagePlacement
 from sharding.sequences.rules import PipelineRules
 from sharding.sequences.stage_worker import StageWorker
 from sharding.sequences.stages import inputs_of_stage
@@ -44,7 +44,9 @@ class ChainedSteps:
         self._workers = workers
         self._chain: Chain | None = None
         self._breaks = 0  # in a row
-        self._places: list[Place] | None = None  # that the chain leads through, if there is one
+        self._places: list[StagePlacement] | None = (
+            None  # that the chain leads through, if there is one
+        )
 
     async def take(
         self, inputs: Mapping[str, Array], position: int, tokens: int
@@ -64,12 +66,12 @@ class ChainedSteps:
         self._breaks = 0
         self._hosts.took(kind, tokens, self._events.clock() - began)
         answers, in_page_ms = found
-        self._events.account.in_page_ms += in_page_ms
+        self._events.statistics.in_page_ms += in_page_ms
         handed: Mapping[str, Array] = {}
         for worker, answer in zip(self._workers, answers, strict=True):
             if self._rules.keeping:
                 tensors = inputs_of_stage(worker.stage, inputs, handed)
-                worker.absorb(Taken(position, tokens, tensors), answer)
+                worker.absorb(RecordedStep(position, tokens, tensors), answer)
             worker.moved(position + tokens)
             handed = answer
         return handed

@@ -17,7 +17,7 @@ from tenacity import AsyncRetrying, RetryError, retry_if_result
 from recovery.failures import Category, Failure
 from recovery.policies import SEQUENCE_FORGOTTEN
 from recovery.records import HostRef, NumericId
-from recovery.sequences import ELSEWHERE, choose_stage_host
+from recovery.sequences import MISADDRESSED, choose_stage_host
 from sharding.sequences.caches import StepOrder
 from sharding.sequences.context import StageContext
 
@@ -38,7 +38,7 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class Standing:
+class StageStatus:
     """Where a stage is now: the browsers at work on it, first the one whose answer was last taken.
 
     `position`: how many positions its caches hold there. `rebuilding`: it had answered, and no
@@ -109,12 +109,12 @@ class Copies:
         """The only copy was brought to `position` by others."""
         self._copies[0].position = position
 
-    def standing(self) -> Standing:
+    def status(self) -> StageStatus:
         """For whoever looks on."""
         refs = sorted(self._taken(), key=lambda ref: ref != self.at)
         position = max((copy.position for copy in self._copies), default=0)
         whole = any(copy.built for copy in self._copies)
-        return Standing(tuple(refs), position, self.at is not None and not whole)
+        return StageStatus(tuple(refs), position, self.at is not None and not whole)
 
     # -- letting go --------------------------------------------------------------------------------
 
@@ -161,6 +161,6 @@ class Copies:
 
 def _is_cut_off(failure: Failure | None) -> bool:
     """Whether the page may be back, with all that it had."""
-    if failure is None or failure.evidence.get("what") in ELSEWHERE:
+    if failure is None or failure.evidence.get("what") in MISADDRESSED:
         return False
     return failure.category is Category.CONNECTION_FAILURE

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from recovery.failures import Failure
 
-_HAPPENED_MAX = 1000  # of what is told of one sequence
+_EVENTS_MAX = 1000  # of what is told of one sequence
 
 
 @dataclass(frozen=True)
@@ -35,27 +35,27 @@ class SequenceStep:
 
 
 @dataclass
-class Account:
+class SequenceStatistics:
     """What a sequence has cost so far, in milliseconds and bytes; and what happened to it."""
 
     in_page_ms: float = 0.0
     steps: int = 0
     copied_bytes: int = 0
     history_bytes: int = 0
-    happened: deque[SequenceStep] = field(default_factory=lambda: deque(maxlen=_HAPPENED_MAX))
+    events: deque[SequenceStep] = field(default_factory=lambda: deque(maxlen=_EVENTS_MAX))
 
     @property
     def first_failure(self) -> Failure | None:
         """The earliest failure that the sequence has met, whatever stage it struck."""
-        met = [step.failure for step in self.happened if step.failure is not None]
+        met = [step.failure for step in self.events if step.failure is not None]
         return met[0] if met else None
 
 
 class Events:
     """Tells what happens, in the order in which it is over."""
 
-    def __init__(self, account: Account, clock: Callable[[], float]) -> None:
-        self.account = account
+    def __init__(self, statistics: SequenceStatistics, clock: Callable[[], float]) -> None:
+        self.statistics = statistics
         self.clock = clock
         self._began = clock()
 
@@ -71,7 +71,7 @@ class Events:
     ) -> None:
         """`since`: when it began, by `clock`. The rest as in `SequenceStep`."""
         now = self.clock()
-        self.account.happened.append(
+        self.statistics.events.append(
             SequenceStep(
                 what, stage, where, position, since - self._began, now - since, outcome, failure
             )

@@ -14,13 +14,13 @@ import numpy as np
 from recovery.errors import SequenceLost
 from sharding.models.frames import Array
 from sharding.sequences.caches import DELTA
-from sharding.sequences.events import Account
+from sharding.sequences.events import SequenceStatistics
 from sharding.sequences.rules import PipelineRules
 from sharding.sequences.stages import Stage
 
 
 @dataclass(frozen=True)
-class Taken:
+class RecordedStep:
     """One step as it was taken: the same inputs again, in the same steps, give the same caches."""
 
     position: int
@@ -28,7 +28,7 @@ class Taken:
     tensors: Mapping[str, Array]
 
 
-class StageMemory:
+class StageHistory:
     """What a caller keeps of one sequence's stage, to make its caches again: inputs and copies.
 
     Copies are of the caches themselves, put together from what each step added; they stand for
@@ -38,7 +38,7 @@ class StageMemory:
 
     def __init__(self, stage: Stage, *, copies: bool, copy_bytes_max: int) -> None:
         self._stage = stage
-        self._steps: list[Taken] = []
+        self._steps: list[RecordedStep] = []
         self._deltas: list[Mapping[str, Array]] = []
         self._copying = copies and stage.copyable
         self._copy_bytes_max = copy_bytes_max
@@ -51,7 +51,7 @@ class StageMemory:
         """Whether the next step should answer with what it adds to the caches."""
         return self._copying
 
-    def note(self, step: Taken) -> None:
+    def note(self, step: RecordedStep) -> None:
         """Keep a step's inputs, before it is sent anywhere."""
         if not self._steps or self._steps[-1].position != step.position:
             self._steps.append(step)
@@ -87,42 +87,49 @@ class StageMemory:
             self._deltas = [joined]
         return dict(self._deltas[0]) if self._deltas else {}
 
-    def rest(self, position: int) -> list[Taken]:
+    def rest(self, position: int) -> list[RecordedStep]:
         """The steps that lead from `covered` to `position`."""
         return [step for step in self._steps if step.position < position]
 
 
-class StageHistory:
-    """A stage's memory within the bounds of its sequence, counted in the sequence's account."""
+class BoundedStageHistory:
+    """A stage's history within the bounds of its sequence, counted in the sequence's statistics."""
 
-    def __init__(self, memory: StageMemory, rules: PipelineRules, account: Account) -> None:
-        self._memory = memory
+    def __init__(
+        self, history: StageHistory, rules: PipelineRules, statistics: SequenceStatistics
+    ) -> None:
+        self._history = history
         self._rules = rules
-        self._account = account
-        self._held = self._copied = 0  # bytes in the memory, as last added to the account
+        self._statistics = statistics
+        self._held = self._copied = 0  # bytes in the history, as last added to the statistics
 
-    def note(self, step: Taken) -> None:
+    @property
+    def copying(self) -> bool:
+        """Whether the next step should answer with what it adds to the caches."""
+        return self._history.copying
+
+    def note(self, step: RecordedStep) -> None:
         """Keep a step's inputs, before it is sent. Raises `SequenceLost`: too much is kept."""
         if not self._rules.keeping:
             return
-        self._memory.note(step)
+        self._history.note(step)
         self._tally()
-        if self._account.history_bytes > self._rules.history_bytes_max:
+        if self._statistics.history_bytes > self._rules.history_bytes_max:
             raise SequenceLost(
-                f"the inputs kept of this sequence take {self._account.history_bytes:,} bytes; the "
-                f"limit is {self._rules.history_bytes_max:,}. Ask for fewer tokens.",
+                f"the inputs kept of this sequence take {self._statistics.history_bytes:,} bytes; "
+                f"the limit is {self._rules.history_bytes_max:,}. Ask for fewer tokens.",
             )
 
     def copy(self, answer: Mapping[str, Array]) -> None:
         """Keep what the last noted step added to the caches."""
         if self._rules.keeping:
-            self._memory.copy(answer)
+            self._history.copy(answer)
             self._tally()
 
     def _tally(self) -> None:
-        held, copied = self._memory.step_bytes, self._memory.copy_bytes
-        self._account.history_bytes += held - self._held
-        self._account.copied_bytes += copied - self._copied
+        held, copied = self._history.step_bytes, self._history.copy_bytes
+        self._statistics.history_bytes += held - self._held
+        self._statistics.copied_bytes += copied - self._copied
         self._held, self._copied = held, copied
 
 

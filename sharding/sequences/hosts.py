@@ -28,7 +28,7 @@ class StepReply:
 
 
 @dataclass(frozen=True)
-class Place:
+class StagePlacement:
     """Where a stage is, for a chain: what `StepOrder` says of it but the position."""
 
     stage: Stage
@@ -73,14 +73,14 @@ class StageHosts(Protocol):
     async def change(self, seconds: float) -> None:
         """Return when something about the hosts may have changed, or after `seconds`."""
 
-    async def distrust(self, ref: HostRef) -> None:
+    async def exclude(self, ref: HostRef) -> None:
         """This incarnation failed; it is not to be chosen until it is replaced."""
 
     def outvoted(self, ref: HostRef, failure: Failure) -> None:
         """This incarnation gave a wrong answer."""
 
     async def chain(
-        self, sequence: str, places: Sequence[Place], *, copies: bool, seconds: float
+        self, sequence: str, placements: Sequence[StagePlacement], *, copies: bool, seconds: float
     ) -> Chain | None:
         """A way through these places; None if there is none. `copies`: all answers are wanted."""
 

@@ -17,18 +17,18 @@ from recovery.errors import PageError, SequenceLost
 from recovery.failures import Failure
 from recovery.records import HostRef
 from sharding.models.frames import Array
-from sharding.sequences.barrier import Rendezvous
+from sharding.sequences.barrier import Barrier
 from sharding.sequences.caches import CHOICE_IDS, CHOICE_SCORES
 from sharding.sequences.chain import ChainedSteps
 from sharding.sequences.context import StageContext
-from sharding.sequences.copies import Standing
+from sharding.sequences.copies import StageStatus
 from sharding.sequences.decoding import Decoding, choose
-from sharding.sequences.events import Account, Events
-from sharding.sequences.history import Taken
+from sharding.sequences.events import Events, SequenceStatistics
+from sharding.sequences.history import RecordedStep
 from sharding.sequences.hosts import StageHosts
 from sharding.sequences.rules import PipelineRules
 from sharding.sequences.stage_worker import StageWorker
-from sharding.sequences.stages import Line, inputs_of_stage
+from sharding.sequences.stages import StagePipeline, inputs_of_stage
 
 
 @dataclass(frozen=True)
@@ -48,31 +48,31 @@ class Generation:
     def __init__(
         self,
         sequence: str,
-        line: Line,
+        pipeline: StagePipeline,
         hosts: StageHosts,
         rules: PipelineRules,
         decoding: Decoding,
         *,
-        rendezvous: Rendezvous | None = None,
+        barrier: Barrier | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._line = line
+        self._pipeline = pipeline
         self._decoding = decoding
-        self._rendezvous = rendezvous
+        self._barrier = barrier
         self._clock = clock
-        self.account = Account()
-        events = Events(self.account, clock)
+        self.statistics = SequenceStatistics()
+        events = Events(self.statistics, clock)
         load: Counter[HostRef] = Counter()  # stages of this sequence, by browser
         self._workers = [
             StageWorker(
                 StageContext(sequence, index, stage, hosts, rules, events),
                 decoding.candidates if stage.last else None,
                 load,
-                rendezvous,
+                barrier,
             )
-            for index, stage in enumerate(line.stages)
+            for index, stage in enumerate(pipeline.stages)
         ]
-        self._chained = ChainedSteps(sequence, line.model, hosts, rules, events, self._workers)
+        self._chained = ChainedSteps(sequence, pipeline.model, hosts, rules, events, self._workers)
 
     async def tokens(self, prompt: Sequence[int]) -> AsyncGenerator[Token]:
         """The new tokens, each as soon as it is chosen. Raises `SequenceLost`.
@@ -83,15 +83,15 @@ class Generation:
         ids, position = list(prompt), 0
         try:
             for _ in range(self._decoding.max_new_tokens):
-                if self._rendezvous is not None:
-                    await self._rendezvous.passable()
-                began, in_page = self._clock(), self.account.in_page_ms
+                if self._barrier is not None:
+                    await self._barrier.passable()
+                began, in_page = self._clock(), self.statistics.in_page_ms
                 answer = await self._step(ids, position)
                 took_ms = (self._clock() - began) * 1e3
                 position += len(ids)
                 token = self._chosen(answer, position)
                 row = _in_order(answer) if self._decoding.logits else None
-                yield Token(token, position, row, took_ms, self.account.in_page_ms - in_page)
+                yield Token(token, position, row, took_ms, self.statistics.in_page_ms - in_page)
                 if token in self._decoding.stop:
                     return
                 ids = [token]
@@ -110,21 +110,21 @@ class Generation:
         """The browser of each stage, as far as the sequence has come."""
         return [worker.at for worker in self._workers if worker.at is not None]
 
-    def standings(self) -> list[Standing]:
+    def statuses(self) -> list[StageStatus]:
         """Where every stage is now, for whoever looks on."""
-        return [worker.standing() for worker in self._workers]
+        return [worker.status() for worker in self._workers]
 
     @property
     def first_failure(self) -> Failure | None:
         """The earliest failure that the sequence has met, whatever stage it struck."""
-        return self.account.first_failure
+        return self.statistics.first_failure
 
     async def _step(self, ids: Sequence[int], position: int) -> Mapping[str, Array]:
-        inputs = self._line.inputs_of_step(ids, position)
+        inputs = self._pipeline.inputs_of_step(ids, position)
         answer = await self._chained.take(inputs, position, len(ids))
         if answer is None:
             answer = await self._stage_by_stage(inputs, position, len(ids))
-        self.account.steps += 1
+        self.statistics.steps += 1
         return answer
 
     async def _stage_by_stage(
@@ -137,7 +137,7 @@ class Generation:
         handed: Mapping[str, Array] = {}
         for worker in self._workers:
             tensors = inputs_of_stage(worker.stage, inputs, handed)
-            handed = await worker.take(Taken(position, tokens, tensors))
+            handed = await worker.take(RecordedStep(position, tokens, tensors))
         return handed
 
 

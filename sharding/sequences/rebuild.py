@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 
-from sharding.sequences.barrier import Rendezvous
+from sharding.sequences.barrier import Barrier
 from sharding.sequences.caches import StepOrder
 from sharding.sequences.context import StageContext
 from sharding.sequences.copies import Copy
-from sharding.sequences.history import StageMemory
+from sharding.sequences.history import StageHistory
 from sharding.sequences.hosts import StepReply
 
 
@@ -20,26 +20,26 @@ class Rebuild:
     """Brings copies of one stage to where the others are, by what is kept in `memory`."""
 
     def __init__(
-        self, context: StageContext, memory: StageMemory, rendezvous: Rendezvous | None
+        self, context: StageContext, history: StageHistory, barrier: Barrier | None
     ) -> None:
         self._context = context
-        self._memory = memory
-        self._rendezvous = rendezvous
+        self._history = history
+        self._barrier = barrier
 
     async def catch_up(self, copy: Copy, position: int, seconds: float) -> StepReply | None:
         """Bring a new copy to `position`. Returns the reply that failed, if one did."""
         context = self._context
         hosts, model, sequence = context.hosts, context.stage.model, context.sequence
-        began, covered = context.events.clock(), self._memory.covered
-        with self._rendezvous.rebuilding() if self._rendezvous else contextlib.nullcontext():
+        began, covered = context.events.clock(), self._history.covered
+        with self._barrier.rebuilding() if self._barrier else contextlib.nullcontext():
             if covered:
-                caches = self._memory.caches()
+                caches = self._history.caches()
                 order = StepOrder(sequence, "restore", copy.fence, covered)
                 reply = await hosts.take(copy.ref, model, order, caches, seconds)
                 if reply.tensors is None:
                     return reply
                 copy.position = covered
-            rest = self._memory.rest(position)
+            rest = self._history.rest(position)
             for step in rest:
                 if step.position < copy.position:
                     continue

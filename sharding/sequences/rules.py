@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from recovery.kinds import Level
-from recovery.voting import Closeness
+from recovery.voting import Tolerance
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PipelineRules:
     step_seconds: float = 60.0
     copy_bytes_max: int = 256 << 20
     history_bytes_max: int = 512 << 20
-    closeness: Closeness = field(default_factory=Closeness)
+    tolerance: Tolerance = field(default_factory=Tolerance)
     strict: bool = True
 
     @property

@@ -1,7 +1,7 @@
 """One stage of one sequence: what it takes to have its answer to every step, wherever it runs.
 
 A face that holds parts: the browsers at work (`copies`), what is kept (`history`), how a copy is
-brought to a step (`rebuild`), and the contest of each step. This module must not know of the other
+brought to a step (`rebuild`), and the race of each step. This module must not know of the other
 stages.
 """
 
@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from recovery.levels import REDUNDANT
 from recovery.records import HostRef
 from sharding.models.frames import Array
-from sharding.sequences.barrier import Rendezvous
+from sharding.sequences.barrier import Barrier
 from sharding.sequences.caches import StepOrder
-from sharding.sequences.contest import Contest
 from sharding.sequences.context import StageContext
-from sharding.sequences.copies import Copies, Copy, Standing
-from sharding.sequences.history import StageHistory, StageMemory, Taken
-from sharding.sequences.hosts import Place, StepReply
+from sharding.sequences.copies import Copies, Copy, StageStatus
+from sharding.sequences.history import BoundedStageHistory, RecordedStep, StageHistory
+from sharding.sequences.hosts import StagePlacement, StepReply
+from sharding.sequences.race import Race
 from sharding.sequences.rebuild import Rebuild
 
 
@@ -32,48 +32,48 @@ class StageWorker:
         context: StageContext,
         choice: int | None,
         load: Counter[HostRef],
-        rendezvous: Rendezvous | None,
+        barrier: Barrier | None,
     ) -> None:
         self.stage = context.stage
         self._context = context
         self._choice = choice
         rules = context.rules
-        self._memory = StageMemory(
+        kept = StageHistory(
             context.stage, copies=rules.level in REDUNDANT, copy_bytes_max=rules.copy_bytes_max
         )
-        self._history = StageHistory(self._memory, rules, context.events.account)
+        self._history = BoundedStageHistory(kept, rules, context.events.statistics)
         self._copies = Copies(context, load)
-        self._rebuild = Rebuild(context, self._memory, rendezvous)
+        self._rebuild = Rebuild(context, kept, barrier)
 
     @property
     def at(self) -> HostRef | None:
         """Where its last answer is from."""
         return self._copies.at
 
-    async def take(self, step: Taken) -> Mapping[str, Array]:
+    async def take(self, step: RecordedStep) -> Mapping[str, Array]:
         """The answer to a step: what the stage sends on, or its choice. Raises `SequenceLost`."""
         self._history.note(step)
-        deltas = self._memory.copying  # of every copy in the same form
+        deltas = self._history.copying  # of every copy in the same form
 
         async def advance(copy: Copy, seconds: float, pause: float) -> StepReply:
             return await self._advance(copy, step, deltas, seconds, pause)
 
-        contest = Contest(self._context, self._copies, step, advance)
+        race = Race(self._context, self._copies, step, advance)
         try:
-            answer = await contest.run()
+            answer = await race.run()
         finally:
-            contest.release()
+            race.release()
         self._history.copy(answer)
         return answer
 
-    def place(self, position: int) -> Place | None:
+    def place(self, position: int) -> StagePlacement | None:
         """Where the stage is, if it is in one browser that stands at `position`."""
         copy = self._copies.only_at(position)
         if copy is None:
             return None
-        return Place(self.stage, copy.ref, copy.fence, self._choice, self._memory.copying)
+        return StagePlacement(self.stage, copy.ref, copy.fence, self._choice, self._history.copying)
 
-    def absorb(self, step: Taken, answer: Mapping[str, Array]) -> None:
+    def absorb(self, step: RecordedStep, answer: Mapping[str, Array]) -> None:
         """Keep a step that was taken by the chain. Raises `SequenceLost`: too much is kept."""
         self._history.note(step)
         self._history.copy(answer)
@@ -86,12 +86,12 @@ class StageWorker:
         """Have every browser forget the sequence; nobody waits for that."""
         self._copies.end()
 
-    def standing(self) -> Standing:
+    def status(self) -> StageStatus:
         """Where it is now, for whoever looks on."""
-        return self._copies.standing()
+        return self._copies.status()
 
     async def _advance(
-        self, copy: Copy, step: Taken, deltas: bool, seconds: float, pause: float
+        self, copy: Copy, step: RecordedStep, deltas: bool, seconds: float, pause: float
     ) -> StepReply:
         """The copy's answer to a step, after it was brought to where the step begins."""
         hosts, model, clock = self._context.hosts, self.stage.model, self._context.events.clock

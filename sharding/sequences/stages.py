@@ -1,7 +1,8 @@
-"""A model as a line of stages: what each takes and hands on in one step of a sequence.
+"""A model as a pipeline of stages: what each takes and hands on in one step of a sequence.
 
-A stage is one shard (or a whole decoder, the only one of its line). Plain data and pure functions;
-by which rules a host takes a step is `sharding.sequences.caches`. This module must not run a graph.
+A stage is one shard (or a whole decoder, the only one of its pipeline). Plain data and pure
+functions; by which rules a host takes a step is `sharding.sequences.caches`. This module must not
+run a graph.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Line:
+class StagePipeline:
     """All stages of a model, first to last, and the inputs and outputs of the uncut one."""
 
     model: str
@@ -111,20 +112,20 @@ def inputs_of_stage(
     return shared | {spec.name: handed[spec.name] for spec in stage.receives}
 
 
-def line_of_manifest(model: str, manifest: Manifest) -> Line:
+def pipeline_of_manifest(model: str, manifest: Manifest) -> StagePipeline:
     """The stages of a cut model that is loaded as `model`."""
     stages = tuple(
         _stage(stage_name(model, index), shard) for index, shard in enumerate(manifest.shards)
     )
     outputs = tuple(spec for shard in manifest.shards for spec in shard.outputs)
-    return Line(model, stages, manifest.inputs, outputs)
+    return StagePipeline(model, stages, manifest.inputs, outputs)
 
 
-def line_of_map(model: str, layers: LayerMap) -> Line:
+def pipeline_of_map(model: str, layers: LayerMap) -> StagePipeline:
     """An uncut model as its own only stage."""
     caches = tuple(_cache(cache) for layer in layers.layers for cache in layer.caches)
     stage = Stage(model, (), (), layers.inputs, caches)
-    return Line(model, (stage,), layers.inputs, layers.outputs)
+    return StagePipeline(model, (stage,), layers.inputs, layers.outputs)
 
 
 def _no_decoder(model: str, expected: str, got: Any) -> NotAModel:
@@ -159,25 +160,25 @@ def _cache(cache: Cache) -> CacheSpec:
 
 def stage_specs(model: str, folder: Path, manifest: Manifest) -> tuple[ModelSpec, ...]:
     """The spec of each shard in `folder`, by which it is loaded. Reads the files once."""
-    line = line_of_manifest(model, manifest)
+    pipeline = pipeline_of_manifest(model, manifest)
     return tuple(
         replace(
             read_signature(folder / shard.graph_file, name=stage.model, type=ModelType.TEXT),
             span=shard.span,
             caches=stage.caches,
         )
-        for stage, shard in zip(line.stages, manifest.shards, strict=True)
+        for stage, shard in zip(pipeline.stages, manifest.shards, strict=True)
     )
 
 
-def decoder_line(model: str, path: str | Path) -> Line | None:
-    """The ONNX file at `path` as a line of one stage; None if nothing can be made with it."""
+def decoder_pipeline(model: str, path: str | Path) -> StagePipeline | None:
+    """The ONNX file at `path` as a pipeline of one stage; None if nothing can be made with it."""
     try:
-        line = line_of_map(model, find_boundaries(path))
-        line.check_generates()
+        pipeline = pipeline_of_map(model, find_boundaries(path))
+        pipeline.check_generates()
     except NotAModel:
         return None
-    return line
+    return pipeline
 
 
 def example(stage: Stage) -> dict[str, Array]:

@@ -21,7 +21,7 @@ class Votes:
 
     def __init__(self, rules: PipelineRules) -> None:
         self._quorum = QUORUM.get(rules.level, 1)
-        self._closeness = rules.closeness
+        self._tolerance = rules.tolerance
         self._answers: list[tuple[Copy, Mapping[str, Array]]] = []
 
     def __len__(self) -> int:
@@ -48,7 +48,7 @@ class Votes:
     def count(self) -> Elected | Undecided:
         """What the answers so far come to."""
         ballots = [Ballot(copy.ref, copy.numeric, answer) for copy, answer in self._answers]
-        return count_votes(ballots, self._closeness)
+        return count_votes(ballots, self._tolerance)
 
     def spread(self) -> str:
         """How far the answers are apart, in words; nothing if some agree."""

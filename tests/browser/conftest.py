@@ -53,7 +53,7 @@ def require(kind: BrowserType) -> None:
 
 
 def our_processes() -> dict[int, str]:
-    """Every driver, browser, display and warden that was started by this project."""
+    """Every driver, browser, display and reaper that was started by this project."""
     found = {}
     for process in psutil.process_iter(["pid", "cmdline", "name", "status"]):
         line = " ".join(process.info["cmdline"] or ())

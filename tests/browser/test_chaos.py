@@ -30,7 +30,7 @@ from tests.models import add_model
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.chaos]
 ENGINES = ("chrome", "firefox", "safari")
-ELSEWHERE = (FaultKind.WRONG_ANSWER, FaultKind.NODE_DEATH, FaultKind.DEVICE_LOSS)
+TESTED_ELSEWHERE = (FaultKind.WRONG_ANSWER, FaultKind.NODE_DEATH, FaultKind.DEVICE_LOSS)
 
 
 async def broken(
@@ -48,7 +48,7 @@ async def broken(
         await workload.load(pool)
         runner = ChaosRunner(pool, workload, plan)
         run = await runner.run()
-    return run.with_leftovers(await runner.left_behind())
+    return run.with_leaked(await runner.left_behind())
 
 
 def all_kept(run: ChaosRun) -> None:
@@ -60,7 +60,7 @@ def all_kept(run: ChaosRun) -> None:
 async def test_soak_over_three_engines_at_high_loses_nothing(tmp_path: Path) -> None:
     """Every kind once, each engine and intensity in turn."""
     faults = []
-    for number, kind in enumerate(kind for kind in FaultKind if kind not in ELSEWHERE):
+    for number, kind in enumerate(kind for kind in FaultKind if kind not in TESTED_ELSEWHERE):
         how = tuple(Intensity)[number // 3 % 3]
         engine = "chrome" if kind is FaultKind.GPU_PROCESS_CRASH else ENGINES[number % 3]
         faults.append(Fault(kind, how, f"{engine}-0"))

@@ -256,9 +256,9 @@ async def test_low_goes_on_with_a_page_that_has_kept_its_caches(tmp_path: Path) 
 async def test_critical_outvotes_a_stage_that_lies_and_survives_a_death(tmp_path: Path) -> None:
     async with decoding_pool(tmp_path, level="critical", faults=True) as pool:
         right = await ask(pool)
-        for liar, bit in (("firefox-0", 30), ("chrome-0", 0)):
+        for faulty, bit in (("firefox-0", 30), ("chrome-0", 0)):
             await whole(pool, 3)
-            await pool.inject(liar, wrong_answers(1000, bit=bit, model="llama@1"))
+            await pool.inject(faulty, wrong_answers(1000, bit=bit, model="llama@1"))
             result = await ask(pool)
             same(result, right)
             assert "outvoted" in [step.what for step in result.recovery]

@@ -59,7 +59,7 @@ def stopped(pids: list[int]) -> Iterator[None]:
 
 
 def pages_of(launch: LaunchReport, kind: BrowserType) -> list[int]:
-    tree = psutil.Process(launch.pids["warden"]).children
+    tree = psutil.Process(launch.pids["reaper"]).children
     return page_processes(lambda: tree(recursive=True), kind)
 
 
@@ -84,16 +84,16 @@ async def test_critical_outvotes_wrong_answers_and_survives_deaths_and_hangs(
         await repaired(pool)  # before that nobody may have noticed
         await settled(pool, 3, 60.0)
         await known(pool, 3)
-        for liar, bit in (("chrome-0", 30), ("firefox-0", 0)):
+        for faulty, bit in (("chrome-0", 30), ("firefox-0", 0)):
             before = len((await pool.control()).repairs)
-            await pool.inject(liar, wrong_answers(1000, bit=bit))
+            await pool.inject(faulty, wrong_answers(1000, bit=bit))
             for _ in range(5):
-                assert (await ask()).browser_id != liar
+                assert (await ask()).browser_id != faulty
             await repaired(pool, before + 1)
             await settled(pool, 3, 60.0)
             await known(pool, 3)
             repair = (await pool.control()).repairs[-1]
-            assert repair.browser_id == liar
+            assert repair.browser_id == faulty
             assert repair.failure.category is Category.WRONG_ANSWER
             assert repair.ready is not None
         await known(pool, 3)

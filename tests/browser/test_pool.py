@@ -73,7 +73,7 @@ async def busy(pool: BrowserPool, browser_id: str) -> None:
 
 def freeze_page(report: LaunchReport) -> None:
     """A machine that sleeps, a debugger that holds: nothing moves in Chromium's page."""
-    for process in psutil.Process(report.pids["warden"]).children(recursive=True):
+    for process in psutil.Process(report.pids["reaper"]).children(recursive=True):
         if "--type=renderer" in " ".join(process.cmdline()):
             process.suspend()
 
@@ -113,17 +113,17 @@ async def test_the_only_browser_is_killed_in_every_way_and_each_answer_is_right(
     browser_id = f"{kind}-0"
     async with pool_of({str(kind): 1}) as pool:
         await pool.load("minilm", minilm_folder())
-        for number, victim in enumerate(("browser", "driver", "tab", "worker")):
+        for number, target in enumerate(("browser", "driver", "tab", "worker")):
             report = await launch_of(pool, browser_id)
             asked = asyncio.create_task(pool.run_with_recovery("minilm", "embed", long_inputs()))
             await busy(pool, browser_id)
-            if victim == "tab":
+            if target == "tab":
                 crash_tab(report, kind)
             else:
-                kill_process(report, victim)
+                kill_process(report, target)
             result = await asked
             right(result, expected)
-            assert result.recovered, victim
+            assert result.recovered, target
             assert result.original_error is not None
             assert result.original_error.category == "crash"
             assert result.recovery[0].what == "failed"

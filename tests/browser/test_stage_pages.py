@@ -18,7 +18,7 @@ from recovery.records import HostRef
 from sharding.cutting.cut import cut
 from sharding.sequences.caches import DELTA, StepOrder
 from sharding.sequences.native_stages import NativeStage
-from sharding.sequences.stages import line_of_manifest, stage_specs
+from sharding.sequences.stages import pipeline_of_manifest, stage_specs
 from tests.browser.conftest import ENGINES, launched
 from tests.unit.test_pipeline import DECODERS, PROMPT
 
@@ -55,17 +55,17 @@ REFUSED += ["out_of_step", "out_of_step", "out_of_step", "", "", "", "out_of_ste
 @pytest.mark.parametrize("kind", ENGINES)
 async def test_page_and_python_take_and_refuse_the_same(kind: BrowserType, tmp_path: Path) -> None:
     manifest = cut(DECODERS / "builder-llama.onnx", [(0, 3)], tmp_path)
-    line = line_of_manifest("m", manifest)
+    pipeline = pipeline_of_manifest("m", manifest)
     (spec,) = stage_specs("m", tmp_path, manifest)
-    (stage,) = line.stages
+    (stage,) = pipeline.stages
     native = NativeStage(stage, spec)
     native.open()
     ref = HostRef(f"{kind}-0", 0)
     async with launched(kind) as (host, _):
         await host.load(ref, 1, spec, (Backend.WASM,))
         inputs: dict[str, Mapping[str, Any]] = {
-            "prompt": line.inputs_of_step(PROMPT, 0),
-            "token": line.inputs_of_step([9], 5),
+            "prompt": pipeline.inputs_of_step(PROMPT, 0),
+            "token": pipeline.inputs_of_step([9], 5),
             "": {},
         }
         for number, (what, order, tensors) in enumerate(SCRIPT):

@@ -216,7 +216,15 @@ def test_whatever_is_known_nothing_is_sent_where_it_cannot_be_answered(
         assert action.status.can_take("m")
         assert not action.status.full
         assert left > 0
-        assert len(failed) < 3
+        # A lost connection may not be the operation's doing: four of them count as one attempt.
+        lost = [
+            a
+            for a in failed
+            if a.failure.category is Category.CONNECTION_FAILURE
+            and a.failure.scope in (Scope.OPERATION, Scope.PAGE)
+        ]
+        assert len(failed) - len(lost) < 3
+        assert len(lost) < 4 * 3
         crashes = {a.ref for a in failed if a.failure.category is Category.CRASH}
         assert action.status.ref not in crashes
     if failed and level is Level.NONE:

@@ -407,15 +407,15 @@ async def test_critical_asks_three_and_believes_the_first_two():
 
 
 @pytest.mark.parametrize("fault", ["lie_on_run", "flip_on_run"])
-@pytest.mark.parametrize("liar", THREE)
-async def test_wrong_answer_is_outvoted_and_only_its_browser_is_charged(liar, fault):
-    scripts = FakeHosts(**{liar.replace("-", "_"): [{fault: range(100)}]})
+@pytest.mark.parametrize("faulty", THREE)
+async def test_wrong_answer_is_outvoted_and_only_its_browser_is_charged(faulty, fault):
+    scripts = FakeHosts(**{faulty.replace("-", "_"): [{fault: range(100)}]})
     async with serving(*THREE, hosts=scripts) as pool:
         for number in range(10):
             result = await pool.ask(f"op{number}", level=Level.CRITICAL)
             assert result.success  # `ask` has compared the numbers
         await asyncio.gather(*pool.audits)
-        assert {ref.browser_id for ref in pool.wrong} == {liar}
+        assert {ref.browser_id for ref in pool.wrong} == {faulty}
         assert len(pool.wrong) == 10  # on time or late, it is always told
 
 

@@ -124,9 +124,9 @@ def test_packages_are_entered_by_their_front_doors(source):
     assert past_the_door == []
 
 
-def test_warden_is_a_script_of_the_standard_library_alone():
-    (warden,) = [source for source in sources() if source.path == "actors/driver/reaper.py"]
-    assert {name.split(".")[0] for name, _ in warden.imports()} <= sys.stdlib_module_names
+def test_reaper_is_a_script_of_the_standard_library_alone():
+    (reaper,) = [source for source in sources() if source.path == "actors/driver/reaper.py"]
+    assert {name.split(".")[0] for name, _ in reaper.imports()} <= sys.stdlib_module_names
 
 
 def test_recovery_starts_no_process_and_opens_no_socket():
@@ -183,7 +183,7 @@ def test_main_classes_are_made_without_any_io(monkeypatch):
     from actors.driver.arguments import default_settings
     from actors.driver.binaries import Binaries
     from actors.driver.death_watch import DeathWatch
-    from actors.driver.processes import Warden
+    from actors.driver.processes import ProcessReaper
     from actors.driver.session import Session
     from actors.messages import HostConfig
     from actors.ray.supervisor_worker import PoolSupervisor
@@ -224,7 +224,7 @@ def test_main_classes_are_made_without_any_io(monkeypatch):
             Routing(refuse, "client", 1.0, "node", 1024),
             Session(settings, Binaries(chrome, "browser", "driver"), Path("profile")),
             Supervisor(config, refuse, refuse),
-            Warden(),
+            ProcessReaper(),
             BrowserPool({"chrome": 2}),
         ]
     supervisor._unclaimed.cancel()  # the timer of a worker that nobody ever orders about

@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 
-from sharding.sequences.barrier import Rendezvous
+from sharding.sequences.barrier import Barrier
 
 
-async def passes(together: Rendezvous) -> bool:
+async def passes(together: Barrier) -> bool:
     try:
         async with asyncio.timeout(0.01):
             await together.passable()
@@ -17,11 +17,11 @@ async def passes(together: Rendezvous) -> bool:
 
 
 async def test_it_is_passable_while_nobody_rebuilds():
-    assert await passes(Rendezvous())
+    assert await passes(Barrier())
 
 
 async def test_all_wait_until_the_last_has_rebuilt():
-    together = Rendezvous()
+    together = Barrier()
     with together.rebuilding():
         with together.rebuilding():
             assert not await passes(together)
@@ -30,7 +30,7 @@ async def test_all_wait_until_the_last_has_rebuilt():
 
 
 async def test_rebuilding_that_fails_lets_the_others_go_on():
-    together = Rendezvous()
+    together = Barrier()
     with pytest.raises(OSError, match="lost"), together.rebuilding():
         raise OSError("lost")
     assert await passes(together)

@@ -127,14 +127,14 @@ async def test_guard_protects_a_block_sync_and_async(shell):
 def test_manual_form_with_a_failure_that_a_retry_cured(shell):
     shell.success(shell.allow())
     mild = failure(TIMEOUT, severity=MILD)
-    shell.failure(shell.allow(), mild, cured=True)
+    shell.failure(shell.allow(), mild, retried=True)
     metrics = shell.get_metrics()
     assert (metrics["failures"], metrics["recorded_failures"]) == (1, 0)
 
 
 def test_failure_of_a_whole_node_affects_more_than_one_component(shell):
     wide = failure(TIMEOUT, severity=MODERATE, scope=Scope.NODE)
-    shell.failure(shell.allow(), wide, cured=True)
+    shell.failure(shell.allow(), wide, retried=True)
     assert shell.breaker.failures == 1
 
 

@@ -90,7 +90,7 @@ def test_failure_outside_any_call_counts_too(story):
 
 
 @pytest.mark.parametrize(
-    ("category", "severity", "cured", "components", "recorded"),
+    ("category", "severity", "retried", "components", "recorded"),
     [
         (TIMEOUT, SEVERE, True, 1, True),  # severe: always
         (CRASH, MILD, True, 1, True),  # a crash: always
@@ -98,29 +98,29 @@ def test_failure_outside_any_call_counts_too(story):
         (TIMEOUT, MODERATE, True, 1, False),
         (TIMEOUT, MODERATE, True, 2, True),  # more than one component
         (TIMEOUT, MILD, False, 1, True),
-        (TIMEOUT, MILD, True, 1, False),  # mild and cured: never
+        (TIMEOUT, MILD, True, 1, False),  # mild and retried: never
         (TIMEOUT, MILD, True, 2, False),
     ],
 )
-def test_what_is_recorded_while_closed(category, severity, cured, components, recorded):
-    event = Failed(1.0, None, category, severity, cured, components)
+def test_what_is_recorded_while_closed(category, severity, retried, components, recorded):
+    event = Failed(1.0, None, category, severity, retried, components)
     assert is_recorded(Breaker(), event) is recorded
     after = step(Breaker(), event, CONFIG)
     assert (after.failures, after.calls.recorded, after.calls.failures) == (recorded, recorded, 1)
 
 
 def test_second_of_the_same_category_in_a_row_is_always_recorded(story):
-    cured = {"severity": MILD, "cured": True}
-    assert story.fail(category=TIMEOUT, **cured).failures == 0
-    assert story.fail(category=TIMEOUT, **cured).failures == 1
-    assert story.fail(category=API_ERROR, **cured).failures == 1  # another category
+    retried = {"severity": MILD, "retried": True}
+    assert story.fail(category=TIMEOUT, **retried).failures == 0
+    assert story.fail(category=TIMEOUT, **retried).failures == 1
+    assert story.fail(category=API_ERROR, **retried).failures == 1  # another category
     story.succeed()
-    assert story.fail(category=API_ERROR, **cured).failures == 0  # not in a row
+    assert story.fail(category=API_ERROR, **retried).failures == 0  # not in a row
 
 
 def test_anything_is_recorded_while_half_open(story):
     probe = story.half_open()
-    assert story.fail(probe, TIMEOUT, MILD, cured=True).state is OPEN
+    assert story.fail(probe, TIMEOUT, MILD, retried=True).state is OPEN
 
 
 # -- open ------------------------------------------------------------------------------------------

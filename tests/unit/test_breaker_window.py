@@ -71,7 +71,7 @@ def test_slow_probe_cannot_close_what_slowness_opened():
 
 def test_unrecorded_failure_stays_out_of_the_window():
     story = Story(BY_COUNT)
-    story.fail(category=TIMEOUT, severity=MILD, cured=True)
+    story.fail(category=TIMEOUT, severity=MILD, retried=True)
     assert story.breaker.calls.window.calls == 0
 
 

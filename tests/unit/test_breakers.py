@@ -301,5 +301,5 @@ def test_replaced_browser_goes_on_where_it_was(registry):
 
 def test_severity_of_the_failure_reaches_both_breakers(registry):
     mild = failure(Category.CONNECTION_FAILURE, severity=Severity.MILD, scope=Scope.PAGE)
-    registry.breaker("a").failure(registry.breaker("a").allow(), mild, cured=True)
+    registry.breaker("a").failure(registry.breaker("a").allow(), mild, retried=True)
     assert registry.breaker("a").breaker.failures == 0

@@ -108,7 +108,7 @@ def test_all_is_well():
         ([op(0, answers=2)], [], {}, "1 answered twice"),
         ([op(0, simulated=True)], [], {}, "1 simulated"),
         ([op(0, answers=0, success=False)], [], {}, "1 lost"),
-        ([op(0)], [], {"leftovers": ("process 1",)}, "process 1"),
+        ([op(0)], [], {"leaked": ("process 1",)}, "process 1"),
         ([op(0)], [], {"repaired": False}, "every browser"),
         ([op(0)], [fault(0, CRASH, right=False, noticed=("timeout",))], {}, "noticed otherwise"),
         ([op(0)], [fault(0, CRASH, outcome="unseen", right=True)], {}, "0 of 1 faults"),

@@ -265,7 +265,7 @@ async def test_stages_of_an_encoder_give_what_the_uncut_one_does(
     monkeypatch.setenv("TABPOOL_CACHE", str(tmp_path))
     path = DECODERS / f"{name}.onnx"
     entry, parts = read_parts("bert", path, shards=shards)
-    assert not entry.line.decoder
+    assert not entry.pipeline.decoder
     assert len(entry.parts) == shards
     ids = np.random.default_rng(3).integers(1, 80, (2, 7))
     given = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
@@ -273,7 +273,7 @@ async def test_stages_of_an_encoder_give_what_the_uncut_one_does(
         given["token_type_ids"] = np.zeros_like(ids)
     tensors = INFERENCE.prepare(entry, given, None)
     native = Native()
-    values = await run_stages(native, entry.line, [part.spec for part in parts], tensors)
+    values = await run_stages(native, entry.pipeline, [part.spec for part in parts], tensors)
     assert native.asked == list(entry.parts)
     right = await Native().ask(read_parts("bert", path)[0].spec, tensors)
     assert values.keys() == right.keys()

@@ -24,13 +24,13 @@ from recovery.placement import Placing
 from recovery.plan import STRATEGIES
 from recovery.supervision import RestartLimit
 from sharding.models.signature import TensorSpec
-from sharding.sequences.stages import Line, Stage
+from sharding.sequences.stages import Stage, StagePipeline
 from tests.fakes import FakeHosts, spec
 
 X = {"x": np.arange(3, dtype=np.float32)}
 SPECS = tuple(spec(f"m@{index}", f"digest {index}") for index in range(2))
 TENSOR = TensorSpec("x", "float32", (None,))
-LINE = Line(  # a fake host answers with what it was given, and 1 added
+PIPELINE = StagePipeline(  # a fake host answers with what it was given, and 1 added
     "m",
     (
         Stage("m@0", (), (TENSOR,), (TENSOR,), ()),
@@ -39,7 +39,7 @@ LINE = Line(  # a fake host answers with what it was given, and 1 added
     (TENSOR,),
     (TENSOR,),
 )
-ENTRY = ModelEntry(spec("m"), line=LINE)
+ENTRY = ModelEntry(spec("m"), pipeline=PIPELINE)
 
 
 class Pool:
@@ -72,7 +72,7 @@ class Pool:
 
     async def stages(self, **options) -> Result:
         composition = self.composition(**options)
-        return await composition.answer(run_stages(composition, LINE, SPECS, X))
+        return await composition.answer(run_stages(composition, PIPELINE, SPECS, X))
 
 
 @contextlib.asynccontextmanager

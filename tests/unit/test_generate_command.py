@@ -263,7 +263,7 @@ def test_plain_text_is_the_text_alone_unless_marks_are_wanted():
         with PlainText(written.append, notes.append, mark=mark) as shown:
             shown.piece("a")
             shown.struck(killed)
-            shown.happened(FAILED)
+            shown.event(FAILED)
             shown.piece("b")
         assert "".join(written) == text
         assert len(notes) == (1 if mark else 2)

@@ -28,11 +28,11 @@ class Guarded:
             wall=lambda: self.now,
         )
 
-    def fail(self, model: str = "m", times: int = 1, cured: bool = False) -> None:
+    def fail(self, model: str = "m", times: int = 1, retried: bool = False) -> None:
         for _ in range(times):
             admission = self.breakers.admit(model)
             assert admission is not None
-            admission.failed(BAD, cured=cured)
+            admission.failed(BAD, retried=retried)
 
     def states(self) -> list[tuple[str, CircuitState]]:
         """What was told, in order."""
@@ -52,9 +52,9 @@ def test_three_failures_in_a_row_block_the_model_and_no_other():
 
 def test_cured_failures_of_one_category_count_from_the_second_on():
     it = Guarded()
-    it.fail(times=3, cured=True)
+    it.fail(times=3, retried=True)
     assert it.breakers.blocked() == {}
-    it.fail(cured=True)
+    it.fail(retried=True)
     assert it.breakers.blocked() == {"m": 10.0}
 
 
@@ -131,7 +131,7 @@ def test_unloaded_model_is_forgotten_and_late_reports_of_it_are_no_news():
     it.breakers.forget("m")
     for admission in late:
         assert admission is not None
-        admission.failed(BAD, cured=False)
+        admission.failed(BAD, retried=False)
     assert it.changes == []
     assert it.breakers.blocked() == {}
     assert it.breakers.admit("m") is not None
@@ -205,7 +205,7 @@ def test_models_may_be_set_to_something_else_than_their_browser():
     )
     admission = breakers.admit("m")
     assert admission is not None
-    admission.failed(BAD, cured=False)
+    admission.failed(BAD, retried=False)
     assert "m" in breakers.blocked()
 
 
@@ -221,4 +221,4 @@ def test_cap_on_open_circuits_is_the_pool_s():
     for _ in range(5):
         admission = breakers.admit("m")
         assert admission is not None, "no circuit may open here"
-        admission.failed(BAD, cured=False)
+        admission.failed(BAD, retried=False)

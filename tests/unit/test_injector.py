@@ -13,10 +13,10 @@ import pytest
 
 from actors.driver.binaries import Binaries
 from actors.driver.processes import BrowserProcesses
-from actors.injector import BrowserFailureInjector, SupervisorFailureInjector, Victim
+from actors.injector import BrowserFailureInjector, InjectionTarget, SupervisorFailureInjector
 from recovery.breaker import CircuitState
 from recovery.errors import FaultRefused
-from recovery.faults import FAULTS, Fault, FaultKind, Intensity, Place
+from recovery.faults import FAULTS, Fault, FaultKind, FaultSite, Intensity
 from recovery.kinds import BrowserType
 from recovery.records import HostRef
 
@@ -82,15 +82,15 @@ def tree():
     root.stdout.close()
 
 
-def victim(said, root=0, *, circuit=CircuitState.CLOSED, kind=BrowserType.CHROME, pids=None):
+def target_of(said, root=0, *, circuit=CircuitState.CLOSED, kind=BrowserType.CHROME, pids=None):
     processes = BrowserProcesses(kind, pids or {}, root)
-    return Victim(REF, processes, said, said.ask, said, circuit, 1 << 20, device=False)
+    return InjectionTarget(REF, processes, said, said.ask, said, circuit, 1 << 20, device=False)
 
 
 async def test_it_is_off_unless_asked_for_and_touches_nothing():
     said = Said()
     with pytest.raises(FaultRefused, match="faults=True") as refused:
-        await BrowserFailureInjector(False).inject(victim(said), Fault(FaultKind.SOCKET_DROP))
+        await BrowserFailureInjector(False).inject(target_of(said), Fault(FaultKind.SOCKET_DROP))
     assert refused.value.fields["what"] == "off"
     assert said.told == []
 
@@ -106,7 +106,7 @@ async def test_it_is_off_unless_asked_for_and_touches_nothing():
 )
 async def test_it_obeys_the_circuit_of_its_target_unless_told_not_to(circuit, how, may):
     said, injector = Said(), BrowserFailureInjector(True)
-    fault, target = Fault(FaultKind.SOCKET_DROP, how), victim(said, circuit=circuit)
+    fault, target = Fault(FaultKind.SOCKET_DROP, how), target_of(said, circuit=circuit)
     if may:
         await injector.inject(target, fault)
     else:
@@ -118,15 +118,15 @@ async def test_it_obeys_the_circuit_of_its_target_unless_told_not_to(circuit, ho
     assert [word for word, _ in said.told] == ["drop"]
 
 
-async def test_only_what_is_below_the_warden_is_hit(tree):
+async def test_only_what_is_below_the_reaper_is_hit(tree):
     injector = BrowserFailureInjector(True)
     own = {"browser": os.getpid(), "driver": os.getppid()}  # known by name, and not below it
     for kind in (FaultKind.BROWSER_CRASH, FaultKind.DRIVER_DEATH, FaultKind.GPU_PROCESS_CRASH):
         with pytest.raises(FaultRefused, match="no such process"):
-            await injector.inject(victim(Said(), tree.pid, pids=own), Fault(kind))
+            await injector.inject(target_of(Said(), tree.pid, pids=own), Fault(kind))
     (page,) = psutil.Process(tree.pid).children()
     made = await injector.inject(
-        victim(Said(), tree.pid, pids=own), Fault(FaultKind.TAB_CRASH, Intensity.SEVERE)
+        target_of(Said(), tree.pid, pids=own), Fault(FaultKind.TAB_CRASH, Intensity.SEVERE)
     )
     assert made.pids == (page.pid,)
     assert (made.target, made.epoch) == (REF.browser_id, REF.epoch)
@@ -140,7 +140,7 @@ async def test_a_stop_ends_by_itself_where_it_says_so(tree, monkeypatch):
     )
     (page,) = psutil.Process(tree.pid).children()
     made = await BrowserFailureInjector(True).inject(
-        victim(Said(), tree.pid), Fault(FaultKind.MACHINE_SUSPENDED, Intensity.MILD)
+        target_of(Said(), tree.pid), Fault(FaultKind.MACHINE_SUSPENDED, Intensity.MILD)
     )
     assert made.until == pytest.approx(made.at + 1.0)
     async with asyncio.timeout(10):
@@ -154,16 +154,18 @@ async def test_engines_that_have_no_such_thing_are_left_alone():
     for kind, facts in FAULTS.items():
         for engine in set(BrowserType) - facts.engines:
             with pytest.raises(FaultRefused, match="has none") as refused:
-                await BrowserFailureInjector(True).inject(victim(Said(), kind=engine), Fault(kind))
+                await BrowserFailureInjector(True).inject(
+                    target_of(Said(), kind=engine), Fault(kind)
+                )
             assert refused.value.fields["what"] == "impossible"
     with pytest.raises(FaultRefused, match="WebGPU"):
-        await BrowserFailureInjector(True).inject(victim(Said()), Fault(FaultKind.DEVICE_LOSS))
+        await BrowserFailureInjector(True).inject(target_of(Said()), Fault(FaultKind.DEVICE_LOSS))
 
 
 async def test_only_a_raylet_is_taken_for_a_node():
     injector = BrowserFailureInjector(True, raylet=os.getpid)
     with pytest.raises(FaultRefused, match="no raylet") as refused:
-        await injector.inject(victim(Said()), Fault(FaultKind.NODE_DEATH))
+        await injector.inject(target_of(Said()), Fault(FaultKind.NODE_DEATH))
     assert refused.value.fields["what"] == "not_ours"
 
 
@@ -172,7 +174,7 @@ async def test_launches_to_come_fail_as_often_as_was_said(tree, tmp_path):
     real = Binaries(BrowserType.CHROME, sys.executable, "driver")
     assert injector.launched_with(real, tmp_path) == real
     (page,) = psutil.Process(tree.pid).children()
-    target = victim(Said(), tree.pid, pids={"browser": page.pid})
+    target = target_of(Said(), tree.pid, pids={"browser": page.pid})
     await injector.inject(target, Fault(FaultKind.LAUNCH_FAILURE, Intensity.MODERATE))
     page.wait(5)
     for _ in range(2):
@@ -188,12 +190,12 @@ async def test_every_kind_says_something_at_every_intensity(tree):
     for kind, facts in FAULTS.items():
         if (
             kind in (FaultKind.WORKER_DEATH, FaultKind.NODE_DEATH)
-            or facts.place is not Place.BROWSER
+            or facts.place is not FaultSite.BROWSER
         ):
             continue
         for how in Intensity:
             try:
-                await BrowserFailureInjector(True).inject(victim(Said()), Fault(kind, how))
+                await BrowserFailureInjector(True).inject(target_of(Said()), Fault(kind, how))
             except FaultRefused as error:
                 raised.append(str(error))
     assert not [words for words in raised if "nobody knows how" in words]

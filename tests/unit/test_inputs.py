@@ -3,8 +3,9 @@ import pytest
 
 from recovery.errors import BadInput
 from recovery.kinds import ModelType
+from recovery.voting import Tolerance
 from sharding.models.inputs import check_inputs, warmup_inputs
-from sharding.models.signature import ModelSpec, TensorSpec, Tolerance
+from sharding.models.signature import ModelSpec, TensorSpec
 
 
 def model(*inputs: TensorSpec) -> ModelSpec:

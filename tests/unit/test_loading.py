@@ -28,8 +28,8 @@ def cache(tmp_path, monkeypatch):
 async def test_every_strategy_computes_the_uncut_models_function(strategy, shards, cache):
     entry, parts = read_parts("m", LLAMA, shards=shards, strategy=strategy)
     assert entry.parts == tuple(f"m@{n}" for n in range(shards))
-    hosts = NativeHosts(entry.line, [part.spec for part in parts])
-    same(await generate(entry.line, hosts, Level.MEDIUM, GREEDY, PROMPT), reference(LLAMA))
+    hosts = NativeHosts(entry.pipeline, [part.spec for part in parts])
+    same(await generate(entry.pipeline, hosts, Level.MEDIUM, GREEDY, PROMPT), reference(LLAMA))
 
 
 def test_what_was_cut_is_found_again_and_planned_no_second_time(cache, monkeypatch):

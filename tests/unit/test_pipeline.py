@@ -15,11 +15,11 @@ from recovery.kinds import Level
 from sharding.cutting.cut import cut
 from sharding.cutting.layers import find_boundaries
 from sharding.models.native import NativeSession
-from sharding.sequences.barrier import Rendezvous
+from sharding.sequences.barrier import Barrier
 from sharding.sequences.decoding import Decoding
 from sharding.sequences.pipeline import Generation
 from sharding.sequences.rules import PipelineRules
-from sharding.sequences.stages import line_of_manifest, line_of_map, stage_specs
+from sharding.sequences.stages import pipeline_of_manifest, pipeline_of_map, stage_specs
 from tests.native_hosts import NativeHosts
 
 DECODERS = Path(__file__).parent.parent / "assets" / "decoders"
@@ -30,14 +30,14 @@ GREEDY = Decoding(max_new_tokens=NEW, logits=True)
 
 def reference(path: Path, prompt=PROMPT, new: int = NEW) -> tuple[list[int], np.ndarray]:
     """Tokens and logits of the uncut model, step by step."""
-    line = line_of_map("whole", find_boundaries(path))
-    (stage,) = line.stages
+    pipeline = pipeline_of_map("whole", find_boundaries(path))
+    (stage,) = pipeline.stages
     session = NativeSession(path)
     session.open()
     past = {cache.past: np.zeros(cache.shape, cache.dtype) for cache in stage.caches}
     ids, position, tokens, rows = list(prompt), 0, [], []
     for _ in range(new):
-        outputs = session.run({**line.inputs_of_step(ids, position), **past})
+        outputs = session.run({**pipeline.inputs_of_step(ids, position), **past})
         past = {cache.past: outputs[cache.present] for cache in stage.caches}
         position += len(ids)
         rows.append(outputs["logits"][0, -1])
@@ -53,7 +53,7 @@ def three(tmp_path_factory):
     path = DECODERS / "builder-llama.onnx"
     folder = tmp_path_factory.mktemp("cut")
     manifest = cut(path, [(0, 1), (1, 2), (2, 3)], folder)
-    return line_of_manifest("m", manifest), stage_specs("m", folder, manifest), reference(path)
+    return pipeline_of_manifest("m", manifest), stage_specs("m", folder, manifest), reference(path)
 
 
 def rules(level=Level.MEDIUM, **options) -> PipelineRules:
@@ -71,11 +71,11 @@ def both(chains):
     """Every test holds either way."""
 
 
-async def generate(line, hosts, level=Level.MEDIUM, decoding=GREEDY, prompt=PROMPT, **options):
-    generation = Generation("s", line, hosts, rules(level, **options), decoding)
+async def generate(pipeline, hosts, level=Level.MEDIUM, decoding=GREEDY, prompt=PROMPT, **options):
+    generation = Generation("s", pipeline, hosts, rules(level, **options), decoding)
     tokens = [token async for token in generation.tokens(prompt)]
     rows = [token.scores for token in tokens]
-    return [token.id for token in tokens], rows, generation.account
+    return [token.id for token in tokens], rows, generation.statistics
 
 
 def same(got, right) -> None:
@@ -89,73 +89,73 @@ async def test_every_export_gives_the_uncut_models_logits(path, tmp_path):
     if "bert" in path.stem or path.stem == "builder-llama-embeds":
         pytest.skip("no decoder of token ids")
     manifest = cut(path, [(0, 1), (1, 3)], tmp_path)
-    hosts = NativeHosts(line_of_manifest("m", manifest), stage_specs("m", tmp_path, manifest))
-    same(await generate(line_of_manifest("m", manifest), hosts), reference(path))
+    hosts = NativeHosts(pipeline_of_manifest("m", manifest), stage_specs("m", tmp_path, manifest))
+    same(await generate(pipeline_of_manifest("m", manifest), hosts), reference(path))
 
 
 @pytest.mark.parametrize("level", [Level.NONE, Level.MEDIUM, Level.HIGH, Level.CRITICAL])
 async def test_without_faults_every_level_gives_the_same(three, level):
-    line, specs, right = three
-    same(await generate(line, NativeHosts(line, specs), level), right)
+    pipeline, specs, right = three
+    same(await generate(pipeline, NativeHosts(pipeline, specs), level), right)
 
 
 @pytest.mark.parametrize("fault", ["dies", "dies after", "lost before", "lost after"])
 @pytest.mark.parametrize("level", [Level.MEDIUM, Level.HIGH, Level.CRITICAL])
 async def test_a_fault_at_every_order_of_every_host_changes_no_bit(three, level, fault):
-    line, specs, right = three
-    fine = NativeHosts(line, specs)
-    await generate(line, fine, level)
+    pipeline, specs, right = three
+    fine = NativeHosts(pipeline, specs)
+    await generate(pipeline, fine, level)
     orders = {ref.browser_id: sum(o[0] == ref for o in fine.orders) for ref in fine.refs}
     for name, count in orders.items():
         for when in range(1, count + 1):
-            hosts = NativeHosts(line, specs)
+            hosts = NativeHosts(pipeline, specs)
             hosts.script(name, when, fault)
-            same(await generate(line, hosts, level), right)
+            same(await generate(pipeline, hosts, level), right)
             assert not hosts.charged
 
 
 @pytest.mark.parametrize("when", range(1, 7))
 async def test_two_hosts_die_and_one_again_while_it_is_rebuilt(three, when):
-    line, specs, right = three
+    pipeline, specs, right = three
     for level in (Level.MEDIUM, Level.HIGH):
-        hosts = NativeHosts(line, specs, 4)
+        hosts = NativeHosts(pipeline, specs, 4)
         for name in "ab":
             hosts.script(name, when, "dies")
             hosts.script(name, when + 1, "dies")
-        same(await generate(line, hosts, level), right)
+        same(await generate(pipeline, hosts, level), right)
 
 
 async def test_at_medium_the_lost_stage_replays_its_inputs_in_their_steps(three):
-    line, specs, right = three
-    hosts = NativeHosts(line, specs)
+    pipeline, specs, right = three
+    hosts = NativeHosts(pipeline, specs)
     hosts.script("a", 3, "dies")
-    got = await generate(line, hosts)
+    got = await generate(pipeline, hosts)
     same(got, right)
-    (replayed,) = [step for step in got[2].happened if step.what == "replayed"]
+    (replayed,) = [step for step in got[2].events if step.what == "replayed"]
     # The prompt as one step, then one step a token: a single one for all is not bit-exact.
     assert replayed.outcome == "0 positions copied, 2 steps replayed"
     assert got[2].copied_bytes == 0 < got[2].history_bytes
 
 
 async def test_at_high_copies_of_the_caches_stand_for_the_inputs(three):
-    line, specs, right = three
-    hosts = NativeHosts(line, specs)
+    pipeline, specs, right = three
+    hosts = NativeHosts(pipeline, specs)
     hosts.script("a", 3, "dies")
-    got = await generate(line, hosts, Level.HIGH)
+    got = await generate(pipeline, hosts, Level.HIGH)
     same(got, right)
-    (restored,) = [step for step in got[2].happened if step.what == "restored"]
+    (restored,) = [step for step in got[2].events if step.what == "restored"]
     assert restored.outcome.endswith(" positions copied, 0 steps replayed")
     assert got[2].history_bytes == 0 < got[2].copied_bytes
 
 
 async def test_copies_are_bounded_and_the_rest_is_replayed(three):
-    line, specs, right = three
-    hosts = NativeHosts(line, specs)
+    pipeline, specs, right = three
+    hosts = NativeHosts(pipeline, specs)
     hosts.script("a", 5, "dies")
     one_layer = 2 * 16 * 4  # keys and values of one position: 1 head of 16 float32
-    got = await generate(line, hosts, Level.HIGH, copy_bytes_max=6 * one_layer)
+    got = await generate(pipeline, hosts, Level.HIGH, copy_bytes_max=6 * one_layer)
     same(got, right)
-    (restored,) = [step for step in got[2].happened if step.what == "restored"]
+    (restored,) = [step for step in got[2].events if step.what == "restored"]
     assert restored.outcome == "6 positions copied, 2 steps replayed"
     assert got[2].copied_bytes == 3 * 6 * one_layer
 
@@ -163,10 +163,10 @@ async def test_copies_are_bounded_and_the_rest_is_replayed(three):
 async def test_ring_cache_is_replayed_since_it_can_not_be_copied(tmp_path):
     path = DECODERS / "builder-gemma2.onnx"
     manifest = cut(path, [(0, 3)], tmp_path)
-    line = line_of_manifest("m", manifest)
-    hosts = NativeHosts(line, stage_specs("m", tmp_path, manifest))
+    pipeline = pipeline_of_manifest("m", manifest)
+    hosts = NativeHosts(pipeline, stage_specs("m", tmp_path, manifest))
     hosts.script("a", 3, "dies")
-    got = await generate(line, hosts, Level.HIGH)
+    got = await generate(pipeline, hosts, Level.HIGH)
     same(got, reference(path))
     assert got[2].copied_bytes == 0
 
@@ -174,67 +174,67 @@ async def test_ring_cache_is_replayed_since_it_can_not_be_copied(tmp_path):
 @pytest.mark.parametrize("fault", ["dies", "dies after"])
 @pytest.mark.parametrize("level", [Level.NONE, Level.LOW])
 async def test_death_is_not_survived_below_medium_and_the_error_says_so(three, level, fault):
-    line, specs, _ = three
-    hosts = NativeHosts(line, specs)
+    pipeline, specs, _ = three
+    hosts = NativeHosts(pipeline, specs)
     hosts.script("a", 3, fault)
     with pytest.raises(SequenceLost, match=f"level {level} does not survive"):
-        await generate(line, hosts, level)
+        await generate(pipeline, hosts, level)
 
 
 async def test_at_low_a_lost_connection_leaves_the_page_its_caches(three):
-    line, specs, right = three
+    pipeline, specs, right = three
     for fault in ("lost before", "lost after"):
-        hosts = NativeHosts(line, specs)
+        hosts = NativeHosts(pipeline, specs)
         hosts.script("a", 3, fault)
-        got = await generate(line, hosts, Level.LOW)
+        got = await generate(pipeline, hosts, Level.LOW)
         same(got, right)
-        assert [step.what for step in got[2].happened] in (["failed"], ["interrupted"])
+        assert [step.what for step in got[2].events] in (["failed"], ["interrupted"])
         assert got[2].history_bytes == 0, "nothing is kept at low"
 
 
 async def test_at_critical_a_wrong_answer_is_outvoted_and_its_host_charged(three):
-    line, specs, right = three
+    pipeline, specs, right = three
     for when in range(1, 10):
-        hosts = NativeHosts(line, specs, 4)
+        hosts = NativeHosts(pipeline, specs, 4)
         hosts.script("b", when, "lies")
-        got = await generate(line, hosts, Level.CRITICAL)
+        got = await generate(pipeline, hosts, Level.CRITICAL)
         same(got, right)
         assert [ref.browser_id for ref in hosts.charged] == ["b"]
-        assert "outvoted" in [step.what for step in got[2].happened]
+        assert "outvoted" in [step.what for step in got[2].events]
 
 
 async def test_at_critical_two_hosts_are_enough_to_agree_and_one_is_not(three):
-    line, specs, right = three
-    same(await generate(line, NativeHosts(line, specs, 2), Level.CRITICAL), right)
+    pipeline, specs, right = three
+    same(await generate(pipeline, NativeHosts(pipeline, specs, 2), Level.CRITICAL), right)
     with pytest.raises(SequenceLost, match="no answer within 2 s"):
-        await generate(line, NativeHosts(line, specs, 1), Level.CRITICAL)
-    lone = NativeHosts(line, specs, 1)
-    same(await generate(line, lone, Level.CRITICAL, strict=False), right)
+        await generate(pipeline, NativeHosts(pipeline, specs, 1), Level.CRITICAL)
+    lone = NativeHosts(pipeline, specs, 1)
+    same(await generate(pipeline, lone, Level.CRITICAL, strict=False), right)
 
 
 async def test_at_high_a_hang_costs_the_hedging_delay_and_no_bit(three):
-    line, specs, right = three
-    hosts = NativeHosts(line, specs)
+    pipeline, specs, right = three
+    hosts = NativeHosts(pipeline, specs)
     hosts.script("a", 3, "hangs")
     hosts.late_seconds = 0.05
-    got = await generate(line, hosts, Level.HIGH)
+    got = await generate(pipeline, hosts, Level.HIGH)
     same(got, right)
-    assert {"hedged", "interrupted"} & {step.what for step in got[2].happened}
+    assert {"hedged", "interrupted"} & {step.what for step in got[2].events}
 
 
 async def test_host_that_never_comes_back_ends_the_sequence_in_time(three):
-    line, specs, _ = three
-    hosts = NativeHosts(line, specs, 1)
+    pipeline, specs, _ = three
+    hosts = NativeHosts(pipeline, specs, 1)
     hosts.restart = False
     hosts.script("a", 4, "dies")
     with pytest.raises(SequenceLost, match="no answer within 2 s"):
-        await generate(line, hosts)
+        await generate(pipeline, hosts)
 
 
 async def test_sequences_are_forgotten_however_they_end(three):
-    line, specs, _ = three
-    hosts = NativeHosts(line, specs)
-    generation = Generation("s", line, hosts, rules(), GREEDY)
+    pipeline, specs, _ = three
+    hosts = NativeHosts(pipeline, specs)
+    generation = Generation("s", pipeline, hosts, rules(), GREEDY)
     tokens = generation.tokens(PROMPT)
     await anext(tokens)
     assert any(len(c) for caches in hosts.caches.values() for c in caches.values())
@@ -247,38 +247,38 @@ async def test_sequences_are_forgotten_however_they_end(three):
 async def test_several_sequences_go_on_side_by_side(three):
     import asyncio
 
-    line, specs, right = three
-    hosts = NativeHosts(line, specs)
+    pipeline, specs, right = three
+    hosts = NativeHosts(pipeline, specs)
     hosts.script("b", 5, "dies")
-    together = Rendezvous()
+    together = Barrier()
 
     async def one(name: str) -> list[int]:
-        generation = Generation(name, line, hosts, rules(), GREEDY, rendezvous=together)
+        generation = Generation(name, pipeline, hosts, rules(), GREEDY, barrier=together)
         return [token.id async for token in generation.tokens(PROMPT)]
 
     assert await asyncio.gather(*map(one, "xyz")) == [right[0]] * 3
 
 
 async def test_generation_stops_with_a_stop_token(three):
-    line, specs, right = three
+    pipeline, specs, right = three
     stop = right[0][2]
     decoding = Decoding(max_new_tokens=NEW, stop=frozenset({stop}))
-    tokens, _, _ = await generate(line, NativeHosts(line, specs), decoding=decoding)
+    tokens, _, _ = await generate(pipeline, NativeHosts(pipeline, specs), decoding=decoding)
     assert tokens == right[0][: right[0].index(stop) + 1]
 
 
 async def test_sampling_is_the_same_whatever_dies(three):
-    line, specs, _ = three
+    pipeline, specs, _ = three
     decoding = Decoding(max_new_tokens=NEW, temperature=1.5, top_k=20, top_p=0.9, seed=7)
-    fine, _, _ = await generate(line, NativeHosts(line, specs), decoding=decoding)
-    hosts = NativeHosts(line, specs)
+    fine, _, _ = await generate(pipeline, NativeHosts(pipeline, specs), decoding=decoding)
+    hosts = NativeHosts(pipeline, specs)
     hosts.script("a", 4, "dies")
-    again, _, _ = await generate(line, hosts, decoding=decoding)
+    again, _, _ = await generate(pipeline, hosts, decoding=decoding)
     assert fine == again
     other = Decoding(max_new_tokens=NEW, temperature=1.5, top_k=20, top_p=0.9, seed=8)
-    assert (await generate(line, NativeHosts(line, specs), decoding=other))[0] != fine
+    assert (await generate(pipeline, NativeHosts(pipeline, specs), decoding=other))[0] != fine
     # A caller that died resumes with prompt, delivered tokens and seed.
     resumed, _, _ = await generate(
-        line, NativeHosts(line, specs), decoding=decoding, prompt=PROMPT + fine[:3]
+        pipeline, NativeHosts(pipeline, specs), decoding=decoding, prompt=PROMPT + fine[:3]
     )
     assert resumed[: NEW - 3] == fine[3:]

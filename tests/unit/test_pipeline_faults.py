@@ -19,7 +19,7 @@ from sharding.sequences.decoding import Decoding
 from sharding.sequences.hosts import StepReply
 from sharding.sequences.pipeline import Generation
 from sharding.sequences.rules import PipelineRules
-from sharding.sequences.stages import line_of_manifest, stage_specs
+from sharding.sequences.stages import pipeline_of_manifest, stage_specs
 from tests.native_hosts import NativeHosts
 from tests.unit.test_pipeline import DECODERS, NEW, PROMPT, reference
 
@@ -68,8 +68,8 @@ def shards(tmp_path_factory):
     for count, spans in SPANS.items():
         folder = tmp_path_factory.mktemp(f"cut{count}")
         manifest = cut(path, spans, folder)
-        line = line_of_manifest("m", manifest)
-        opened[count] = NativeHosts(line, stage_specs("m", folder, manifest), 1)
+        pipeline = pipeline_of_manifest("m", manifest)
+        opened[count] = NativeHosts(pipeline, stage_specs("m", folder, manifest), 1)
     return opened
 
 
@@ -83,7 +83,7 @@ async def generate(hosts: Hosts, level: Level, decoding=GREEDY, *, settle=0.0, *
     generation = Generation("s", hosts._line, hosts, rules, decoding)
     tokens = [token async for token in generation.tokens(PROMPT)]
     await asyncio.sleep(settle)
-    return tokens, generation.account
+    return tokens, generation.statistics
 
 
 def same(tokens, right) -> None:
@@ -120,11 +120,11 @@ def test_whatever_strikes_no_bit_differs_and_none_is_charged_who_did_not_lie(sha
             hosts.script(name, when, fault)
         if lie is not None:
             hosts.script(*lie, "lies")
-        tokens, account = asyncio.run(generate(hosts, level, failures_max=10, step_seconds=10.0))
+        tokens, statistics = asyncio.run(generate(hosts, level, failures_max=10, step_seconds=10.0))
         assert len(tokens) == NEW
         same(tokens, right)
         assert {ref.browser_id for ref in hosts.charged} <= {lie[0] if lie else ""}
-        assert account.steps == NEW
+        assert statistics.steps == NEW
 
     holds()
 
@@ -229,14 +229,14 @@ async def test_late_liar_is_charged_once(shards, right):
             gone_on.set()
         return await take(ref, model, order, tensors, seconds)
 
-    def shun(ref, failure):
+    def exclude_faulty(ref, failure):
         hosts.charged.append(ref)
         hosts.frozen.add(ref)
 
-    hosts.take, hosts.outvoted = late, shun
-    tokens, account = await generate(hosts, Level.CRITICAL, settle=0.1)
+    hosts.take, hosts.outvoted = late, exclude_faulty
+    tokens, statistics = await generate(hosts, Level.CRITICAL, settle=0.1)
     same(tokens, right)
-    charges = [(step.stage, step.where) for step in account.happened if step.what == "outvoted"]
+    charges = [(step.stage, step.where) for step in statistics.events if step.what == "outvoted"]
     assert charges
     assert len(charges) == len(set(charges)), "one incarnation, one stage, one charge"
 
@@ -305,10 +305,10 @@ async def test_chain_that_never_works_is_given_up(shards, right):
         return _NoWay()
 
     hosts.chain = chain
-    tokens, account = await generate(hosts, Level.MEDIUM, replace(GREEDY, max_new_tokens=20))
+    tokens, statistics = await generate(hosts, Level.MEDIUM, replace(GREEDY, max_new_tokens=20))
     same(tokens[:NEW], right)
     assert len(laid) < 10
-    assert len(account.happened) < 10
+    assert len(statistics.events) < 10
 
 
 async def test_what_is_kept_of_one_step_s_failures_is_bounded(shards):
@@ -326,4 +326,4 @@ async def test_what_is_kept_of_one_step_s_failures_is_bounded(shards):
     generation = Generation("s", hosts._line, hosts, rules, GREEDY)
     with pytest.raises(SequenceLost):
         await anext(generation.tokens(PROMPT))
-    assert len(generation.account.happened) < 100
+    assert len(generation.statistics.events) < 100

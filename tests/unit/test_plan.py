@@ -7,7 +7,7 @@ from recovery.errors import BadInput
 from recovery.failures import Category, Scope
 from recovery.kinds import Level, RecoveryLevel
 from recovery.plan import (
-    HOPELESS_ATTEMPTS,
+    INEFFECTIVE_ATTEMPTS,
     LEVEL_RUNGS,
     START_RUNG,
     STRATEGIES,
@@ -86,13 +86,13 @@ def test_strategy_without_a_rung_high_enough_does_the_most_that_it_has():
 
 
 def test_history_passes_by_what_rarely_works_unless_nothing_else_is_left():
-    hopeless = {RecoveryLevel.MODERATE: Tally(HOPELESS_ATTEMPTS, 1)}
+    ineffective = {RecoveryLevel.MODERATE: Tally(INEFFECTIVE_ATTEMPTS, 1)}
     crash = failure()
-    assert rungs(Level.MEDIUM, PROGRESSIVE, crash, history=hopeless) == [(3,), (4,)]
-    assert rungs(Level.MEDIUM, STRATEGIES["restart"], crash, history=hopeless) == [(3,)]
-    every = dict.fromkeys(RecoveryLevel, Tally(HOPELESS_ATTEMPTS, 0))
+    assert rungs(Level.MEDIUM, PROGRESSIVE, crash, history=ineffective) == [(3,), (4,)]
+    assert rungs(Level.MEDIUM, STRATEGIES["restart"], crash, history=ineffective) == [(3,)]
+    every = dict.fromkeys(RecoveryLevel, Tally(INEFFECTIVE_ATTEMPTS, 0))
     assert rungs(Level.MEDIUM, PROGRESSIVE, crash, history=every) == [(2,), (3,), (4,)]
-    few = {RecoveryLevel.MODERATE: Tally(HOPELESS_ATTEMPTS - 1, 0)}
+    few = {RecoveryLevel.MODERATE: Tally(INEFFECTIVE_ATTEMPTS - 1, 0)}
     assert rungs(Level.MEDIUM, PROGRESSIVE, crash, history=few)[0] == (2,)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from recovery.kinds import Level
 from sharding.cutting.cut import cut
-from sharding.sequences.stages import line_of_manifest, stage_specs
+from sharding.sequences.stages import pipeline_of_manifest, stage_specs
 from tests.native_hosts import NativeHosts
 from tests.unit.test_pipeline import generate, reference, same
 
@@ -66,17 +66,17 @@ def test_any_llama_cut_anywhere_and_struck_anywhere(
     path = folder / "model.onnx"
     make(path, sizes, seed)
     manifest = cut(path, spans, folder / "cut")
-    line = line_of_manifest("m", manifest)
-    hosts = NativeHosts(line, stage_specs("m", folder / "cut", manifest))
+    pipeline = pipeline_of_manifest("m", manifest)
+    hosts = NativeHosts(pipeline, stage_specs("m", folder / "cut", manifest))
     hosts.chains = chained
     for name, when, fault in faults:
         hosts.script(name, when, fault)
-    same(asyncio.run(_generate(line, hosts, level, prompt)), reference(path, prompt, NEW))
+    same(asyncio.run(_generate(pipeline, hosts, level, prompt)), reference(path, prompt, NEW))
     assert not hosts.charged
 
 
-async def _generate(line, hosts, level, prompt):
+async def _generate(pipeline, hosts, level, prompt):
     from sharding.sequences.decoding import Decoding
 
     decoding = Decoding(max_new_tokens=NEW, logits=True)
-    return await generate(line, hosts, level, decoding, prompt)
+    return await generate(pipeline, hosts, level, decoding, prompt)

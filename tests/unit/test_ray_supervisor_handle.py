@@ -79,5 +79,5 @@ async def test_long_order_is_waited_for_as_long_as_it_takes():
     async def slow() -> None:
         await asyncio.sleep(1000)
 
-    await RaySupervisor(Actor(away, slow)).wake("m")
+    await RaySupervisor(Actor(away, slow)).reload("m")
     assert asyncio.get_running_loop().time() >= 1000

@@ -20,7 +20,7 @@ from sharding.cutting.cut import cut
 from sharding.models.frames import Frame
 from sharding.sequences.caches import CHOICE_SCORES, StepOrder
 from sharding.sequences.native_stages import NativeStage
-from sharding.sequences.stages import line_of_manifest, stage_specs
+from sharding.sequences.stages import pipeline_of_manifest, stage_specs
 from tests.unit.test_pipeline import DECODERS, PROMPT, reference
 
 LIMIT = 1 << 24
@@ -31,7 +31,7 @@ def model(tmp_path_factory):
     path = DECODERS / "builder-llama.onnx"
     folder = tmp_path_factory.mktemp("cut")
     manifest = cut(path, [(0, 1), (1, 2), (2, 3)], folder)
-    line, specs = line_of_manifest("m", manifest), stage_specs("m", folder, manifest)
+    line, specs = pipeline_of_manifest("m", manifest), stage_specs("m", folder, manifest)
     stages = [NativeStage(s, spec) for s, spec in zip(line.stages, specs, strict=True)]
     for stage in stages:
         stage.open()

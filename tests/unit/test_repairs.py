@@ -25,7 +25,7 @@ from recovery.control import (
 from recovery.failures import Category
 from recovery.kinds import BrowserType, Level, ModelType, RecoveryLevel
 from recovery.placement import Placing
-from recovery.plan import HOPELESS_ATTEMPTS
+from recovery.plan import INEFFECTIVE_ATTEMPTS
 from recovery.supervision import RestartLimit
 from tests.fakes import FACTS, NUMERIC, failure
 from tests.stories import (
@@ -218,7 +218,7 @@ def test_open_breaker_goes_to_another_browser(serving):
 def test_rung_that_rarely_works_for_such_a_failure_is_passed_by():
     story = serving_with(limit=RestartLimit(restarts_max=1000, launches_failed_max=100))
     epoch = 0
-    for _ in range(HOPELESS_ATTEMPTS):
+    for _ in range(INEFFECTIVE_ATTEMPTS):
         (moderate,) = story.failed(epoch)
         assert moderate.adjusted is None or epoch
         story.failed(epoch + 1)

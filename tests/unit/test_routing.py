@@ -121,9 +121,9 @@ async def test_operations_under_way_count_as_queued():
 async def test_distrusted_host_is_not_a_candidate_that_can_take_anything():
     host = serving_host()
     async with routed(route(host)) as (routing, _):
-        await routing.distrust(host.ref)
+        await routing.exclude(host.ref)
         assert not routing.candidates()[0].can_take("m")
-        await routing.distrust(HostRef("unknown", 7))  # no error
+        await routing.exclude(HostRef("unknown", 7))  # no error
 
 
 async def test_host_that_left_the_table_is_dropped_and_its_successor_taken_in():
@@ -145,7 +145,7 @@ async def test_news_of_a_host_that_is_not_in_the_table_is_ignored():
 async def test_table_that_is_no_newer_changes_nothing():
     host = serving_host()
     async with routed(route(host)) as (routing, _):
-        await routing.distrust(host.ref)
+        await routing.exclude(host.ref)
         await routing._take(Table(1, PoolState(), (route(host),)))
         assert routing.candidates()[0].readiness is Readiness.DEAD
 

@@ -25,12 +25,12 @@ from recovery.placement import Placing
 from recovery.plan import STRATEGIES
 from recovery.supervision import RestartLimit
 from sharding.models.signature import TensorSpec
-from sharding.sequences.stages import Line, Stage
+from sharding.sequences.stages import Stage, StagePipeline
 from tests.fakes import FakeHosts, spec
 
 X = {"x": np.arange(3, dtype=np.float32)}
 TENSOR = TensorSpec("x", "float32", (None,))
-LINE = Line(  # a fake host answers with what it was given, and 1 added
+PIPELINE = StagePipeline(  # a fake host answers with what it was given, and 1 added
     "cut",
     (
         Stage("cut@0", (), (TENSOR,), (TENSOR,), ()),
@@ -43,7 +43,7 @@ PARTS = tuple(spec(f"cut@{index}", f"digest {index}") for index in range(2))
 COMPONENTS = tuple(spec(f"two@{name}", name) for name in ("a", "b"))
 ENTRIES = {
     "m": ModelEntry(spec("m")),
-    "cut": ModelEntry(spec("cut"), line=LINE),
+    "cut": ModelEntry(spec("cut"), pipeline=PIPELINE),
     "two": ModelEntry(spec("two"), components=COMPONENTS),
 }
 
@@ -197,7 +197,7 @@ async def test_unknown_operation_is_answered_with_all_that_there_are():
     async with serving() as pool:
         with pytest.raises(UnknownOperation, match="known: inference, embed, generate, read, dou"):
             await pool.run("m", "translate", X)
-        assert pool.runner.counts["asked"] == 0
+        assert pool.runner.counts["requested"] == 0
 
 
 @pytest.mark.parametrize(

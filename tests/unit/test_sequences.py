@@ -8,20 +8,20 @@ from hypothesis import strategies as st
 
 from recovery.failures import Category, Failure, Scope, Severity, categorize_browser_failure
 from recovery.kinds import Backend, BrowserType, Level, Readiness
-from recovery.levels import COPIES_MAX, ORDER
+from recovery.levels import COPIES_MAX, LEVELS_ASCENDING
 from recovery.records import HostRef, HostStatus, NumericId
 from recovery.sequences import (
-    ELSEWHERE,
+    MISADDRESSED,
     QUORUM,
-    Cure,
+    RecoveryAction,
     choose_stage_host,
     copies_of_stage,
-    cure,
+    recovery_action,
 )
 
 WASM = NumericId("1.30.0/wasm", Backend.WASM)
 GPU = NumericId("1.30.0/webgpu", Backend.WEBGPU, adapter="swiftshader")
-ASK, REBUILD, GIVE_UP = Cure.ASK_AGAIN, Cure.REBUILD, Cure.GIVE_UP
+ASK, REBUILD, GIVE_UP = RecoveryAction.ASK_AGAIN, RecoveryAction.REBUILD, RecoveryAction.GIVE_UP
 BRIEF = (Category.CONNECTION_FAILURE, Category.TIMEOUT)
 
 
@@ -38,21 +38,21 @@ def failure(category=Category.CRASH, scope=Scope.BROWSER, what="") -> Failure:
 def test_cure_by_level_and_failure(category, scope):
     page_lives = category in BRIEF and scope in (Scope.PAGE, Scope.OPERATION)
     other = failure(category, scope)
-    cures = {level: cure(level, other, 1, 5) for level in ORDER}
+    cures = {level: recovery_action(level, other, 1, 5) for level in LEVELS_ASCENDING}
     assert cures[Level.NONE] is GIVE_UP
     assert cures[Level.LOW] is (ASK if page_lives else GIVE_UP)
     for level in (Level.MEDIUM, Level.HIGH, Level.CRITICAL):
         assert cures[level] is (ASK if page_lives else REBUILD)
 
 
-@pytest.mark.parametrize("what", sorted(ELSEWHERE))
+@pytest.mark.parametrize("what", sorted(MISADDRESSED))
 @pytest.mark.parametrize("category", list(Category))
 def test_page_without_these_caches_is_not_asked_for_them_again(what, category):
     gone = failure(category, Scope.OPERATION, what)
-    assert cure(Level.NONE, gone, 0, 5) is GIVE_UP
-    assert cure(Level.LOW, gone, 0, 5) is GIVE_UP
+    assert recovery_action(Level.NONE, gone, 0, 5) is GIVE_UP
+    assert recovery_action(Level.LOW, gone, 0, 5) is GIVE_UP
     for level in (Level.MEDIUM, Level.HIGH, Level.CRITICAL):
-        assert cure(level, gone, 0, 5) is REBUILD
+        assert recovery_action(level, gone, 0, 5) is REBUILD
 
 
 @pytest.mark.parametrize(
@@ -75,14 +75,14 @@ def test_page_without_these_caches_is_not_asked_for_them_again(what, category):
 )
 def test_facts_that_are_seen_lead_to_these_cures(what, expected):
     seen = categorize_browser_failure(what, {"what": what, "ref": HostRef("a")})
-    assert cure(Level.MEDIUM, seen, 1, 5) is expected
+    assert recovery_action(Level.MEDIUM, seen, 1, 5) is expected
 
 
-@pytest.mark.parametrize("level", ORDER)
+@pytest.mark.parametrize("level", LEVELS_ASCENDING)
 @pytest.mark.parametrize("what", ["", "out_of_step"])
 def test_more_failures_than_allowed_end_it_at_every_level(level, what):
     for category in Category:
-        assert cure(level, failure(category, what=what), 6, 5) is GIVE_UP
+        assert recovery_action(level, failure(category, what=what), 6, 5) is GIVE_UP
 
 
 @given(
@@ -93,7 +93,7 @@ def test_more_failures_than_allowed_end_it_at_every_level(level, what):
     st.integers(0, 9),
 )
 def test_from_medium_on_nothing_ends_it_but_the_count(level, category, scope, failures, most):
-    decided = cure(level, failure(category, scope), failures, most)
+    decided = recovery_action(level, failure(category, scope), failures, most)
     assert (decided is GIVE_UP) == (failures > most)
 
 
@@ -122,12 +122,12 @@ def test_critical_has_three_and_one_more_where_they_do_not_agree():
     assert copies_of_stage(Level.CRITICAL, 1, 2, late=True) == 4
 
 
-@given(st.sampled_from(ORDER), st.integers(0, 9), st.integers(0, 9), st.booleans())
+@given(st.sampled_from(LEVELS_ASCENDING), st.integers(0, 9), st.integers(0, 9), st.booleans())
 def test_copies_are_bounded_and_at_least_one(level, answers, pending, late):
     assert 1 <= copies_of_stage(level, answers, pending, late=late) <= COPIES_MAX
 
 
-@given(st.sampled_from(ORDER), st.integers(0, 9), st.booleans())
+@given(st.sampled_from(LEVELS_ASCENDING), st.integers(0, 9), st.booleans())
 def test_with_nobody_at_work_there_is_one_to_begin_until_there_are_too_many(level, answers, late):
     if answers < COPIES_MAX:
         assert copies_of_stage(level, answers, 0, late=late) > answers

@@ -18,8 +18,9 @@ from recovery.breaker import BreakerConfig
 from recovery.errors import BrowserLost, MessageTooLarge, PageError
 from recovery.kinds import Backend, BrowserType, ModelType, Readiness
 from recovery.records import HostRef, HostStatus, NumericId
+from recovery.voting import Tolerance
 from sharding.models.frames import Frame
-from sharding.models.signature import ModelSpec, Tolerance
+from sharding.models.signature import ModelSpec
 from sharding.sequences.caches import StepOrder
 from tests import fakes
 

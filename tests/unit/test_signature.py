@@ -7,8 +7,9 @@ from onnx import TensorProto, helper
 
 from recovery.errors import NotAModel
 from recovery.kinds import ModelType
+from recovery.voting import Tolerance
 from sharding.models.load_memory import LOAD_OVERHEAD_BYTES
-from sharding.models.signature import TensorSpec, Tolerance, read_signature
+from sharding.models.signature import TensorSpec, read_signature
 from tests import models
 
 

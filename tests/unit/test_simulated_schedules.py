@@ -7,7 +7,7 @@ import random
 import pytest
 
 from recovery.faults import FAULTS as KINDS
-from recovery.faults import FaultKind, Intensity, Place, Schedule, draw_schedule
+from recovery.faults import FaultKind, FaultSite, Intensity, Schedule, draw_schedule
 from recovery.kinds import BrowserType, Level
 from recovery.supervision import RestartLimit
 from tests.simulator import SEEN_OF, main, plan_of, simulate, slots
@@ -71,4 +71,4 @@ def test_a_saved_schedule_is_run_from_its_file(tmp_path, capsys):
 
 def test_what_is_aimed_at_the_supervisor_has_no_target():
     for due in drawn(1).faults:
-        assert bool(due.fault.target) == (KINDS[due.fault.kind].place is Place.BROWSER)
+        assert bool(due.fault.target) == (KINDS[due.fault.kind].place is FaultSite.BROWSER)

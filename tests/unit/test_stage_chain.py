@@ -10,7 +10,7 @@ import pytest
 from recovery.kinds import Level
 from sharding.sequences.caches import DELTA
 from sharding.sequences.chain import ChainedSteps
-from sharding.sequences.hosts import Place
+from sharding.sequences.hosts import StagePlacement
 from tests.stage_hosts import HIDDEN, KEYS, SENT, STAGE, A, B, PaperHosts, context_of
 
 SECOND = replace(STAGE, model="m@1", receives=(SENT,), sends=())
@@ -31,10 +31,10 @@ class Worker:
         self.absorbed: list = []
         self._ref = ref
 
-    def place(self, position: int) -> Place | None:
+    def place(self, position: int) -> StagePlacement | None:
         if self.lost or position != self.position:
             return None
-        return Place(self.stage, self._ref, self.fence, None, False)
+        return StagePlacement(self.stage, self._ref, self.fence, None, False)
 
     def absorb(self, step, answer) -> None:
         self.absorbed.append((step.position, sorted(step.tensors), sorted(answer)))
@@ -63,16 +63,16 @@ async def made(level=Level.MEDIUM, chains=(), stages=2):
     context = context_of(hosts, level)
     workers = [Worker(FIRST, A), Worker(SECOND, B)][:stages]
     steps = ChainedSteps("s", "m", hosts, context.rules, context.events, workers)
-    return steps, hosts, workers, context.events.account
+    return steps, hosts, workers, context.events.statistics
 
 
 async def test_step_goes_by_the_chain_and_every_stage_has_moved():
-    steps, hosts, workers, account = await made(chains=[PaperChain()])
+    steps, hosts, workers, statistics = await made(chains=[PaperChain()])
     assert await steps.take(INPUTS, 0, 1) is ANSWERS[-1]
     assert [worker.position for worker in workers] == [1, 1]
     assert workers[0].absorbed == [(0, ["hidden"], sorted(ANSWERS[0]))]
     assert workers[1].absorbed == [(0, ["sent"], ["choice"])]
-    assert account.in_page_ms == 3
+    assert statistics.in_page_ms == 3
     assert hosts.timed == ["chain of m"]
 
 
@@ -122,12 +122,12 @@ async def test_hosts_may_have_no_chain_and_are_not_asked_again():
 
 async def test_step_that_does_not_come_through_is_told_and_after_three_the_chain_given_up():
     chains = [PaperChain(broken=True) for _ in range(4)]
-    steps, hosts, workers, account = await made(chains=chains)
+    steps, hosts, workers, statistics = await made(chains=chains)
     for _ in range(5):
         assert await steps.take(INPUTS, 0, 1) is None
     assert len(hosts.laid) == 3
     assert [chain.left for chain in chains] == [1, 1, 1, 0]
-    assert [(step.what, step.stage, step.outcome) for step in account.happened] == 3 * [
+    assert [(step.what, step.stage, step.outcome) for step in statistics.events] == 3 * [
         ("interrupted", -1, "no way")
     ]
     assert [worker.position for worker in workers] == [0, 0]

@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 
 from recovery.kinds import Level
-from sharding.sequences.copies import Copies, Standing
+from sharding.sequences.copies import Copies, StageStatus
 from sharding.sequences.hosts import StepReply
 from tests.stage_hosts import A, B, C, PaperHosts, context_of, fails
 
@@ -54,14 +54,14 @@ async def test_chain_is_only_for_one_copy_that_stands_there_and_owes_nothing():
 
 async def test_standing_names_first_who_was_believed():
     copies = copies_on(PaperHosts(A, B, C))
-    assert copies.standing() == Standing()
+    assert copies.status() == StageStatus()
     first, second = copies.new(set()), copies.new(set())
     second.built, second.position = True, 3
     copies.believe(second)
     assert copies.at == B
-    assert copies.standing() == Standing((B, A), 3, False)
+    assert copies.status() == StageStatus((B, A), 3, False)
     copies.drop(second, forget=False)
-    assert copies.standing() == Standing((A,), 0, True)
+    assert copies.status() == StageStatus((A,), 0, True)
     assert not first.gone
 
 

@@ -14,8 +14,8 @@ from recovery.kinds import Level
 from sharding.models.frames import Frame, decode, encode
 from sharding.models.signature import CacheSpec, TensorSpec
 from sharding.sequences.caches import CHOICE_SCORES, DELTA, restored_shape
-from sharding.sequences.events import Account
-from sharding.sequences.history import StageHistory, StageMemory, Taken
+from sharding.sequences.events import SequenceStatistics
+from sharding.sequences.history import BoundedStageHistory, RecordedStep, StageHistory
 from sharding.sequences.rules import PipelineRules
 from sharding.sequences.stages import Stage
 
@@ -27,8 +27,10 @@ HIDDEN = TensorSpec("hidden", "float32", (1, "s", WIDTH))
 LAST = Stage("m@1", (HIDDEN,), (), (), (KEYS, VALUES))
 
 
-def taken(position: int, tokens: int = 1) -> Taken:
-    return Taken(position, tokens, {"hidden": np.full((1, tokens, WIDTH), position, np.float32)})
+def taken(position: int, tokens: int = 1) -> RecordedStep:
+    return RecordedStep(
+        position, tokens, {"hidden": np.full((1, tokens, WIDTH), position, np.float32)}
+    )
 
 
 def deltas(position: int, tokens: int = 1) -> dict[str, np.ndarray]:
@@ -40,8 +42,8 @@ STEP_BYTES = WIDTH * 4
 COPY_BYTES = 2 * 2 * WIDTH * 4  # keys and values of one position
 
 
-def memory(stage=LAST, *, copies=True, copy_bytes_max=1 << 20) -> StageMemory:
-    return StageMemory(stage, copies=copies, copy_bytes_max=copy_bytes_max)
+def memory(stage=LAST, *, copies=True, copy_bytes_max=1 << 20) -> StageHistory:
+    return StageHistory(stage, copies=copies, copy_bytes_max=copy_bytes_max)
 
 
 def test_without_copies_all_inputs_are_kept_in_their_steps():
@@ -164,21 +166,21 @@ def test_copies_and_rest_always_lead_to_the_last_position(steps, copies, most):
 
 
 def test_stages_of_a_sequence_are_counted_in_one_account():
-    account, rules = Account(), PipelineRules(Level.HIGH)
-    copied = StageHistory(memory(), rules, account)
-    replayed = StageHistory(memory(copies=False), rules, account)
+    statistics, rules = SequenceStatistics(), PipelineRules(Level.HIGH)
+    copied = BoundedStageHistory(memory(), rules, statistics)
+    replayed = BoundedStageHistory(memory(copies=False), rules, statistics)
     for history in (copied, replayed):
         history.note(taken(0, 4))
-    assert account.history_bytes == 8 * STEP_BYTES
+    assert statistics.history_bytes == 8 * STEP_BYTES
     for history in (copied, replayed):
         history.copy(deltas(0, 4))
-    assert account.history_bytes == 4 * STEP_BYTES
-    assert account.copied_bytes == 4 * COPY_BYTES
+    assert statistics.history_bytes == 4 * STEP_BYTES
+    assert statistics.copied_bytes == 4 * COPY_BYTES
 
 
 def test_more_inputs_than_the_sequence_may_keep_end_it():
     rules = PipelineRules(Level.MEDIUM, history_bytes_max=4 * STEP_BYTES)
-    history = StageHistory(memory(copies=False), rules, Account())
+    history = BoundedStageHistory(memory(copies=False), rules, SequenceStatistics())
     history.note(taken(0, 4))
     with pytest.raises(SequenceLost, match="60 bytes; the limit is 48"):
         history.note(taken(4))
@@ -186,8 +188,10 @@ def test_more_inputs_than_the_sequence_may_keep_end_it():
 
 @pytest.mark.parametrize("level", [Level.NONE, Level.LOW])
 def test_levels_that_never_rebuild_keep_nothing(level):
-    account, kept = Account(), memory()
-    history = StageHistory(kept, PipelineRules(level), account)
+    statistics, kept = SequenceStatistics(), memory()
+    history = BoundedStageHistory(kept, PipelineRules(level), statistics)
     history.note(taken(0, 4))
     history.copy(deltas(0, 4))
-    assert account.history_bytes == account.copied_bytes == kept.step_bytes == kept.covered == 0
+    assert (
+        statistics.history_bytes == statistics.copied_bytes == kept.step_bytes == kept.covered == 0
+    )

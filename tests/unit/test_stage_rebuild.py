@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 
 from recovery.kinds import Level
-from sharding.sequences.barrier import Rendezvous
+from sharding.sequences.barrier import Barrier
 from sharding.sequences.caches import DELTA
 from sharding.sequences.copies import Copy
-from sharding.sequences.history import StageMemory, Taken
+from sharding.sequences.history import RecordedStep, StageHistory
 from sharding.sequences.hosts import StepReply
 from sharding.sequences.rebuild import Rebuild
 from tests.stage_hosts import KEYS, NUMERIC, STAGE, A, PaperHosts, context_of, fails
 
 
-def taken(position: int, tokens: int = 1) -> Taken:
-    return Taken(position, tokens, {"hidden": np.full((1, tokens, 2), position, np.float32)})
+def taken(position: int, tokens: int = 1) -> RecordedStep:
+    return RecordedStep(position, tokens, {"hidden": np.full((1, tokens, 2), position, np.float32)})
 
 
-def memory_of(*steps: Taken, copied: int = 0) -> StageMemory:
+def memory_of(*steps: RecordedStep, copied: int = 0) -> StageHistory:
     """Of so many of these steps, what they added was copied."""
-    memory = StageMemory(STAGE, copies=bool(copied), copy_bytes_max=1 << 20)
+    memory = StageHistory(STAGE, copies=bool(copied), copy_bytes_max=1 << 20)
     for n, step in enumerate(steps):
         memory.note(step)
         if n < copied:
@@ -29,10 +29,10 @@ def memory_of(*steps: Taken, copied: int = 0) -> StageMemory:
     return memory
 
 
-async def rebuilt(hosts: PaperHosts, memory: StageMemory, position: int, together=None):
+async def rebuilt(hosts: PaperHosts, memory: StageHistory, position: int, together=None):
     context, copy = context_of(hosts, Level.HIGH), Copy(A, NUMERIC, 3)
     reply = await Rebuild(context, memory, together).catch_up(copy, position, 1.0)
-    return reply, copy, list(context.events.account.happened)
+    return reply, copy, list(context.events.statistics.events)
 
 
 async def test_inputs_are_replayed_in_their_original_steps():
@@ -80,7 +80,7 @@ async def test_failure_is_handed_back_and_nothing_told(copied, fails_at):
 
 
 async def test_coordinated_sequences_wait_meanwhile():
-    hosts, together, order = PaperHosts(A), Rendezvous(), []
+    hosts, together, order = PaperHosts(A), Barrier(), []
     take = hosts.take
 
     async def another() -> None:

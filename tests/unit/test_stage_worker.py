@@ -10,25 +10,25 @@ import pytest
 
 from recovery.errors import SequenceLost
 from recovery.kinds import Level
-from sharding.sequences.copies import Standing
-from sharding.sequences.history import Taken
-from sharding.sequences.hosts import Place, StepReply
+from sharding.sequences.copies import StageStatus
+from sharding.sequences.history import RecordedStep
+from sharding.sequences.hosts import StagePlacement, StepReply
 from sharding.sequences.stage_worker import StageWorker
 from tests.stage_hosts import STAGE, A, B, PaperHosts, answer, context_of, fails
 
 
-def taken(position: int, tokens: int = 1) -> Taken:
-    return Taken(position, tokens, {"hidden": np.full((1, tokens, 2), position, np.float32)})
+def taken(position: int, tokens: int = 1) -> RecordedStep:
+    return RecordedStep(position, tokens, {"hidden": np.full((1, tokens, 2), position, np.float32)})
 
 
 def worker_on(hosts: PaperHosts, level=Level.MEDIUM, choice=None, **options):
     context = context_of(hosts, level, **options)
-    return StageWorker(context, choice, Counter(), None), context.events.account
+    return StageWorker(context, choice, Counter(), None), context.events.statistics
 
 
 async def test_steps_are_ordered_with_fence_position_and_choice():
     hosts = PaperHosts(A)
-    worker, account = worker_on(hosts, Level.HIGH, choice=3)
+    worker, statistics = worker_on(hosts, Level.HIGH, choice=3)
     await worker.take(taken(0, 4))
     await worker.take(taken(4))
     orders = [order for _, order, _ in hosts.orders]
@@ -37,34 +37,34 @@ async def test_steps_are_ordered_with_fence_position_and_choice():
         ("s", 1, 4, 1),
     ]
     assert all((order.choice, order.deltas) == (3, True) for order in orders)
-    assert account.in_page_ms == 2
-    assert account.copied_bytes
+    assert statistics.in_page_ms == 2
+    assert statistics.copied_bytes
     assert hosts.timed == [STAGE.model] * 2
 
 
 async def test_lost_stage_is_built_elsewhere_and_goes_on():
     hosts = PaperHosts(A, B)
-    worker, account = worker_on(hosts)
+    worker, statistics = worker_on(hosts)
     await worker.take(taken(0, 4))
     hosts.replies[A].append(fails("browser_exited"))
     await worker.take(taken(4))
     assert hosts.asked("step") == [(A, 1, 0), (A, 1, 4), (B, 2, 0), (B, 2, 4)]
-    assert [step.what for step in account.happened] == ["failed", "replayed"]
+    assert [step.what for step in statistics.events] == ["failed", "replayed"]
     assert worker.at == B
-    assert worker.standing() == Standing((B,), 5, False)
+    assert worker.status() == StageStatus((B,), 5, False)
 
 
 async def test_place_is_for_a_chain_and_moves_with_it():
     hosts = PaperHosts(A)
-    worker, account = worker_on(hosts, choice=2)
+    worker, statistics = worker_on(hosts, choice=2)
     assert worker.place(0) is None
     await worker.take(taken(0, 4))
-    assert worker.place(4) == Place(STAGE, A, 1, 2, False)
+    assert worker.place(4) == StagePlacement(STAGE, A, 1, 2, False)
     worker.absorb(taken(4), {})
     worker.moved(5)
     assert worker.place(4) is None
     assert worker.place(5) is not None
-    assert account.history_bytes == 5 * 8
+    assert statistics.history_bytes == 5 * 8
 
 
 async def test_busy_browser_is_asked_again_in_turn():
@@ -90,7 +90,7 @@ async def test_end_tells_every_browser_to_forget():
     worker.end()
     await asyncio.sleep(0.01)
     assert hosts.asked("forget") == [(A, 1, 0)]
-    assert worker.standing() == Standing((), 0, True)
+    assert worker.status() == StageStatus((), 0, True)
 
 
 async def test_replicas_are_asked_in_the_same_form():

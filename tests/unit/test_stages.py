@@ -1,4 +1,4 @@
-"""Stages: what a line of them is, and what each takes in a step."""
+"""Stages: what a pipeline of them is, and what each takes in a step."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sharding.cutting.cut import cut
 from sharding.cutting.layers import find_boundaries
 from sharding.models.signature import TensorSpec
 from sharding.sequences.stages import (
-    Line,
+    StagePipeline,
     check_length,
-    decoder_line,
+    decoder_pipeline,
     example,
     inputs_of_step,
-    line_of_manifest,
-    line_of_map,
+    pipeline_of_manifest,
+    pipeline_of_map,
     stage_name,
     stage_specs,
 )
@@ -30,8 +30,8 @@ HIDDEN = TensorSpec("hidden", "float32", (1, "s", WIDTH))
 IDS = TensorSpec("input_ids", "int64", ("b", "s"))
 
 
-def line_of(name: str) -> Line:
-    return line_of_map("m", find_boundaries(DECODERS / f"{name}.onnx"))
+def line_of(name: str) -> StagePipeline:
+    return pipeline_of_map("m", find_boundaries(DECODERS / f"{name}.onnx"))
 
 
 def test_inputs_of_a_step_without_position_ids():
@@ -68,26 +68,26 @@ def test_inputs_have_the_dtypes_that_the_graph_takes():
 
 @pytest.mark.parametrize("name", ["optimum-bert", "optimum-bert-int8"])
 def test_encoder_can_not_generate(name):
-    line = line_of(name)
-    assert not line.decoder
+    pipeline = line_of(name)
+    assert not pipeline.decoder
     with pytest.raises(NotAModel, match="expected caches, got none"):
-        line.check_generates()
-    assert decoder_line("m", DECODERS / f"{name}.onnx") is None
+        pipeline.check_generates()
+    assert decoder_pipeline("m", DECODERS / f"{name}.onnx") is None
 
 
 def test_export_that_takes_embeddings_can_not_generate():
-    line = line_of("builder-llama-embeds")
-    assert line.decoder
+    pipeline = line_of("builder-llama-embeds")
+    assert pipeline.decoder
     with pytest.raises(NotAModel, match="inputs_embeds"):
-        line.check_generates()
-    assert decoder_line("m", DECODERS / "builder-llama-embeds.onnx") is None
+        pipeline.check_generates()
+    assert decoder_pipeline("m", DECODERS / "builder-llama-embeds.onnx") is None
 
 
 @pytest.mark.parametrize("name", ["optimum-bert", "builder-llama-embeds"])
 def test_cut_models_that_can_not_generate_say_so_too(name, tmp_path):
     manifest = cut(DECODERS / f"{name}.onnx", [(0, 1), (1, 3)], tmp_path)
     with pytest.raises(NotAModel, match="m can't generate"):
-        line_of_manifest("m", manifest).check_generates()
+        pipeline_of_manifest("m", manifest).check_generates()
 
 
 @pytest.mark.parametrize(
@@ -110,19 +110,19 @@ def test_cache_that_does_not_grow_along_one_dimension_is_refused(shape):
     odd = replace(cache, past=replace(cache.past, shape=shape))
     first = replace(layers.layers[0], caches=(odd, *others))
     with pytest.raises(NotAModel, match="a cache"):
-        line_of_map("m", replace(layers, layers=(first, *layers.layers[1:])))
+        pipeline_of_map("m", replace(layers, layers=(first, *layers.layers[1:])))
 
 
 def test_file_that_is_no_model_is_no_decoder(tmp_path):
     path = tmp_path / "no.onnx"
     path.write_bytes(b"nothing of the kind")
-    assert decoder_line("m", path) is None
+    assert decoder_pipeline("m", path) is None
 
 
 def test_uncut_decoder_is_its_own_only_stage():
-    line = decoder_line("m", DECODERS / "builder-llama.onnx")
-    assert line is not None
-    (stage,) = line.stages
+    pipeline = decoder_pipeline("m", DECODERS / "builder-llama.onnx")
+    assert pipeline is not None
+    (stage,) = pipeline.stages
     assert stage.model == "m"
     assert stage.last
     assert stage.copyable
@@ -132,9 +132,9 @@ def test_uncut_decoder_is_its_own_only_stage():
 
 
 def test_ring_has_its_window_and_no_axis():
-    line = decoder_line("m", DECODERS / "builder-gemma2.onnx")
-    assert line is not None
-    (stage,) = line.stages
+    pipeline = decoder_pipeline("m", DECODERS / "builder-gemma2.onnx")
+    assert pipeline is not None
+    (stage,) = pipeline.stages
     assert not stage.copyable
     (ring, *_) = [cache for cache in stage.caches if cache.axis < 0]
     assert ring.shape == (1, 1, 16, 16)
@@ -142,18 +142,18 @@ def test_ring_has_its_window_and_no_axis():
 
 def test_stages_of_a_cut_model_hand_on_and_share_its_caches(tmp_path):
     manifest = cut(DECODERS / "builder-llama.onnx", [(0, 1), (1, 2), (2, 3)], tmp_path)
-    line, whole = line_of_manifest("m", manifest), line_of("builder-llama")
-    line.check_generates()
-    assert [stage.model for stage in line.stages] == [stage_name("m", n) for n in range(3)]
-    assert [stage.last for stage in line.stages] == [False, False, True]
-    for before, after in zip(line.stages, line.stages[1:], strict=False):
+    pipeline, whole = pipeline_of_manifest("m", manifest), line_of("builder-llama")
+    pipeline.check_generates()
+    assert [stage.model for stage in pipeline.stages] == [stage_name("m", n) for n in range(3)]
+    assert [stage.last for stage in pipeline.stages] == [False, False, True]
+    for before, after in zip(pipeline.stages, pipeline.stages[1:], strict=False):
         assert before.sends == after.receives
-    caches = [cache for stage in line.stages for cache in stage.caches]
+    caches = [cache for stage in pipeline.stages for cache in stage.caches]
     assert sorted(map(str, caches)) == sorted(map(str, whole.stages[0].caches))
-    assert line.inputs == whole.inputs
+    assert pipeline.inputs == whole.inputs
     specs = stage_specs("m", tmp_path, manifest)
     assert [spec.span for spec in specs] == [(0, 1), (1, 2), (2, 3)]
-    for stage, spec in zip(line.stages, specs, strict=True):
+    for stage, spec in zip(pipeline.stages, specs, strict=True):
         assert spec.caches == stage.caches
         made = example(stage)
         assert made.keys() == {tensor.name for tensor in spec.inputs}

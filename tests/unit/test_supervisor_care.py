@@ -29,7 +29,7 @@ async def test_worn_browser_is_drained_and_started_anew_with_its_models():
     limits = ResourceLimits(recycle_operations=5)
     async with opened("b-0", "b-1", resources=limits, care_seconds=1.0) as pool:
         await pool.supervisor.load(order())
-        pool.hosts["b-0"].worn = {"served": 9}
+        pool.hosts["b-0"].usage_said = {"served": 9}
         await pool.loaded("b-0", epoch=1)
         assert len(pool.hosts.made["b-0"]) == 2  # in a worker of its own
         assert pool.phase("b-1") == (Phase.READY, 0)
@@ -51,10 +51,10 @@ async def test_who_does_not_answer_or_does_not_serve_carries_nothing():
     silent = await parts.serve("b-0")
     parts.watches.take_on("b-2", FakeHost("b-2"))  # it only starts
 
-    async def wear():
+    async def usage():
         await asyncio.Event().wait()
 
-    silent.wear = silent.memory_bytes = wear
+    silent.usage = silent.memory_bytes = usage
     loads, nodes = await care(parts).carried()
     assert [load.browser_id for load in loads] == ["b-1"]
     assert [node.node for node in nodes] == ["node"]
@@ -67,7 +67,7 @@ async def test_care_that_the_log_refuses_waits_for_the_next_look():
     await parts.open("b-0", "b-1")
     host = await parts.serve("b-0")
     await parts.serve("b-1")
-    host.worn = {"served": 9}
+    host.usage_said = {"served": 9}
     parts.log.full = True
     caring = care(parts, resources=ResourceLimits(recycle_operations=5))
     parts.tasks.spawn(caring.go_on, "care")

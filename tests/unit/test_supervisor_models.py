@@ -72,16 +72,16 @@ async def test_parked_model_is_loaded_again_when_somebody_asks():
     async with opened(care_seconds=1.0) as pool:
         await pool.supervisor.load(order())
         host = pool.hosts["b-0"]
-        host.worn, host.available_bytes = {"models": {"m": 99.0}}, 1 << 28
+        host.usage_said, host.available_bytes = {"models": {"m": 99.0}}, 1 << 28
         await pool.changes.until(lambda: "m" in pool.state.parked)
         assert (await pool.supervisor.watch("client", -1, 0.0)).models.keys() == {"m"}
         host.available_bytes = 1 << 33
         big = dataclasses.replace(order().spec, load_peak_bytes=1 << 40)
         pool.supervisor._models._orders["m"] = dataclasses.replace(order(), spec=big)
         with pytest.raises(SetupError, match="is not loaded"):
-            await pool.supervisor.wake("m")
+            await pool.supervisor.reload("m")
         pool.supervisor._models._orders["m"] = order()
-        await pool.supervisor.wake("m")
+        await pool.supervisor.reload("m")
         assert pool.state.parked == {}
         await pool.loaded("b-0", epoch=0)
 
@@ -180,6 +180,6 @@ async def test_closing_pool_takes_no_order():
     parts = Parts()
     await parts.open()
     ours = models(parts, require_open=closing)
-    for asked in (ours.load(order()), ours.wake("m"), ours.unload("m")):
+    for asked in (ours.load(order()), ours.reload("m"), ours.unload("m")):
         with pytest.raises(PoolClosed):
             await asked

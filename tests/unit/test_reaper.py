@@ -1,4 +1,4 @@
-"""The warden, for real, over a driver that spawns and detaches as browsers do."""
+"""The reaper, for real, over a driver that spawns and detaches as browsers do."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors.driver.processes import Warden, WardenOrder, busiest, cpu_seconds, kill_trees
+from actors.driver.processes import ProcessReaper, ReaperOrder, busiest, cpu_seconds, kill_trees
 from recovery.errors import LaunchFailed
 from tests.fakes import until
 
@@ -44,34 +44,34 @@ os._exit(7)
 """
 _HOLDER = """
 import asyncio, os, sys
-from actors.driver.processes import Warden, WardenOrder
+from actors.driver.processes import ProcessReaper, ReaperOrder
 async def main():
-    warden = Warden()
+    reaper = ProcessReaper()
     driver = [sys.executable, "-I", "-S", "-c", sys.argv[1], sys.argv[2]]
-    order = WardenOrder(
+    order = ReaperOrder(
         driver=driver, xvfb=None, profile=sys.argv[3], template=None, environment={}
     )
-    await warden.start(order, lambda *_: None)
-    print(warden.pid, flush=True)
+    await reaper.start(order, lambda *_: None)
+    print(reaper.pid, flush=True)
     await asyncio.sleep(300)
 asyncio.run(main())
 """
 
 
 class Family:
-    """A warden with its driver, and the pids below it."""
+    """A reaper with its driver, and the pids below it."""
 
     def __init__(self, folder: Path, profile: Path) -> None:
         self.folder = folder
         self.profile = profile
         self.template = folder / "template"
-        self.warden = Warden()
+        self.reaper = ProcessReaper()
         self.exits: list[tuple[int, int]] = []
         self.pids: list[int] = []
         self.greeting = ""
 
-    def order(self, *driver: str, xvfb: list[str] | None = None, **environment: str) -> WardenOrder:
-        return WardenOrder(
+    def order(self, *driver: str, xvfb: list[str] | None = None, **environment: str) -> ReaperOrder:
+        return ReaperOrder(
             driver=driver,
             xvfb=xvfb,
             profile=str(self.profile),
@@ -82,7 +82,7 @@ class Family:
     async def start(self) -> None:
         driver = [sys.executable, "-I", "-S", "-c", _DRIVER, str(self.folder)]
         order = self.order(*driver, GREETING="hello")
-        await self.warden.start(order, lambda pid, status: self.exits.append((pid, status)))
+        await self.reaper.start(order, lambda pid, status: self.exits.append((pid, status)))
         await self.spawned()
 
     async def spawned(self) -> None:
@@ -107,7 +107,7 @@ def sleeper() -> subprocess.Popen[bytes]:
 
 
 def holder_of(family: Family) -> subprocess.Popen[str]:
-    """A process that holds a warden of its own, over the family's driver."""
+    """A process that holds a reaper of its own, over the family's driver."""
     arguments = [_DRIVER, str(family.folder), str(family.profile)]
     return subprocess.Popen(
         [sys.executable, "-c", _HOLDER, *arguments], stdout=subprocess.PIPE, text=True
@@ -122,7 +122,7 @@ async def family(tmp_path) -> AsyncIterator[Family]:
     (made.template / "deep").mkdir(parents=True)
     (made.template / "deep" / "file").write_text("warm")
     yield made
-    await made.warden.end(made.pids)
+    await made.reaper.end(made.pids)
     for pid in made.pids:  # by pid, and only what this test started
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
@@ -133,69 +133,69 @@ async def test_end_kills_everything_below_and_removes_the_profile(family):
     assert family.greeting == "hello"
     assert (family.profile / "deep" / "file").read_text() == "warm"
     assert family.alive() == family.pids
-    assert {process.pid for process in family.warden.tree()} >= set(family.pids)
-    assert family.warden.memory_bytes() > 0
-    warden = family.warden.pid
-    await family.warden.end()
+    assert {process.pid for process in family.reaper.tree()} >= set(family.pids)
+    assert family.reaper.memory_bytes() > 0
+    reaper = family.reaper.pid
+    await family.reaper.end()
     assert family.alive() == []
-    assert not is_alive(warden)
+    assert not is_alive(reaper)
     assert not family.profile.exists()
-    assert family.warden.tree() == []
-    await family.warden.end()  # again is no error
+    assert family.reaper.tree() == []
+    await family.reaper.end()  # again is no error
 
 
-async def test_warden_can_be_ended_the_moment_it_has_started(family):
-    await family.warden.start(family.order("sleep", "300"), lambda *_: None)
-    family.pids = [family.warden.driver_pid]
-    await family.warden.end()
+async def test_reaper_can_be_ended_the_moment_it_has_started(family):
+    await family.reaper.start(family.order("sleep", "300"), lambda *_: None)
+    family.pids = [family.reaper.driver_pid]
+    await family.reaper.end()
     assert family.alive() == []
 
 
 async def test_driver_that_ends_is_reported_with_its_status(family):
     await family.start()
     (family.folder / "end").touch()
-    await until(lambda: (family.warden.driver_pid, 7) in family.exits)
-    # What it left behind has a parent still: the warden.
-    assert {process.pid for process in family.warden.tree()} >= set(family.pids[1:])
-    await family.warden.end()
+    await until(lambda: (family.reaper.driver_pid, 7) in family.exits)
+    # What it left behind has a parent still: the reaper.
+    assert {process.pid for process in family.reaper.tree()} >= set(family.pids[1:])
+    await family.reaper.end()
     assert family.alive() == []
 
 
 async def test_driver_that_is_killed_is_reported_with_the_signal(family):
     await family.start()
-    os.kill(family.warden.driver_pid, signal.SIGKILL)
-    await until(lambda: (family.warden.driver_pid, -signal.SIGKILL) in family.exits)
+    os.kill(family.reaper.driver_pid, signal.SIGKILL)
+    await until(lambda: (family.reaper.driver_pid, -signal.SIGKILL) in family.exits)
 
 
-async def test_warden_passes_over_polite_signals(family):
+async def test_reaper_passes_over_polite_signals(family):
     await family.start()
     for polite in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        os.kill(family.warden.pid, polite)
+        os.kill(family.reaper.pid, polite)
     (family.folder / "end").touch()
-    await until(lambda: (family.warden.driver_pid, 7) in family.exits)  # it still serves
-    await family.warden.end()
+    await until(lambda: (family.reaper.driver_pid, 7) in family.exits)  # it still serves
+    await family.reaper.end()
     assert family.alive() == []
 
 
-async def test_warden_that_is_killed_takes_the_driver_along_and_is_reported(family):
+async def test_reaper_that_is_killed_takes_the_driver_along_and_is_reported(family):
     await family.start()
-    os.kill(family.warden.pid, signal.SIGKILL)
+    os.kill(family.reaper.pid, signal.SIGKILL)
     await until(lambda: family.exits != [])
     await until(lambda: not is_alive(family.pids[0]))
-    await family.warden.end(survivors=family.pids)
+    await family.reaper.end(survivors=family.pids)
     await until(lambda: family.alive() == [])
 
 
-async def test_death_of_the_process_that_holds_the_warden_ends_everything(family):
+async def test_death_of_the_process_that_holds_the_reaper_ends_everything(family):
     holder = holder_of(family)
     try:
         await family.spawned()
         assert holder.stdout is not None
-        warden = int(await asyncio.to_thread(holder.stdout.readline))
+        reaper = int(await asyncio.to_thread(holder.stdout.readline))
         assert family.alive() == family.pids
         holder.kill()
         await asyncio.to_thread(holder.wait)
-        await until(lambda: family.alive() == [] and not is_alive(warden), seconds=5.0)
+        await until(lambda: family.alive() == [] and not is_alive(reaper), seconds=5.0)
         assert not family.profile.exists()
     finally:
         holder.kill()
@@ -206,15 +206,15 @@ async def test_death_of_the_process_that_holds_the_warden_ends_everything(family
 async def test_driver_that_cannot_be_started_is_a_failed_launch(family):
     order = family.order("/nowhere/driver")
     with pytest.raises(LaunchFailed, match="/nowhere/driver could not be started"):
-        await family.warden.start(order, lambda *_: None)
+        await family.reaper.start(order, lambda *_: None)
     assert not family.profile.exists()
-    assert family.warden.pid == 0
+    assert family.reaper.pid == 0
 
 
 async def test_display_that_gives_no_number_is_a_failed_launch(family):
     order = family.order("sleep", "300", xvfb=["true"])
     with pytest.raises(LaunchFailed, match="no display"):
-        await family.warden.start(order, lambda *_: None)
+        await family.reaper.start(order, lambda *_: None)
 
 
 async def test_driver_gets_the_display_that_was_started_for_it(family, tmp_path):
@@ -223,18 +223,18 @@ async def test_driver_gets_the_display_that_was_started_for_it(family, tmp_path)
     xvfb.chmod(0o755)
     script = f'echo "$DISPLAY" > {family.folder}/display; exec sleep 300'
     order = family.order("sh", "-c", script, xvfb=[str(xvfb)])
-    await family.warden.start(order, lambda *_: None)
+    await family.reaper.start(order, lambda *_: None)
     await asyncio.sleep(0)
     await until(lambda: (family.folder / "display").exists())
     await until(lambda: (family.folder / "display").read_text() == ":42\n")
-    family.pids = [process.pid for process in family.warden.tree()]
+    family.pids = [process.pid for process in family.reaper.tree()]
     assert len(family.pids) == 2
-    await family.warden.end()
+    await family.reaper.end()
     assert family.alive() == []
 
 
 def test_order_is_one_line_of_json():
-    order = WardenOrder(("d", "--port=1"), None, "/p", None, {"A": "b\nc"})
+    order = ReaperOrder(("d", "--port=1"), None, "/p", None, {"A": "b\nc"})
     line = order.line()
     assert line.count(b"\n") == 1
     assert json.loads(line) == {

@@ -14,13 +14,13 @@ from recovery.errors import SequenceLost
 from recovery.failures import Category, Failure, Scope, categorize_browser_failure
 from recovery.levels import COPIES_MAX
 from recovery.records import HostRef
-from recovery.sequences import ELSEWHERE, Cure, copies_of_stage, cure
+from recovery.sequences import MISADDRESSED, RecoveryAction, copies_of_stage, recovery_action
 from recovery.voting import Elected, Undecided
 from sharding.models.frames import Array
 from sharding.sequences.context import StageContext
 from sharding.sequences.copies import Copies, Copy
 from sharding.sequences.hedging import Hedge
-from sharding.sequences.history import Taken
+from sharding.sequences.history import RecordedStep
 from sharding.sequences.hosts import StepReply
 from sharding.sequences.votes import Votes
 
@@ -31,11 +31,11 @@ _LAG_MAX = 4  # steps that a copy of a stage may be behind the others, before it
 Advance: TypeAlias = Callable[[Copy, float, float], Coroutine[None, None, StepReply]]
 
 
-class Contest:
+class Race:
     """One step of one stage. `run`, and in any case `release`."""
 
     def __init__(
-        self, context: StageContext, copies: Copies, step: Taken, advance: Advance
+        self, context: StageContext, copies: Copies, step: RecordedStep, advance: Advance
     ) -> None:
         self._context = context
         self._rules = context.rules
@@ -65,7 +65,7 @@ class Contest:
             left = end - self._clock()
             if left <= 0:
                 raise self._lost(self._why_late())
-            if not self._tasks and self._pardoned():
+            if not self._tasks and self._readmitted():
                 await asyncio.sleep(_ASK_AGAIN_SECONDS)
                 continue
             await self._wait(left, short=short)
@@ -127,7 +127,7 @@ class Contest:
             return
         if reply.tensors is not None:
             copy.asked = 0
-            self._context.events.account.in_page_ms += reply.in_page_ms
+            self._context.events.statistics.in_page_ms += reply.in_page_ms
             self._votes.add(copy, reply.tensors)
         elif reply.failure is None:
             self._send(copy, end, _ASK_AGAIN_SECONDS)
@@ -137,15 +137,17 @@ class Contest:
     # -- who failed --------------------------------------------------------------------------------
 
     async def _failed(self, copy: Copy, failure: Failure, end: float) -> None:
-        elsewhere = failure.evidence.get("what") in ELSEWHERE
+        elsewhere = failure.evidence.get("what") in MISADDRESSED
         self._failures += not elsewhere
         self._first = self._first or failure
         rules = self._rules
-        decision = cure(rules.level, failure, self._failures, rules.failures_max, copy.asked)
+        decision = recovery_action(
+            rules.level, failure, self._failures, rules.failures_max, copy.asked
+        )
         self._context.tell(
             "failed", copy.ref, self._step.position, self._began, str(failure.category), failure
         )
-        if decision is Cure.ASK_AGAIN:
+        if decision is RecoveryAction.ASK_AGAIN:
             copy.asked += 1
             self._send(copy, end, _ASK_AGAIN_SECONDS)
             return
@@ -154,13 +156,13 @@ class Contest:
         self._copies.drop(copy, forget=lives or failure.category is Category.CONNECTION_FAILURE)
         self._avoid.add(copy.ref)
         if not lives:
-            await self._context.hosts.distrust(copy.ref)
-        if decision is Cure.GIVE_UP and not self._tasks and not self._votes:
+            await self._context.hosts.exclude(copy.ref)
+        if decision is RecoveryAction.GIVE_UP and not self._tasks and not self._votes:
             often = self._failures > rules.failures_max
             why = f"{self._failures} attempts failed" if often else "does not survive that"
             raise self._lost(why if often else f"level {rules.level} {why}")
 
-    def _pardoned(self) -> bool:
+    def _readmitted(self) -> bool:
         """With nobody at work: whether somebody who failed may be tried again.
 
         Raises `SequenceLost` if there is nothing to wait for.
@@ -169,8 +171,8 @@ class Contest:
             raise self._lost(self._why_undecided())
         if self._failures > self._rules.failures_max:
             raise self._lost(f"{self._failures} attempts failed")
-        pardoned, self._avoid = bool(self._avoid), set()
-        return pardoned
+        readmitted, self._avoid = bool(self._avoid), set()
+        return readmitted
 
     def _why_late(self) -> str:
         if not self._votes.few:

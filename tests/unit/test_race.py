@@ -11,14 +11,14 @@ import pytest
 from recovery.errors import SequenceLost
 from recovery.kinds import Level
 from recovery.records import HostRef
-from sharding.sequences.contest import Contest
 from sharding.sequences.copies import Copies, Copy
-from sharding.sequences.history import Taken
+from sharding.sequences.history import RecordedStep
 from sharding.sequences.hosts import StepReply
+from sharding.sequences.race import Race
 from tests.stage_hosts import A, B, C, PaperHosts, context_of, fails
 
 D = HostRef("d")
-STEP = Taken(7, 1, {})
+STEP = RecordedStep(7, 1, {})
 SLOW = 0.15
 
 
@@ -27,7 +27,7 @@ def says(number: float) -> StepReply:
 
 
 class Match:
-    """A contest whose copies answer what `replies` says, a reply that is a number after `SLOW`."""
+    """A race whose copies answer what `replies` says, a reply that is a number after `SLOW`."""
 
     def __init__(self, hosts: PaperHosts, level: Level, **options) -> None:
         self.hosts = hosts
@@ -50,15 +50,15 @@ class Match:
             copy.behind -= 1
 
     async def run(self) -> float:
-        contest = Contest(self.context, self.copies, STEP, self.advance)
+        race = Race(self.context, self.copies, STEP, self.advance)
         try:
-            answer = await contest.run()
+            answer = await race.run()
         finally:
-            contest.release()
+            race.release()
         return float(answer["sent"][0])
 
     def happened(self) -> list[tuple[str, str]]:
-        return [(step.what, step.where) for step in self.context.events.account.happened]
+        return [(step.what, step.where) for step in self.context.events.statistics.events]
 
 
 async def test_one_browser_takes_the_step_and_is_believed():
@@ -66,7 +66,7 @@ async def test_one_browser_takes_the_step_and_is_believed():
     assert await match.run() == 1
     assert match.asked == [A]
     assert match.copies.at == A
-    assert match.context.events.account.in_page_ms == 2
+    assert match.context.events.statistics.in_page_ms == 2
     assert match.happened() == []
 
 
@@ -75,7 +75,7 @@ async def test_browser_that_failed_is_left_for_another_and_distrusted():
     match.replies[A].append(fails("browser_exited"))
     assert await match.run() == 1
     assert match.asked == [A, B]
-    assert match.hosts.distrusted == [A]
+    assert match.hosts.excluded == [A]
     assert match.happened() == [("failed", "a#0")]
     assert [copy.ref for copy in match.copies] == [B]
 
@@ -85,7 +85,7 @@ async def test_page_that_was_cut_off_is_asked_again():
     match.replies[A].append(fails("socket_closed"))
     assert await match.run() == 1
     assert match.asked == [A, A]
-    assert match.hosts.distrusted == []
+    assert match.hosts.excluded == []
     assert [copy.asked for copy in match.copies] == [0]
 
 
@@ -196,15 +196,15 @@ async def test_lone_answer_at_critical_is_believed_only_if_the_rules_are_not_str
         await Match(PaperHosts(A), Level.CRITICAL, step_seconds=0.1).run()
 
 
-async def test_what_is_under_way_when_a_contest_ends_is_let_go():
+async def test_what_is_under_way_when_a_race_ends_is_let_go():
     match = Match(PaperHosts(A), Level.MEDIUM)
     match.replies[A].append(1.0)
-    contest = Contest(match.context, match.copies, STEP, match.advance)
-    running = asyncio.create_task(contest.run())
+    race = Race(match.context, match.copies, STEP, match.advance)
+    running = asyncio.create_task(race.run())
     await asyncio.sleep(0.01)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
-    contest.release()
+    race.release()
     assert not len(match.copies)
     await asyncio.sleep(0.01)
     assert match.hosts.asked("forget")
