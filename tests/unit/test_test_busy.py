@@ -99,7 +99,8 @@ def start(folder: Path, tests: str, *arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "TMPDIR": str(folder)},
+        # Without the plugins, of which the fake tests need none, pytest starts much faster.
+        env={**os.environ, "TMPDIR": str(folder), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
     )
 
 
