@@ -4,11 +4,14 @@ PYTHON := .venv/bin/python
 UV_COMPILE := .venv/bin/uv pip compile pyproject.toml --universal --python-version 3.11 \
 	--generate-hashes --no-header --no-annotate --quiet
 
+TIMES ?= 5
+BUSY ?= 8
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench wheel lock clean
+.PHONY: help setup demo test test-busy check format bench wheel lock clean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup:  ## install everything the project needs, as locked
 	@bash scripts/setup
@@ -18,6 +21,9 @@ demo: setup  ## run a model in real browsers and kill one of them
 
 test: setup  ## run the whole test suite
 	$(PYTHON) -m pytest $(ARGS)
+
+test-busy: setup  ## run the real-browser tests (or ARGS) TIMES times beside BUSY busy processes
+	$(PYTHON) scripts/test-busy --times $(TIMES) --busy $(BUSY) $(ARGS)
 
 check: setup  ## lint, formatting and types
 	$(PYTHON) -m ruff check .
