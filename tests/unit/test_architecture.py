@@ -6,9 +6,10 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,17 @@ DOORS = {
     "matplotlib": {"pool/chaos/charts.py"},
 }
 # Packages whose modules are theirs alone: whoever is outside imports from the package.
-FRONT_DOORS = ("recovery.adjustments", "recovery.control")
+FRONT_DOORS = ("actors.bridge", "recovery.adjustments", "recovery.breaker", "recovery.control")
+
+LINES_MAX = 500  # of a module, its documentation and blank lines included
+STATEMENTS_MAX = 16  # of a method of a face
+FACES = (
+    ("pool/pool.py", "BrowserPool"),
+    ("actors/browser/host.py", "BrowserHost"),
+    ("actors/supervisor/supervisor.py", "Supervisor"),
+    ("actors/bridge/bridge.py", "Bridge"),
+)
+_NAMED_TUPLE = ("_replace", "_asdict", "_fields", "_make")
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,25 @@ class Source:
     @property
     def room(self) -> str:
         return self.path.split("/")[0]
+
+    @property
+    def module(self) -> str:
+        return self.path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+    @property
+    def lines(self) -> int:
+        return len((ROOT / self.path).read_text("utf-8").splitlines())
+
+    def imported_modules(self, known: Collection[str]) -> Iterator[str]:
+        """The modules of the project that are imported, a name of a package as its submodule."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names if alias.name in known)
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    if inner in known or node.module in known:
+                        yield inner if inner in known else str(node.module)
 
     def imports(self) -> Iterator[tuple[str, int]]:
         """Every imported module with its line, inside functions too."""
@@ -80,10 +110,9 @@ def _name(node: ast.expr) -> str:
     return ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""
 
 
-each_source = pytest.mark.parametrize("source", sources(), ids=str)
-packaged = pytest.mark.parametrize(
-    "source", [source for source in sources() if source.room in PACKAGES], ids=str
-)
+def packaged() -> tuple[Source, ...]:
+    """The sources that are installed."""
+    return tuple(source for source in sources() if source.room in PACKAGES)
 
 
 def test_there_is_something_to_check():
@@ -91,37 +120,95 @@ def test_there_is_something_to_check():
     assert {"actors/driver/session.py", "pool/pool.py"} <= {source.path for source in sources()}
 
 
-@each_source
-def test_imports_point_one_way(source):
-    allowed = ROOMS[ROOMS.index(source.room) :]
+def test_imports_point_one_way():
     upward = [
         f"{source.path}:{line} imports {name}"
+        for source in sources()
         for name, line in source.imports()
-        if name.split(".")[0] in {*ROOMS, "tests", "scripts"} - set(allowed)
+        if name.split(".")[0]
+        in {*ROOMS, "tests", "scripts"} - set(ROOMS[ROOMS.index(source.room) :])
     ]
     assert upward == []
 
 
-@packaged
-def test_each_dependency_has_one_door(source):
+def test_no_modules_import_each_other_in_a_circle():
+    """Imports for types only count as well: who reads one module then has to read the other."""
+    modules = {source.module: source for source in sources()}
+    graph: dict[str, set[str]] = {}
+    for name, source in modules.items():
+        graph[name] = {found for found in source.imported_modules(modules.keys()) if found != name}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+
+
+def test_each_dependency_has_one_door():
     trespasses = [
         f"{source.path}:{line} imports {name}"
+        for source in packaged()
         for name, line in source.imports()
         if source.path not in DOORS.get(name.split(".")[0], {source.path})
     ]
     assert trespasses == []
 
 
-@each_source
-def test_packages_are_entered_by_their_front_doors(source):
-    module = source.path.removesuffix(".py").replace("/", ".")
+def test_packages_are_entered_by_their_front_doors():
     past_the_door = [
-        f"{source.path}:{line} imports {name}"
+        f"{source.path}:{line} imports {name}, not {package}"
+        for source in sources()
         for name, line in source.imports()
-        for door in FRONT_DOORS
-        if name.startswith(f"{door}.") and not module.startswith(f"{door}.")
+        for package in FRONT_DOORS
+        if name.startswith(f"{package}.") and not f"{source.module}.".startswith(f"{package}.")
     ]
     assert past_the_door == []
+
+
+def test_no_module_is_longer_than_a_reader_takes_in():
+    long = [
+        f"{source.path}: {source.lines} lines" for source in sources() if source.lines > LINES_MAX
+    ]
+    assert long == []
+
+
+@pytest.mark.parametrize(("path", "name"), FACES)
+def test_a_face_delegates(path, name):
+    """Each method of a class that callers meet is a few statements: its parts do the work."""
+    (source,) = (source for source in sources() if source.path == path)
+    (face,) = (n for n in source.tree.body if isinstance(n, ast.ClassDef) and n.name == name)
+    methods = [n for n in face.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert len(methods) > 10
+    heavy = [
+        f"{name}.{method.name}: {count} statements"
+        for method in methods
+        if method.name != "__init__" and (count := _statements(method)) > STATEMENTS_MAX
+    ]
+    assert heavy == []
+
+
+def _statements(method: ast.AST) -> int:
+    return sum(isinstance(node, ast.stmt) for node in ast.walk(method)) - 1
+
+
+def test_no_part_reaches_into_what_another_keeps_for_itself():
+    reaching = [
+        f"{source.path}:{node.lineno} {ast.unparse(node)}"
+        for source in sources()
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Attribute)
+        and re.fullmatch(r"_[a-z]\w*", node.attr)
+        and node.attr not in _NAMED_TUPLE
+        and _name(node.value) not in ("self", "cls", "super", "os")
+    ]
+    reaching += [
+        f"{source.path}:{node.lineno} imports {alias.name} of {node.module}"
+        for source in sources()
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ROOMS
+        for alias in node.names
+        if alias.name.startswith("_")
+    ]
+    assert reaching == []
 
 
 def test_reaper_is_a_script_of_the_standard_library_alone():
@@ -131,20 +218,19 @@ def test_reaper_is_a_script_of_the_standard_library_alone():
 
 def test_recovery_starts_no_process_and_opens_no_socket():
     forbidden = {"socket", "subprocess", "asyncio", "threading", "aiohttp", "multiprocessing"}
-    stores = {
-        "recovery/log/log.py",
+    stores = {  # they write from a thread of their own
         "recovery/history/buffer.py",
         "recovery/history/store.py",
-    }  # they are written from a thread of their own
+        "recovery/log/log.py",
+    }
     for source in sources():
         if source.room == "recovery" and source.path not in stores:
             found = forbidden & {name.split(".")[0] for name, _ in source.imports()}
             assert not found, f"{source.path} imports {found}"
 
 
-@each_source
-def test_every_module_says_what_it_is_for(source):
-    assert ast.get_docstring(source.tree), f"{source.path} has no docstring"
+def test_every_module_says_what_it_is_for():
+    assert [source.path for source in sources() if not ast.get_docstring(source.tree)] == []
 
 
 # -- constructors ----------------------------------------------------------------------------------
@@ -159,10 +245,15 @@ _DOES_IO = re.compile(
 )
 
 
-@packaged
-def test_constructors_do_nothing_but_store(source):
+def test_constructors_do_nothing_but_store():
     found = []
-    for cls in (node for node in ast.walk(source.tree) if isinstance(node, ast.ClassDef)):
+    classes = (
+        (source, node)
+        for source in packaged()
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.ClassDef)
+    )
+    for source, cls in classes:
         for made in cls.body:
             name = getattr(made, "name", "")
             if name not in ("__init__", "__new__", "__post_init__"):
@@ -234,11 +325,10 @@ def test_main_classes_are_made_without_any_io(monkeypatch):
 # -- errors ----------------------------------------------------------------------------------------
 
 
-@packaged
-def test_no_error_is_swallowed_unnamed(source):
+def test_no_error_is_swallowed_unnamed():
     """`except:`, `except Exception` and `except BaseException` must raise again."""
     found = []
-    for node in ast.walk(source.tree):
+    for source, node in all_nodes():
         if isinstance(node, ast.ExceptHandler):
             caught = ast.unparse(node.type) if node.type else "everything"
             wide = re.search(r"\b(everything|Exception|BaseException)\b", caught)
@@ -251,12 +341,15 @@ def test_no_error_is_swallowed_unnamed(source):
     assert found == []
 
 
-@packaged
-def test_every_error_raised_is_one_of_ours(source):
+def all_nodes() -> Iterator[tuple[Source, ast.AST]]:
+    return ((source, node) for source in packaged() for node in ast.walk(source.tree))
+
+
+def test_every_error_raised_is_one_of_ours():
     """Built-in errors say nobody's fault; those that a module raises to itself are listed."""
     internal = {"ConnectionError", "OSError", "ValueError", "TimeoutError", "SystemExit"}
     found = []
-    for node in ast.walk(source.tree):
+    for source, node in all_nodes():
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             name = _name(node.exc.func)
             if isinstance(getattr(builtins, name, None), type) and name not in internal:
