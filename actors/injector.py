@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import resource
 import signal
@@ -210,9 +211,12 @@ class BrowserFailureInjector:
             case FaultKind.MESSAGE_OVER_LIMIT:
                 await _flood(target, how)
             case FaultKind.WORKER_DEATH:
-                return self._end_soon(os.getpid(), SIGNALS[how])
+                return self._end_soon(SIGNALS[how])
             case FaultKind.NODE_DEATH:
-                return self._end_node_soon(self._raylet_pid(fault), SIGNALS[how])
+                raylet = self._raylet_pid(fault)
+                if SIGNALS[how] in ignored_by(raylet):
+                    raise impossible(fault, f"the raylet ignores {SIGNALS[how].name}")
+                return self._end_node_soon(raylet, SIGNALS[how])
             case _:
                 raise impossible(fault, "nobody knows how")
         return _Hit()
@@ -317,9 +321,9 @@ class BrowserFailureInjector:
             f"{fault}: process {pid} is no raylet, so it is left alone", what="not_ours"
         )
 
-    def _end_soon(self, pid: int, number: signal.Signals) -> _Hit:
-        asyncio.get_running_loop().call_later(_SELF_SECONDS, _kill, pid, number)
-        return _Hit((pid,), at=self._wall() + _SELF_SECONDS)
+    def _end_soon(self, number: signal.Signals) -> _Hit:
+        asyncio.get_running_loop().call_later(_SELF_SECONDS, _end_self, number)
+        return _Hit((os.getpid(),), at=self._wall() + _SELF_SECONDS)
 
     def _end_node_soon(self, raylet: int, number: signal.Signals) -> _Hit:
         asyncio.get_running_loop().call_later(_SELF_SECONDS, _end_node, raylet, number)
@@ -349,7 +353,7 @@ class SupervisorFailureInjector:
         match fault.kind:
             case FaultKind.SUPERVISOR_DEATH:
                 at += _SELF_SECONDS
-                loop.call_later(_SELF_SECONDS, _kill, os.getpid(), SIGNALS[how])
+                loop.call_later(_SELF_SECONDS, _end_self, SIGNALS[how])
             case FaultKind.FULL_DISK:
                 # The kernel refuses every byte that this process would add to a file.
                 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -416,9 +420,23 @@ def _end_node(raylet: int, number: signal.Signals) -> None:
         node.send_signal(number)
         for process in below:
             _signal(process, signal.SIGKILL)
-    _kill(os.getpid(), signal.SIGKILL)
+    _end_self(signal.SIGKILL)
 
 
-def _kill(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
+def _end_self(number: signal.Signals) -> None:
+    """End this process by a signal, even if whoever started it has it ignored.
+
+    A program that a shell runs in the background ignores SIGQUIT, and Ray's workers inherit that.
+    """
+    ctypes.CDLL(None).signal(int(number), None)  # the default; Python's is for main threads only
+    os.kill(os.getpid(), number)
+
+
+def ignored_by(pid: int) -> set[int]:
+    """The signals that a process ignores, as Linux tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigIgn:"):
+                mask = int(line.split()[1], 16)
+                return {number for number in range(1, 65) if mask >> (number - 1) & 1}
+    return set()

@@ -42,8 +42,10 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def _die_with_reaper() -> None:
+def _begin_child() -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # A program that a shell runs in the background ignores it, and hands that on to all it starts.
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def _say(**fields: Any) -> None:
@@ -134,7 +136,7 @@ def _spawn(
         stderr=subprocess.DEVNULL,
         pass_fds=fds,
         process_group=0,
-        preexec_fn=_die_with_reaper,  # one thread only, so this is safe here
+        preexec_fn=_begin_child,  # one thread only, so this is safe here
     )
 
 

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pool.chaos.clock import SupervisorClock
@@ -31,6 +32,7 @@ class ControlLogReader:
         self._clock = clock
         self._noticed: deque[Noticed] = deque(maxlen=_EVENTS_MAX)
         self._last_seq = 0
+        self._reading = asyncio.Lock()  # two reads at once would take the same events twice
         self._last_logged: tuple[float, float] = (0.0, 0.0)  # its clock, and ours
 
     @property
@@ -48,6 +50,10 @@ class ControlLogReader:
         folder = self._pool.log_folder
         if folder is None:
             return
+        async with self._reading:
+            await self._read(folder)
+
+    async def _read(self, folder: Path) -> None:
         with contextlib.suppress(PoolError, OSError):
             events = await asyncio.to_thread(lambda: list(log.show(folder, self._last_seq + 1)))
             for event in events:

@@ -7,13 +7,20 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 
 from actors.driver.binaries import Binaries
 from actors.driver.processes import BrowserProcesses
-from actors.injector import BrowserFailureInjector, InjectionTarget, SupervisorFailureInjector
+from actors.injector import (
+    SIGNALS,
+    BrowserFailureInjector,
+    InjectionTarget,
+    SupervisorFailureInjector,
+    ignored_by,
+)
 from recovery.breaker import CircuitState
 from recovery.errors import FaultRefused
 from recovery.faults import FAULTS, Fault, FaultKind, FaultSite, Intensity
@@ -235,3 +242,35 @@ async def test_a_supervisors_disk_is_full_for_as_long_as_it_says_and_its_clock_j
 
 def test_signals_are_such_that_no_engine_ignores():
     assert signal.SIGTERM not in BrowserFailureInjector.inject.__globals__["SIGNALS"].values()
+
+
+_ENDS_ITSELF = """
+import asyncio, signal, sys
+from actors.injector import SupervisorFailureInjector
+from recovery.faults import Fault, FaultKind, Intensity
+signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # as a shell does for what it runs in the background
+async def main():
+    SupervisorFailureInjector().inject(Fault(FaultKind.SUPERVISOR_DEATH, Intensity(sys.argv[1])))
+    await asyncio.sleep(30)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("how", Intensity)
+def test_death_of_its_own_process_comes_even_where_the_signal_was_ignored(how):
+    command = [sys.executable, "-c", _ENDS_ITSELF, how]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, timeout=60, check=False)
+    assert done.returncode == -SIGNALS[how]
+
+
+def test_what_a_process_ignores_is_read_from_the_kernel():
+    command = "import signal; signal.signal(signal.SIGQUIT, signal.SIG_IGN); print('up'); input()"
+    with subprocess.Popen(
+        [sys.executable, "-uc", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"up\n"
+        assert signal.SIGQUIT in ignored_by(process.pid)
+        assert signal.SIGTERM not in ignored_by(process.pid)
+        process.stdin.close()
+    assert ignored_by(process.pid) == set()

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from actors.driver.processes import ProcessReaper, ReaperOrder, busiest, cpu_seconds, kill_trees
+from actors.injector import ignored_by
 from recovery.errors import LaunchFailed
 from tests.fakes import until
 
@@ -276,3 +277,17 @@ def test_process_that_worked_is_told_from_those_that_are_merely_awake():
 
 def test_cpu_time_is_of_those_that_live():
     assert cpu_seconds([os.getpid(), 2**22 - 1]).keys() == {os.getpid()}
+
+
+async def test_driver_does_not_inherit_that_a_signal_is_ignored(tmp_path):
+    """A program that a shell runs in the background ignores SIGQUIT."""
+    family = Family(tmp_path, tmp_path / "profile")
+    (tmp_path / "template").mkdir()
+    before = signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+    try:
+        await family.start()
+    finally:
+        signal.signal(signal.SIGQUIT, before)
+    assert signal.SIGQUIT in ignored_by(family.reaper.pid)
+    assert signal.SIGQUIT not in ignored_by(family.pids[0])
+    await family.reaper.end()
