@@ -6,6 +6,7 @@ import glob
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from actors.messages import HostConfig, LaunchOrder, LaunchReport
 from actors.ray import connection as ray_actors
 from pool import BrowserPool
 from pool.models.bundled import silero_vad_path
-from recovery.control import ModelPhase, Phase
+from recovery.control import ModelPhase, Phase, Repair
 from recovery.errors import BrowserMissing
 from recovery.kinds import BrowserType
 from recovery.records import HostRef
@@ -152,13 +153,29 @@ async def pool_of(
         yield pool
 
 
-async def repaired(pool: BrowserPool, count: int = 1) -> None:
-    """So many repairs are over: a small operation may be answered before a kill takes effect."""
+async def repairs_of(pool: BrowserPool) -> Counter[str]:
+    """How many repairs of each browser are over."""
+    return Counter(repair.browser_id for repair in (await pool.control()).repairs)
+
+
+async def repaired(
+    pool: BrowserPool, browser_id: str, before: Mapping[str, int] | None = None
+) -> Repair:
+    """The repair of this browser that follows those counted in `before`, once it is over.
+
+    A small operation may be answered before a kill takes effect, and other browsers may be under
+    repair at the same time: neither is what is waited for.
+    """
+    number = (before or {}).get(browser_id, 0)
+    found: list[Repair] = []
 
     async def holds() -> bool:
-        return len((await pool.control()).repairs) >= count
+        repairs = (await pool.control()).repairs
+        found[:] = [repair for repair in repairs if repair.browser_id == browser_id]
+        return len(found) > number
 
     await eventually(holds, 60.0)
+    return found[number]
 
 
 async def settled(pool: BrowserPool, count: int = 0, seconds: float = 30.0) -> None:

@@ -7,6 +7,7 @@ onnxruntime is within tolerance of both, since its kernels sum in another order.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from recovery.breaker import BreakerConfig
 from recovery.control import ModelPhase, Phase
 from recovery.errors import BadInput, SequenceLost
 from recovery.kinds import BrowserType
-from tests.browser.conftest import LIMIT, eventually, repaired, require
+from tests.browser.conftest import LIMIT, eventually, repaired, repairs_of, require
 from tests.unit.test_pipeline import DECODERS, PROMPT, reference
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.chaos]
@@ -163,18 +164,22 @@ async def survives(
 ) -> Result:
     """A sequence in which browsers are struck after `when` tokens; the pool is whole before."""
     await whole(pool, copies)
-    before = len((await pool.control()).repairs)
+    before = await repairs_of(pool)
     launches = (await pool.state()).launches
+    struck: list[str] = []
 
     def strike(count: int, where: tuple[str, ...]) -> None:
         for stage in stages if count == when else ():
+            struck.append(where[stage])
             kill(launches[where[stage]], where[stage], which)
 
     tokens, rows, result = await ask_and(pool, strike)
     assert tokens == right.outputs["tokens"].tolist()
     assert rows.tobytes() == right.outputs["logits"].tobytes()
     assert result.success
-    await repaired(pool, before + len(stages))
+    assert len(set(struck)) == len(stages)
+    for browser_id in struck:
+        await repaired(pool, browser_id, before)
     return result
 
 
@@ -197,6 +202,7 @@ async def test_medium_replays_whatever_dies_and_changes_no_bit(tmp_path: Path) -
         await whole(pool)
         launches = (await pool.state()).launches
         again: list[asyncio.Task[None]] = []
+        struck: list[str] = []
 
         async def kill_the_next(browser_id: str, pid: int) -> None:
             while True:  # as soon as it is there again, while its shard is loaded
@@ -208,16 +214,18 @@ async def test_medium_replays_whatever_dies_and_changes_no_bit(tmp_path: Path) -
 
         def strike(count: int, where: tuple[str, ...]) -> None:
             if count == 5:
+                struck.append(where[1])
                 pid = kill_process(launches[where[1]], "browser")
                 again.append(asyncio.create_task(kill_the_next(where[1], pid)))
 
-        before = len((await pool.control()).repairs)
+        before = await repairs_of(pool)
         tokens, _, result = await ask_and(pool, strike, **sampled)
         await again[0]
         assert tokens == drawn.outputs["tokens"].tolist()
         assert "replayed" in [step.what for step in result.recovery]
         # Another caller that has prompt, delivered tokens and seed goes on with it.
-        await repaired(pool, before + 2)
+        for earlier in (before, before + Counter(struck)):  # of each of the two deaths
+            await repaired(pool, struck[0], earlier)
         await whole(pool)
         options = {**sampled, "input_ids": [*PROMPT, *tokens[:5]], "max_new_tokens": NEW - 5}
         assert (await ask(pool, **options)).outputs["tokens"].tolist() == tokens[5:]
@@ -244,13 +252,16 @@ async def test_low_goes_on_with_a_page_that_has_kept_its_caches(tmp_path: Path) 
         assert rows.tobytes() == right.outputs["logits"].tobytes()
         assert not {"replayed", "restored"} & {step.what for step in result.recovery}
 
+        struck: list[str] = []
+
         def strike(count: int, where: tuple[str, ...]) -> None:
             if count == 5:
+                struck.append(where[1])
                 kill_process(launches[where[1]], "browser")
 
         with pytest.raises(SequenceLost, match="level low does not survive"):
             await ask_and(pool, strike)
-        await repaired(pool)
+        await repaired(pool, struck[0])
 
 
 async def test_critical_outvotes_a_stage_that_lies_and_survives_a_death(tmp_path: Path) -> None:
@@ -258,38 +269,40 @@ async def test_critical_outvotes_a_stage_that_lies_and_survives_a_death(tmp_path
         right = await ask(pool)
         for faulty, bit in (("firefox-0", 30), ("chrome-0", 0)):
             await whole(pool, 3)
+            before = await repairs_of(pool)
             await pool.inject(faulty, wrong_answers(1000, bit=bit, model="llama@1"))
             result = await ask(pool)
             same(result, right)
             assert "outvoted" in [step.what for step in result.recovery]
-            await repaired(pool, 1 if bit else 2)
+            await repaired(pool, faulty, before)
         await whole(pool, 3)
-        launches = (await pool.state()).launches
+        launches, before = (await pool.state()).launches, await repairs_of(pool)
+        struck: list[str] = []
 
         def strike(count: int, where: tuple[str, ...]) -> None:
             if count == 4:
+                struck.append(where[2])
                 kill_process(launches[where[2]], "browser")
 
         tokens, rows, _ = await ask_and(pool, strike)
         assert tokens == right.outputs["tokens"].tolist()
         assert rows.tobytes() == right.outputs["logits"].tobytes()
-        await repaired(pool, 3)
+        await repaired(pool, struck[0], before)
 
 
 async def test_coordinated_sequences_side_by_side_all_survive(tmp_path: Path) -> None:
     async with decoding_pool(tmp_path, level="medium", strategy="coordinated") as pool:
         right = await ask(pool)
         launches = (await pool.state()).launches
-        struck = False
+        struck: list[str] = []
 
         def strike(count: int, where: tuple[str, ...]) -> None:
-            nonlocal struck
             if count == 5 and not struck:
-                struck = True
+                struck.append(where[1])
                 kill_process(launches[where[1]], "browser")
 
         results = await asyncio.gather(*(ask_and(pool, strike) for _ in range(3)))
         for tokens, rows, _ in results:
             assert tokens == right.outputs["tokens"].tolist()
             assert rows.tobytes() == right.outputs["logits"].tobytes()
-        await repaired(pool)
+        await repaired(pool, struck[0])

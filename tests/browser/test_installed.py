@@ -58,7 +58,7 @@ def test_readme_example_runs_from_the_wheel_and_prints_what_it_says(
 
 def test_doctor_says_in_json_what_this_machine_has(wheel_site: Path, tmp_path: Path) -> None:
     require(BrowserType.CHROME)
-    command = "from pool.cli import main; main()"
+    command = "from pool.commands.main import main; main()"
     said = json.loads(
         run_away_from_checkout(
             wheel_site, tmp_path, "-c", command, "doctor", "--json", "--browsers", "chrome,edge"

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +26,7 @@ from recovery.errors import LevelUnavailable
 from recovery.failures import Category
 from recovery.kinds import Backend, BrowserType, Level, Readiness
 from sharding.models.native import NativeSession
-from tests.browser.conftest import FRAME, eventually, pool_of, repaired, settled
+from tests.browser.conftest import FRAME, eventually, pool_of, repaired, repairs_of, settled
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.chaos]
 MIXED = {"chrome": 1, "firefox": 1, "safari": 1}
@@ -81,19 +82,17 @@ async def test_critical_outvotes_wrong_answers_and_survives_deaths_and_hangs(
             await ask()
         kill_process(launches["firefox-0"], "browser")
         await ask()
-        await repaired(pool)  # before that nobody may have noticed
+        await repaired(pool, "firefox-0")  # before that nobody may have noticed
         await settled(pool, 3, 60.0)
         await known(pool, 3)
         for faulty, bit in (("chrome-0", 30), ("firefox-0", 0)):
-            before = len((await pool.control()).repairs)
+            before = await repairs_of(pool)
             await pool.inject(faulty, wrong_answers(1000, bit=bit))
             for _ in range(5):
                 assert (await ask()).browser_id != faulty
-            await repaired(pool, before + 1)
+            repair = await repaired(pool, faulty, before)
             await settled(pool, 3, 60.0)
             await known(pool, 3)
-            repair = (await pool.control()).repairs[-1]
-            assert repair.browser_id == faulty
             assert repair.failure.category is Category.WRONG_ANSWER
             assert repair.ready is not None
         await known(pool, 3)
@@ -116,7 +115,8 @@ async def test_high_moves_on_at_once_when_a_browser_dies_or_hangs(
         async def epoch() -> int:
             return (await pool.control()).browsers["chrome-0"].epoch
 
-        for number, fault in enumerate(("tab", "browser", "driver", "worker"), 1):
+        for fault in ("tab", "browser", "driver", "worker"):
+            earlier = await repairs_of(pool)
             launch, before = (await pool.state()).launches["chrome-0"], await epoch()
             asked = [asyncio.create_task(ask()) for _ in range(8)]
             await asyncio.sleep(0)
@@ -129,7 +129,7 @@ async def test_high_moves_on_at_once_when_a_browser_dies_or_hangs(
             result = await ask()
             assert result.browser_id == "firefox-0"
             assert result.level_effective is Level.MEDIUM  # there is nothing left to lose
-            await repaired(pool, number)
+            await repaired(pool, "chrome-0", earlier)
 
             async def restarted(before: int = before) -> bool:
                 return await epoch() > before
@@ -161,14 +161,16 @@ async def test_medium_does_not_see_a_wrong_answer_a_probe_does_and_simulation_sa
         result = await pool.run_with_recovery("vad", "inference", FRAME)
         assert result.success
         assert not np.allclose(result.outputs["output"], right, atol=ATOL)  # docs/levels.md
-        await repaired(pool, 1)
-        repair = (await pool.control()).repairs[0]
+        repair = await repaired(pool, "chrome-0")
         assert repair.failure.category is Category.WRONG_ANSWER
         assert "known answer" in repair.failure.message
+
+        struck: list[tuple[str, Counter[str]]] = []
 
         async def ask_while_it_dies(**more: Any) -> Result:
             await settled(pool, 1, 60.0)
             (host,) = [h for h in pool.hosts() if h.readiness is Readiness.READY]
+            struck.append((host.ref.browser_id, await repairs_of(pool)))
             kind = host.browser or BrowserType.CHROME
             launch = (await pool.state()).launches[host.ref.browser_id]
             with stopped(pages_of(launch, kind)):  # so that it can't answer before
@@ -184,7 +186,7 @@ async def test_medium_does_not_see_a_wrong_answer_a_probe_does_and_simulation_sa
         assert (result.backend, result.browser_type) == (Backend.NATIVE, None)
         np.testing.assert_array_equal(result.outputs["output"], right)
         assert (await pool.state()).operations["simulated"] == 1
-        await repaired(pool, 2)
+        await repaired(pool, *struck[0])
 
         result = await ask_while_it_dies(simulation=False)
         assert not result.success

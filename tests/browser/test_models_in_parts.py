@@ -83,7 +83,7 @@ async def test_page_is_read_by_two_browsers_one_of_which_dies_in_between(tmp_pat
         assert accuracy(result.outputs["text"]) >= 0.95
         assert result.outputs["boxes"].shape == (len(WANTED), 4)
         assert result.stages[0] == detects
-        await repaired(pool)
+        await repaired(pool, reads)
 
         # Another client knows it, and each component by its own name.
         other = BrowserPool.attach(pool.name)
@@ -141,5 +141,5 @@ async def test_cut_encoder_answers_as_the_uncut_one_and_survives_a_stage(tmp_pat
                 kill_process((await pool.state()).launches[stages[1]], "browser")
                 again = await pool.run_with_recovery("cut", op, inputs)
                 assert again.outputs["embedding"].tobytes() == right.outputs["embedding"].tobytes()
-                await repaired(pool)
+                await repaired(pool, stages[1])
             await pool.unload("cut")

@@ -23,7 +23,15 @@ from recovery.failures import Category, Failure, Scope, Severity
 from recovery.kinds import BrowserType, Readiness, RecoveryLevel
 from recovery.log import log
 from recovery.plan import register_strategy
-from tests.browser.conftest import ENGINES, FRAME, eventually, pool_of, repaired, settled
+from tests.browser.conftest import (
+    ENGINES,
+    FRAME,
+    eventually,
+    pool_of,
+    repaired,
+    repairs_of,
+    settled,
+)
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.chaos]
 _SUPERVISOR_KILLS = 20
@@ -132,11 +140,10 @@ async def test_every_strategy_recovers_each_engine_as_it_says_when_its_browser_i
     each = {str(kind): 1 for kind in ENGINES}
     async with pool_of(each, tmp_path, strategy=strategy) as pool:
         before = await ask(pool)
-        for number, kind in enumerate(ENGINES, 1):
+        for kind in ENGINES:
+            earlier = await repairs_of(pool)
             kill_process((await pool.state()).launches[f"{kind}-0"], "browser")
-            await repaired(pool, number)
-            repair = (await pool.control()).repairs[-1]
-            assert repair.browser_id == f"{kind}-0"
+            repair = await repaired(pool, f"{kind}-0", earlier)
             assert repair.outcome.startswith(outcome)
             await settled(pool)
             if any(host.readiness is Readiness.READY for host in pool.hosts()):
@@ -150,8 +157,7 @@ async def test_a_lost_connection_is_mended_without_a_restart(tmp_path: Path) -> 
         before = await ask(pool)
         kill_network((await pool.state()).launches["chrome-0"])
         np.testing.assert_allclose(await ask(pool), before, atol=1e-5)
-        await repaired(pool)
-        (repair,) = (await pool.control()).repairs
+        repair = await repaired(pool, "chrome-0")
         assert repair.outcome == "reconnected"
         assert (await pool.control()).browsers["chrome-0"].epoch == 0
 
@@ -217,7 +223,7 @@ async def test_samples_statistics_and_telemetry_are_of_what_happened(tmp_path: P
         for _ in range(5):
             await ask(pool)
         kill_process((await pool.state()).launches["chrome-0"], "browser")
-        await repaired(pool)
+        await repaired(pool, "chrome-0")
         await ask(pool)
         await settled(pool)
         repair = await recover_browser(pool, "chrome-0", "odd", {"what": "wrong_answer"})
