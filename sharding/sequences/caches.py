@@ -34,8 +34,8 @@ class StepOrder:
     `step` runs the graph on them and the sequence's caches, which must hold `position` positions.
     `restore` replaces the caches by the tensors, of `position` positions. `forget` drops the
     sequence. A `fence` counts how often the stage was rebuilt: an older one is refused, a newer one
-    begins with empty caches. `choice`: of the last stage, how many of the highest scores to answer with (0: all).
-    `deltas`: answer with what was added to the caches, too.
+    begins with empty caches. `choice`: of the last stage, how many of the highest scores to answer
+    with (0: all). `deltas`: answer with what was added to the caches, too.
     """
 
     sequence: str

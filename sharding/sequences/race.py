@@ -158,13 +158,10 @@ class Race:
         if not alive:
             await self._context.hosts.exclude(copy.ref)
         if decision is RecoveryAction.GIVE_UP and not self._tasks and not self._votes:
-            often = self._failures > rules.failures_max
-            why = (
-                f"{self._failures} attempts failed"
-                if often
-                else "does not recover from this failure"
-            )
-            raise self._sequence_lost(why if often else f"level {rules.level} {why}")
+            why = f"level {rules.level} does not recover from this failure"
+            if self._failures > rules.failures_max:
+                why = f"{self._failures} attempts failed"
+            raise self._sequence_lost(why)
 
     def _readmitted(self) -> bool:
         """With no copy at work: whether browsers that failed may be tried again.
