@@ -1,8 +1,8 @@
 """What the caller of one operation does next: send it, wait, or give up.
 
-Pure: the caller tells what it knows (candidates, what was tried, the time left) and carries the
-answer out. An operation keeps its id over all attempts, so that a host which already answered it
-answers the same again. This module must not know how a host is reached.
+Pure: the caller passes what it knows (candidates, past attempts, the time left) and carries out the
+action. An operation keeps its id over all attempts, so that a host which already answered it
+returns the same answer. This module must not know how a host is reached.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Send:
 
 @dataclass(frozen=True)
 class WaitForHost:
-    """Nobody can take it now: wait for a change of the table, `until` the deadline."""
+    """No host can take it now: wait until the host table changes, or for the deadline."""
 
     why: str
 
@@ -60,7 +60,7 @@ class AnsweringPolicy:
     wait_when_full: bool
 
 
-_LOST_RATIO = 4  # so many connections and workers may be lost for each attempt that may fail
+_LOST_RATIO = 4  # lost connections and workers allowed for each attempt that may fail
 
 
 def next_action(
@@ -77,14 +77,14 @@ def next_action(
 ) -> Action:
     """Decide the next step of one operation.
 
-    `coming` says whether any browser is left that may yet be able to take it. `taken` are those
-    that have a copy of it, or have answered one, and `engines` their types: a further copy goes
-    to another browser, of another type where there is one.
+    `coming`: whether any browser may still become able to take it. `taken` are the hosts that
+    have a copy of it or have answered one, and `engines` their browser types: a further copy goes
+    to another host, of another type if there is one.
 
-    A failed incarnation is not tried again, except after a failure that left it whole (a dropped
-    connection; an error that it reported, when there is no other to ask). Of the rest, the
-    better of two drawn at random is chosen: as good as asking all, without every caller herding
-    to the same one (Mitzenmacher 2001).
+    A failed incarnation is not tried again, except after a failure that did not harm it (a dropped
+    connection; an error that it reported, when there is no other host). Of the rest, the less
+    loaded of two drawn at random is chosen (power of two choices, Mitzenmacher 2001): nearly as
+    good as comparing all, and callers do not all pick the same one.
     """
     failures = [attempt.failure for attempt in attempts if attempt.failure is not None]
     if failures:
@@ -93,23 +93,28 @@ def next_action(
             return verdict
     if seconds_left <= 0:
         return GiveUp("the deadline has passed")
-    burnt = {
+    harmed = {
         attempt.ref
         for attempt in attempts
-        if attempt.failure is not None and not _left_whole(attempt.failure)
+        if attempt.failure is not None and not _host_unharmed(attempt.failure)
     }
-    having = [host for host in hosts if host.can_take(model) and host.ref not in taken]
-    able = [host for host in having if host.ref not in burnt]
-    if not able:  # waiting for another would be waiting for a death that need not come
-        able = [host for host in having if _only_reported(host.ref, attempts)]
+    loaded = [host for host in hosts if host.can_take(model) and host.ref not in taken]
+    able = [host for host in loaded if host.ref not in harmed]
+    if not able:  # no other host may ever come: this one is alive
+        able = [host for host in loaded if _only_reported(host.ref, attempts)]
     if policy.level is Level.LOW and failures:
         # Rung 1 only: the same browser again, not another one.
         last = failures[-1]
-        if not (_left_whole(last) or is_reported(last)):
-            return GiveUp("level low survives no death of a browser")
+        if not (_host_unharmed(last) or is_reported(last)):
+            return GiveUp(
+                "level low does not recover from the loss of a browser; use medium or above"
+            )
         if all(host.ref != last.ref for host in hosts):
-            return GiveUp("level low survives no death of a browser, and this one was replaced")
-        able = [host for host in having if host.ref == last.ref]
+            return GiveUp(
+                "level low does not recover from the loss of a browser, and this one was replaced; "
+                "use medium or above"
+            )
+        able = [host for host in loaded if host.ref == last.ref]
     free = [host for host in able if not host.full]
     free = [host for host in free if host.browser not in engines] or free
     if free:
@@ -117,10 +122,10 @@ def next_action(
         return Send(min(pair, key=lambda host: host.queue))
     if able and not policy.wait_when_full:
         return Refuse("every browser that has the model is at its queue limit")
-    if not having and not coming and not taken:
+    if not loaded and not coming and not taken:
         return GiveUp(
-            "no browser is left that could have the model: each was stopped or given up, or "
-            "could not load it"
+            "no browser is left that could load the model: each was stopped, was given up, or "
+            "failed to load it"
         )
     if able:
         return WaitForHost("queues are full")
@@ -130,23 +135,23 @@ def next_action(
 
 def _stop(policy: AnsweringPolicy, failures: Sequence[Failure]) -> GiveUp | None:
     if policy.level is Level.NONE:
-        return GiveUp("level none recovers from nothing")
-    # What a browser did may be the operation's doing, and each attempt may cost another browser.
-    # The loss of a connection or of a worker is not: a node that dies costs several at once.
-    may_be_its_doing = [f for f in failures if not (_left_whole(f) or _worker_lost(f))]
-    lost = len(failures) - len(may_be_its_doing)
-    if len(may_be_its_doing) >= policy.attempts_max or lost >= _LOST_RATIO * policy.attempts_max:
+        return GiveUp("level none does not retry; use low or above")
+    # A browser's failure may be caused by the operation, so each attempt may cost another browser.
+    # A lost connection or worker is not: a node that dies takes several with it at once.
+    maybe_caused = [f for f in failures if not (_host_unharmed(f) or _worker_lost(f))]
+    lost = len(failures) - len(maybe_caused)
+    if len(maybe_caused) >= policy.attempts_max or lost >= _LOST_RATIO * policy.attempts_max:
         return GiveUp(f"{len(failures)} attempts failed")
     last = failures[-1]
     if is_reported(last) and any(
         is_reported(failure) and failure.message == last.message for failure in failures[:-1]
     ):
-        return GiveUp("the very same error was reported twice: the input or model is at fault")
+        return GiveUp("the same error was reported twice: check the input and the model")
     return None
 
 
 def _only_reported(ref: HostRef, attempts: Sequence[Attempt]) -> bool:
-    """Whether every failure there was an error that the page reported, and lived on."""
+    """Whether every failure on `ref` was an error reported by a page that stayed alive."""
     return all(
         is_reported(attempt.failure)
         for attempt in attempts
@@ -155,7 +160,7 @@ def _only_reported(ref: HostRef, attempts: Sequence[Attempt]) -> bool:
 
 
 def is_reported(failure: Failure) -> bool:
-    """Whether a host that lives on said that this operation does not work."""
+    """Whether a host that is still alive reported an error of this operation."""
     reports = (Category.API_ERROR, Category.INTERNAL_ERROR)
     return failure.category in reports and failure.scope is Scope.OPERATION
 
@@ -164,8 +169,8 @@ def _worker_lost(failure: Failure) -> bool:
     return failure.evidence.get("what") == "worker_exited"
 
 
-def _left_whole(failure: Failure) -> bool:
-    """Whether the host can be asked again: only its connection or this attempt was lost."""
+def _host_unharmed(failure: Failure) -> bool:
+    """Whether the host can be retried: only its connection or this attempt was lost."""
     return failure.category is Category.CONNECTION_FAILURE and failure.scope in (
         Scope.OPERATION,
         Scope.PAGE,

@@ -1,9 +1,9 @@
-"""The error tree: every error says whose fault it is, and survives pickling.
+"""The error tree: every class says where the cause lies, and can be pickled.
 
-`CallerError` is the caller's (fix the call), `SetupError` the machine's (install
-or switch on something), `BrowserError` a browser's or the world's (the pool
-recovers from these by itself; you see one only inside a failed result) and
-`InternalError` ours (please report it). Errors of Selenium, Ray, onnx and DuckDB
+`CallerError`: in the call (fix it). `SetupError`: in the machine (install or
+switch on something). `BrowserError`: in a browser, its driver or the network (the
+pool recovers by itself; you see one only inside a failed result). `InternalError`:
+in tabpool (please report it). Errors of Selenium, Ray, onnx and DuckDB
 stop at the module that talks to them and are raised again as one of these.
 
 This module must not import anything of the project.
@@ -39,7 +39,7 @@ def _rebuild(cls: type[PoolError], message: str, fields: dict[str, Any]) -> Pool
 
 
 class CallerError(PoolError):
-    """The call cannot be right as it stands. Nothing was touched; fix the call."""
+    """The call is invalid. Nothing was changed; fix the call."""
 
 
 class BadInput(CallerError):
@@ -63,7 +63,7 @@ class MessageTooLarge(CallerError):
 
 
 class FaultRefused(CallerError):
-    """A fault was not made, and nothing was touched. `fields["what"]` says why: "circuit_open",
+    """A fault was not injected, and nothing was changed. `fields["what"]` says why: "circuit_open",
     "impossible" (here, or for this engine), "not_ours", or "off" (the pool allows no faults)."""
 
 
@@ -74,7 +74,7 @@ class PoolClosed(CallerError):
 class PoolBusy(PoolError):
     """Every queue that could take the operation is full (back-pressure).
 
-    Nobody's fault: slow down, wait (`when_full="wait"`), or add browsers.
+    Not an error of the call: slow down, wait (`when_full="wait"`), or add browsers.
     """
 
 
@@ -115,12 +115,12 @@ class OperationFailed(PoolError):
 
 
 class SequenceLost(OperationFailed):
-    """A sequence can't go on: one of its stages had no answer, and what its level allows did not
-    help. It can be resumed with the prompt's tokens, those that came, and the seed."""
+    """A sequence can't continue: one of its stages did not answer, and the repairs that its level
+    allows failed. Resume it with the prompt's tokens, those generated so far, and the seed."""
 
 
 class InternalError(PoolError):
-    """A broken promise inside tabpool."""
+    """A bug in tabpool."""
 
 
 class IllegalTransition(InternalError):

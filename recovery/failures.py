@@ -52,7 +52,7 @@ class Scope(StrEnum):
 @dataclass(frozen=True)
 class Fingerprint:
     """Which failures count as the same kind. `version` is the major number only; `where` is the
-    fact that was seen, or the error's type where there was none."""
+    reported fact, or the error's type if there was none."""
 
     engine: str = ""
     version: str = ""
@@ -68,7 +68,7 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Failure:
-    """One failure as it was seen. `at` is wall time in seconds since the epoch."""
+    """One failure as it was observed. `at` is wall time in seconds since the epoch."""
 
     category: Category
     severity: Severity
@@ -87,9 +87,9 @@ class Failure:
 
 _Kind = tuple[Category, Severity, Scope]
 
-# What the bridge and the death watch can see, and what it means. A key is a `what` of the
-# evidence; the watch reports facts (which process ended, which socket closed), not opinions.
-_SEEN: Mapping[str, _Kind] = {
+# The facts that the bridge and the death watch report (which process ended, which socket closed),
+# by the `what` of the evidence, and what each means.
+_FACTS: Mapping[str, _Kind] = {
     "browser_exited": (Category.CRASH, Severity.SEVERE, Scope.BROWSER),
     "driver_exited": (Category.CRASH, Severity.SEVERE, Scope.BROWSER),
     "worker_exited": (Category.CRASH, Severity.SEVERE, Scope.BROWSER),
@@ -97,12 +97,16 @@ _SEEN: Mapping[str, _Kind] = {
     "webdriver_null": (Category.CRASH, Severity.SEVERE, Scope.PAGE),  # w3c/webdriver#1308
     "socket_closed": (Category.CONNECTION_FAILURE, Severity.MODERATE, Scope.PAGE),
     "deadline_passed": (Category.TIMEOUT, Severity.MODERATE, Scope.OPERATION),
-    "runtime_aborted": (Category.CRASH, Severity.SEVERE, Scope.PAGE),  # a trap: its heap is suspect
+    "runtime_aborted": (
+        Category.CRASH,
+        Severity.SEVERE,
+        Scope.PAGE,
+    ),  # heap may be corrupt
     "page_hung": (Category.TIMEOUT, Severity.SEVERE, Scope.PAGE),
     "suspended": (Category.TIMEOUT, Severity.MODERATE, Scope.PAGE),
     "device_lost": (Category.GPU_ERROR, Severity.SEVERE, Scope.PAGE),
-    # Only our own page can call `destroy()`. The GPU is sound, so the repair of a GPU error (to
-    # launch without it) would be wrong; but every session on that device is gone.
+    # Only our own page can call `destroy()`. The GPU works, so the repair of a GPU error (to launch
+    # without it) would be wrong; but every session on that device is lost.
     "device_destroyed": (Category.INTERNAL_ERROR, Severity.MODERATE, Scope.PAGE),
     "gpu_process_exited": (Category.GPU_ERROR, Severity.MODERATE, Scope.BROWSER),
     "no_adapter": (Category.GPU_ERROR, Severity.MODERATE, Scope.OPERATION),
@@ -127,14 +131,14 @@ _SEEN: Mapping[str, _Kind] = {
     "refused": (Category.INTERNAL_ERROR, Severity.MODERATE, Scope.OPERATION),
     "replaced": (Category.CONNECTION_FAILURE, Severity.MILD, Scope.OPERATION),
     "stale_frame": (Category.INTERNAL_ERROR, Severity.MILD, Scope.OPERATION),
-    # Steps of a sequence that don't fit what the page has of it.
+    # Steps of a sequence that don't match the page's caches.
     "stale_step": (Category.CONNECTION_FAILURE, Severity.MILD, Scope.OPERATION),
     "out_of_step": (Category.CONNECTION_FAILURE, Severity.MILD, Scope.OPERATION),
     "too_many_sequences": (Category.RESOURCE_EXHAUSTION, Severity.MILD, Scope.OPERATION),
 }
 _UNEXPLAINED: _Kind = (Category.INTERNAL_ERROR, Severity.MODERATE, Scope.BROWSER)
 
-# WebDriver's error codes (W3C) and chromedriver's own, as the fact that each stands for.
+# WebDriver's error codes (W3C) and chromedriver's own, and the fact that each implies.
 _WEBDRIVER: Mapping[str, str] = {
     "session not created": "launch_failed",
     "invalid session id": "browser_exited",  # the session ends with the browser or its last tab
@@ -147,23 +151,23 @@ _WEBDRIVER: Mapping[str, str] = {
     "javascript error": "run_failed",
 }
 
-# Facts that are an error's own words, from a page that lives on: the text may say more.
+# Errors reported by a page that is still alive: their text may imply a more precise fact.
 _REPORTED = frozenset({"run_failed", "load_failed", "warm_failed", "info_failed", "encode_failed"})
-# Facts that a process has ended, and not why.
+# Facts that a process has ended, for an unknown cause.
 _EXITED = frozenset({"browser_exited", "driver_exited", "worker_exited", "launch_failed"})
-_FAULTS = frozenset({SIGTRAP, SIGILL, SIGABRT, SIGSEGV})  # signals that a process dies of by itself
-_SPENT = frozenset({errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EDQUOT})
+_CRASH_SIGNALS = frozenset({SIGTRAP, SIGILL, SIGABRT, SIGSEGV})  # signals of a process's own crash
+_EXHAUSTED = frozenset({errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EDQUOT})
 
-# The words of onnxruntime-web, the engines and Dawn, and the fact that each stands for; the first
-# that matches counts. Tight, since a message may also quote names that a model's author chose.
-_SAID: Mapping[str, re.Pattern[str]] = {
+# Messages of onnxruntime-web, the engines and Dawn, and the fact that each implies; the first match
+# counts. Strict patterns, since a message may also quote names that a model's author chose.
+_MESSAGES: Mapping[str, re.Pattern[str]] = {
     fact: re.compile(pattern, re.IGNORECASE)
     for fact, pattern in {
         "out_of_memory": (
             r"bad_alloc|out[ _-]?of[ _-]?(?:device[ _]|host[ _])?memory|allocation failed|\boom\b"
             r"|(?:could not|failed to|cannot) (?:allocate|enlarge) memory|allocation size overflow"
         ),
-        "device_lost": (  # but one that is destroyed in order is lost, too
+        "device_lost": (  # also reported for a device that was destroyed on purpose
             r"device (?:is |was )?lost(?!.*destroyed)|(?:device|context)_lost|\bgpu process\b"
             r"|instance dropped|external instance reference no longer exists"
         ),
@@ -173,18 +177,18 @@ _SAID: Mapping[str, re.Pattern[str]] = {
         ),
         "short_file": r"protobuf parsing failed|unexpected end of (?:file|data|input)",
         "deadline_passed": r"\bTimeoutError\b|\btimed out\b",
-        "no_adapter": (  # unless wasm was tried, too: then it is not what went wrong
+        "no_adapter": (  # unless wasm was tried, too: then it is not the cause
             r"\A(?!.*\bwasm: ).*(?:failed to get (?:a )?(?:web)?gpu (?:adapter|device)"
             r"|no available adapters)"
         ),
     }.items()
 }
-_CONSOLE_LINES = 10  # the last ones: older lines are of older troubles
+_CONSOLE_LINES = 10  # the last ones: older lines are about older problems
 _TEXT_MAX = 2_000  # characters of a text that are read
 _NAME_MAX = 100  # characters of a part of a fingerprint: a page may have made it up
-_CAUSES_MAX = 10  # a chain of causes may be a ring
+_CAUSES_MAX = 10  # a chain of causes may be circular
 
-# What an error's type stands for; the first that fits.
+# The fact that an error's type implies; the first match counts.
 _TYPES: tuple[tuple[type[BaseException], str], ...] = (
     (errors.LaunchFailed, "launch_failed"),
     (errors.SetupError, "launch_failed"),
@@ -203,23 +207,22 @@ _TYPES: tuple[tuple[type[BaseException], str], ...] = (
 def categorize_browser_failure(
     error: BaseException | str, context: Mapping[str, Any] | None = None
 ) -> Failure:
-    """Turn an error and what is known around it into a `Failure`.
+    """Turn an error and its context into a `Failure`.
 
-    `context` may hold `ref`, `op_id`, `at`, what the fingerprint is made of (`browser`, `version`,
-    `backend`, `adapter`, `model_type`) and any evidence, which is kept (what is no plain data as
-    its `repr`); so are the fields of `error`, which `context` outweighs. In the order of trust:
+    `context` may hold `ref`, `op_id`, `at`, the parts of the fingerprint (`browser`, `version`,
+    `backend`, `adapter`, `model_type`) and any evidence, which is kept (as its `repr` if it is not
+    plain data); so are the fields of `error`, which `context` overrides. In the order of trust:
 
-    1. `what`, a fact from the death watch or bridge: see `_SEEN`. A `LaunchFailed` is one, too.
-    2. What refines a fact that leaves its cause open. A process that the kernel killed for memory
+    1. `what`, a fact from the death watch or bridge: see `_FACTS`. A `LaunchFailed` is one, too.
+    2. Evidence for the cause of such a fact. A process that the kernel killed for memory
        (`oom`: how often; or `memory`: `{"used", "limit"}` in bytes, with SIGKILL) ran out of it;
        `status` is an exit status, a negative one the signal. `device_lost` is WebGPU's
        `{"reason", "message"}`, of which only the reason may be relied on.
-    3. Without a fact, what stands for one: a signal that a process dies of by itself, a lost
-       device, the WebDriver error code `webdriver`. An exit code says nothing: Firefox crashes
-       with 0.
-    4. The types of `error` and of its causes, and the `what` that these bring along.
-    5. Text, and only what a page said: the message of an error that it reported, then, for memory
-       and GPU alone, the last lines of `console` and its last report `page`.
+    3. Without a fact, evidence that implies one: a signal of a crash, a lost device, the WebDriver
+       error code `webdriver`. An exit code implies nothing: Firefox crashes with 0.
+    4. The types of `error` and of its causes, and their `what`.
+    5. Text, and only a page's: the message of an error that it reported, then, for memory and GPU
+       only, the last lines of `console` and its last report `page`.
     """
     facts = dict(context or {})
     ref, op_id, at = facts.pop("ref", None), facts.pop("op_id", ""), facts.pop("at", 0.0)
@@ -230,11 +233,11 @@ def categorize_browser_failure(
         facts = {**error.fields, **facts}
     fact, said = _text(facts.get("what")), message
     where = fact or _text(facts.get("error_type"))
-    if fact not in _SEEN:
+    if fact not in _FACTS:
         launch = isinstance(error, errors.LaunchFailed | errors.SetupError)
-        fact = "launch_failed" if launch else _implied(facts)
+        fact = "launch_failed" if launch else _fact_of_evidence(facts)
         if not fact:
-            fact, said = _told(error)
+            fact, said = _fact_of_error(error)
     return Failure(
         *_refined(fact, facts, said),
         message,
@@ -247,46 +250,46 @@ def categorize_browser_failure(
 
 
 def _refined(fact: str, facts: Mapping[str, Any], message: str) -> _Kind:
-    """What a fact means in the light of the other evidence."""
+    """What a fact means, given the other evidence."""
     status, lost = _status(facts), _lost_reason(facts)
     if fact == "socket_closed" and status is not None:
-        fact = "browser_exited"  # whatever the status: that there is one says that it ended
-    reported, kind = fact in _REPORTED, _SEEN.get(fact, _UNEXPLAINED)
-    if (fact in _EXITED or fact == "page_closed") and _starved(facts, status):
+        fact = "browser_exited"  # any exit status means that it has ended
+    reported, kind = fact in _REPORTED, _FACTS.get(fact, _UNEXPLAINED)
+    if (fact in _EXITED or fact == "page_closed") and _killed_for_memory(facts, status):
         return Category.RESOURCE_EXHAUSTION, Severity.SEVERE, kind[2]
     if lost == "destroyed" and (reported or fact == "device_lost"):
-        return _SEEN["device_destroyed"]
+        return _FACTS["device_destroyed"]
     if lost and lost != "destroyed" and (reported or fact == "page_closed"):
-        return _SEEN["device_lost"]
-    said = _said(message) if reported else ""
-    # onnxruntime's own error code explains an error; what else the console holds is not its cause.
+        return _FACTS["device_lost"]
+    said = _fact_of_text(message) if reported else ""
+    # With onnxruntime's own error code, the console does not hold the cause.
     if fact == "page_closed" or (reported and not said and "ERROR_CODE" not in message):
-        heard = (_said(line) for line in _last_words(facts))
+        heard = (_fact_of_text(line) for line in _last_lines(facts))
         said = next((what for what in heard if what in ("out_of_memory", "device_lost")), "")
-    if said and _SEEN[said][0] is not kind[0]:  # else the fact knows the scope better
-        return _SEEN[said]
+    if said and _FACTS[said][0] is not kind[0]:  # else the fact has the better scope
+        return _FACTS[said]
     return kind
 
 
-def _implied(facts: Mapping[str, Any]) -> str:
-    """The fact that other evidence stands for; empty if none."""
-    if -(_status(facts) or 0) in _FAULTS:
+def _fact_of_evidence(facts: Mapping[str, Any]) -> str:
+    """The fact that other evidence implies; empty if none."""
+    if -(_status(facts) or 0) in _CRASH_SIGNALS:
         return "browser_exited"
     if _lost_reason(facts):
         return "device_lost"
     return _WEBDRIVER.get(_text(facts.get("webdriver")).lower(), "")
 
 
-def _told(error: BaseException | str) -> tuple[str, str]:
-    """The fact that an error, or else what caused it, stands for, and its words; empty if none."""
+def _fact_of_error(error: BaseException | str) -> tuple[str, str]:
+    """The fact implied by an error, or else by its causes, and its text; empty if none."""
     link: BaseException | str | None = error
     for _ in range(_CAUSES_MAX):
         if not isinstance(link, BaseException):
             break
         what = _text(link.fields.get("what")) if isinstance(link, errors.PoolError) else ""
-        if what in _SEEN and link is not error:
+        if what in _FACTS and link is not error:
             return what, str(link)
-        if isinstance(link, OSError) and link.errno in _SPENT:
+        if isinstance(link, OSError) and link.errno in _EXHAUSTED:
             return "node_exhausted", str(link)
         for cls, fact in _TYPES:
             if isinstance(link, cls):
@@ -295,14 +298,14 @@ def _told(error: BaseException | str) -> tuple[str, str]:
     return "", ""
 
 
-def _said(text: str) -> str:
-    """The fact that a text stands for; empty if none."""
+def _fact_of_text(text: str) -> str:
+    """The fact that a text implies; empty if none."""
     text = text[:_TEXT_MAX]
-    return next((fact for fact, pattern in _SAID.items() if pattern.search(text)), "")
+    return next((fact for fact, pattern in _MESSAGES.items() if pattern.search(text)), "")
 
 
-def _last_words(facts: Mapping[str, Any]) -> list[str]:
-    """What the page said last, the newest first."""
+def _last_lines(facts: Mapping[str, Any]) -> list[str]:
+    """The last console lines and report of the page, the newest first."""
     page, console = facts.get("page"), facts.get("console")
     report = [_text(page.get("text"))] if isinstance(page, Mapping) else []
     lines = console[-_CONSOLE_LINES:] if isinstance(console, list | tuple) else ()
@@ -313,14 +316,14 @@ def _status(facts: Mapping[str, Any]) -> int | None:
     status = facts.get("status")
     if not isinstance(status, int) or isinstance(status, bool):
         return None
-    return 128 - status if 128 < status < 192 else status  # how a shell passes a signal on
+    return 128 - status if 128 < status < 192 else status  # a shell reports signal n as 128 + n
 
 
-def _starved(facts: Mapping[str, Any], status: int | None) -> bool:
-    """Whether what ended was ended because memory had run out."""
+def _killed_for_memory(facts: Mapping[str, Any], status: int | None) -> bool:
+    """Whether the process was killed because memory ran out."""
     oom, memory = facts.get("oom"), facts.get("memory")
     if isinstance(oom, int) and oom > 0:
-        return -(status or 0) not in _FAULTS
+        return -(status or 0) not in _CRASH_SIGNALS
     match memory:
         case {"used": int() | float() as used, "limit": int() | float() as limit}:
             return status == -SIGKILL and 20 * used >= 19 * limit > 0  # 95 %
@@ -346,7 +349,7 @@ def _text(value: Any) -> str:
 
 
 def _plain(value: Any, depth: int = 10) -> Any:
-    """`value` so that it crosses a pickle."""
+    """`value` as data that can be pickled."""
     match value:
         case None | bool() | int() | float() | str() | bytes() | HostRef() | Failure():
             return value

@@ -1,8 +1,8 @@
-"""Faults that are made on purpose: which there are, what each does at which intensity, what it
-must be noticed as and which level survives it; and schedules of them, drawn from a seed.
+"""Fault injection: the kinds of faults, what each does at which intensity, how it must be detected
+and which level recovers from it; and schedules of faults, drawn from a seed.
 
-The faults themselves are made by `actors.injector` and `actors.pool_faults`; the simulator takes
-the same schedules. This module must not break anything.
+`actors.injector` and `actors.pool_faults` inject the faults; the simulator uses the same
+schedules. This module must not inject anything.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Intensity(StrEnum):
 
 
 class FaultSite(StrEnum):
-    """What a fault is aimed at: one browser's slot, or the supervisor that all share."""
+    """The target of a fault: one browser's slot, or the pool's supervisor."""
 
     BROWSER = "browser"
     SUPERVISOR = "supervisor"
@@ -63,18 +63,18 @@ class FaultSite(StrEnum):
 
 @dataclass(frozen=True)
 class Dose:
-    """A fault at one intensity: what is done, the lowest level whose operations all survive it,
-    and as what the supervisor may notice it (nothing: it must go by unnoticed)."""
+    """A fault at one intensity: what is done, the lowest level whose operations all recover, and
+    the categories by which the supervisor may detect it (none: it must not be detected)."""
 
     what: str
     level: Level
     noticed: frozenset[Category] = frozenset()
-    quiet: bool = False  # it may also go by unnoticed
+    quiet: bool = False  # it may also stay undetected
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a kind of fault. `engines`: those that can have it."""
+    """The facts of a kind of fault. `engines`: the browser types to which it applies."""
 
     doses: Mapping[Intensity, Dose]
     place: FaultSite = FaultSite.BROWSER
@@ -105,7 +105,7 @@ def _of(mild: Dose, moderate: Dose, severe: Dose) -> Mapping[Intensity, Dose]:
 def _signals(
     whom: str, level: Level, noticed: frozenset[Category] = _CRASH, quiet: bool = False
 ) -> Mapping[Intensity, Dose]:
-    """It gives up, it dumps core, it is killed. Firefox may ignore SIGTERM, WebKit SIGSEGV."""
+    """Abort, core dump, kill. (Firefox may ignore SIGTERM, and WebKit SIGSEGV.)"""
     names = ("SIGABRT", "SIGQUIT", "SIGKILL")
     return _of(*(Dose(f"{name} to {whom}", level, noticed, quiet) for name in names))
 
@@ -205,7 +205,7 @@ FAULTS: Mapping[FaultKind, Facts] = {
                 "the lowest bit of a number in the next answer is flipped",
                 Level.CRITICAL,
                 _WRONG,
-                quiet=True,  # among unequal numeric identities no vote can see it
+                quiet=True,  # no vote can detect it among unequal numeric ids
             ),
             Dose(
                 "bit 22 of a number in each of the next 3 answers is flipped",
@@ -274,7 +274,7 @@ FAULTS: Mapping[FaultKind, Facts] = {
 @dataclass(frozen=True)
 class Fault:
     """One fault. `target` is a browser's slot (its stand-in, if it has been replaced), empty for
-    what is aimed at the supervisor."""
+    the supervisor."""
 
     kind: FaultKind
     intensity: Intensity = Intensity.MODERATE
@@ -290,9 +290,9 @@ class Fault:
 
 @dataclass(frozen=True)
 class Injected:
-    """A fault that was made: what was done to which processes, and when (wall time, seconds).
+    """An injected fault: what was done to which processes, and when (wall time, seconds).
 
-    `until` is when it ends by itself, None if it doesn't. `epoch`: the incarnation that was hit.
+    `until` is when it ends by itself, None if it doesn't. `epoch`: the affected incarnation.
     """
 
     fault: Fault
@@ -305,7 +305,7 @@ class Injected:
 
 
 def may_inject(circuit: CircuitState, intensity: Intensity) -> bool:
-    """Whether a browser whose circuit is so may be broken on purpose (source 004's table)."""
+    """Whether a fault may be injected into a browser in this circuit state (source 004's table)."""
     match circuit:
         case CircuitState.CLOSED | CircuitState.DISABLED:
             return True
@@ -322,7 +322,7 @@ class Clock(StrEnum):
     """What `Due.when` counts."""
 
     OPERATIONS = "operations"  # begun
-    STEPS = "steps"  # tokens that have come
+    STEPS = "steps"  # tokens generated
     SECONDS = "seconds"  # since the first operation
 
 
@@ -337,7 +337,7 @@ class Due:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What goes wrong in a run, and when. The same seed and bounds draw the same schedule."""
+    """The faults of a run, and when. The same seed and limits draw the same schedule."""
 
     seed: int
     faults: tuple[Due, ...]
@@ -352,16 +352,16 @@ _SCHEDULE = TypeAdapter(Schedule)
 def schedule_from_json(text: str | bytes) -> Schedule:
     """Raises `BadInput`."""
     if len(text) > SCHEDULE_BYTES_MAX:
-        raise BadInput(f"a schedule of {len(text)} bytes; the limit is {SCHEDULE_BYTES_MAX}")
+        raise BadInput(f"the schedule has {len(text)} bytes; the limit is {SCHEDULE_BYTES_MAX}")
     try:
         schedule = _SCHEDULE.validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise BadInput(f"this is no schedule of faults: {where}: {first['msg']}") from error
+        raise BadInput(f"not a fault schedule: {where}: {first['msg']}") from error
     if len(schedule.faults) > SCHEDULE_FAULTS_MAX:
         raise BadInput(
-            f"a schedule of {len(schedule.faults)} faults; the limit is {SCHEDULE_FAULTS_MAX}"
+            f"the schedule has {len(schedule.faults)} faults; the limit is {SCHEDULE_FAULTS_MAX}"
         )
     return schedule
 
@@ -384,13 +384,13 @@ def draw_schedule(
     kinds: Sequence[FaultKind] = tuple(FaultKind),
     intensities: Sequence[Intensity] = tuple(Intensity),
 ) -> Schedule:
-    """A fault each `every` up to `until`, dealt so that each kind comes as often as the others.
+    """A fault each `every` up to `until`; all kinds are equally frequent.
 
     Kinds that none of the engines in `slots` can have are left out. Raises `BadInput` if that
     leaves none, or for an `every` that is not over 0.
     """
     if not every > 0:
-        raise BadInput(f"a fault each {every:g} {clock}: expected a number over 0.", got=every)
+        raise BadInput(f"every: expected a number of {clock} over 0, got {every:g}.", got=every)
     targets = {
         kind: [name for name, engine in slots.items() if engine in FAULTS[kind].engines]
         for kind in kinds
@@ -398,7 +398,7 @@ def draw_schedule(
     possible = [kind for kind in kinds if targets[kind]]
     if not possible:
         raise BadInput(
-            f"none of {', '.join(kinds) or 'no faults'} can happen to {', '.join(slots)}.",
+            f"none of the faults {', '.join(kinds) or '(none)'} applies to {', '.join(slots)}.",
             got=list(kinds),
         )
     rng = random.Random(f"schedule {seed}")

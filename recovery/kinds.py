@@ -38,7 +38,7 @@ class Backend(StrEnum):
 
 
 class Level(StrEnum):
-    """What is kept ready before anything fails."""
+    """A level of fault tolerance: what is kept ready before anything fails."""
 
     NONE = "none"
     LOW = "low"
@@ -69,7 +69,7 @@ class RecoveryLevel(IntEnum):
 
 
 class Readiness(StrEnum):
-    """What a host says of itself."""
+    """The state that a host reports."""
 
     STARTING = "starting"
     READY = "ready"
@@ -97,7 +97,7 @@ def detect_browser_type(name: str) -> BrowserType:
         if any(re.search(rf"\b{alias}\b", lowered) for alias in _BROWSER_ALIASES[kind]):
             return kind
     raise BadInput(
-        f"{name!r} is no browser that tabpool knows: expected one of "
+        f"{name!r} is not a supported browser: expected one of "
         f"{', '.join(BrowserType)} (or the name of one of their binaries).",
         expected=[str(kind) for kind in BrowserType],
         got=name,

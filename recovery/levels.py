@@ -1,4 +1,4 @@
-"""What each level of fault tolerance keeps ready, as numbers, and what is really held.
+"""How many browsers and copies each level of fault tolerance needs, and which level is in effect.
 
 A level is a promise about an operation; how many browsers it takes and how many copies of an
 operation run follow from it. This module must not choose hosts.
@@ -23,21 +23,21 @@ BROWSERS_NEEDED: Mapping[Level, int] = {
 
 COPIES: Mapping[Level, int] = {**dict.fromkeys(LEVELS_ASCENDING, 1), Level.CRITICAL: 3}
 REDUNDANT = (Level.HIGH, Level.CRITICAL)
-COPIES_MAX = 5  # of one operation at `critical`, while no two of its answers agree
+COPIES_MAX = 5  # of one operation at `critical`, while no two answers agree
 
 
 def effective_level(level: Level, ready: int) -> Level:
-    """The level that `ready` browsers hold, if `level` is what was asked for."""
+    """The level that `ready` browsers can provide, at most the requested `level`."""
     while level in REDUNDANT and ready < BROWSERS_NEEDED[level]:
         level = LEVELS_ASCENDING[LEVELS_ASCENDING.index(level) - 1]
     return level
 
 
 def copies_wanted(level: Level, answers: int, under_way: int, *, late: bool) -> int:
-    """How many copies of an operation there should be, those that have answered included.
+    """How many copies of an operation there should be, including those that have answered.
 
-    `answers` have come and elect nothing. `late`: the oldest copy under way has taken longer than
-    it should; then one more is sent, at the levels that keep another browser ready for that.
+    `answers` have arrived, and no two agree. `late`: the oldest copy under way is overdue; then
+    one more is sent (a hedge), at the levels that keep another browser ready.
     """
     copies = COPIES[level]
     if level in REDUNDANT and late:

@@ -1,8 +1,8 @@
-"""What a pool does about itself between failures: park, recycle, grow and shrink.
+"""Maintenance of a pool without failures: park, recycle, grow and shrink.
 
-It turns what hosts report of themselves into events for `recovery.control.decide`, by the rules of
-`recovery.resources` and `recovery.scaling`. Time is an argument. This module must not ask
-hosts, and must not act.
+It turns the reports of hosts into events for `recovery.control.decide`, by the rules of
+`recovery.resources` and `recovery.scaling`. Time is an argument. This module must not query hosts,
+and must not carry out anything.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Scaled:
 
 
 class Caretaker:
-    """Decides from one look to the next. `why` is the reason of the last change of size."""
+    """Decides at each look at the pool. `why` is the reason of the last change of size."""
 
     def __init__(
         self, limits: ResourceLimits, scaling: Mapping[BrowserType, ScalingLimits]
@@ -54,7 +54,7 @@ class Caretaker:
         nodes: Iterable[NodeLoad],
         now: float,
     ) -> tuple[Body, ...]:
-        """What should happen, given what hosts in service have just reported."""
+        """The events that follow from what hosts in service have just reported."""
         if state.closing:
             return ()
         recycling = any(record.recycling for record in state.browsers.values()) or any(
@@ -82,7 +82,7 @@ class Caretaker:
         own = [r for r in state.browsers.values() if r.kind is kind and not r.stands_in_for]
         ready = [r for r in own if r.phase is Phase.READY]
         queues = [loads[r.id].queue for r in ready if r.id in loads]
-        # One that was given up keeps its place: else it would be started over and over.
+        # A browser that was given up is counted: else it would be started again and again.
         lost = sum(r.phase is Phase.GIVEN_UP and not r.replaced_by for r in own)
         coming = lost + sum(r.phase in COMING or r.recycling for r in own)
         busy = sum(queue > 0 for queue in queues)
@@ -106,8 +106,8 @@ def _queue(record: BrowserRecord, loads: Mapping[str, BrowserLoad]) -> int:
 
 
 def free_names(state: PoolState, kind: BrowserType, count: int) -> list[str]:
-    """Names for `count` new browsers: the first numbers that none of that kind has, unless it was
-    stopped in order."""
+    """Names for `count` new browsers: the first numbers not used by a browser of that kind, except
+    those that were stopped on request."""
     kept = (*ALIVE, Phase.GIVEN_UP)
     return first_names(kind, count, {r.id for r in state.browsers.values() if r.phase in kept})
 

@@ -1,9 +1,9 @@
-"""Which browsers load a model that not every browser loads: the shards of one that was cut.
+"""Which browsers load a model that not every browser loads: the shards of a cut model.
 
 Each has a number of copies, spread over the browsers so that no browser has more of a group than
-its share. A copy whose browser died is placed anew at once where another browser has less than its
-share; else it waits for the repair, and only when nobody is being repaired do others take more.
-Pure: this module must not know what a browser is doing beyond the few facts it gets.
+its share. A copy whose browser died is placed again at once if another browser has less than its
+share; else it waits for the repair, and only when no browser is being repaired do others exceed
+their share. Pure: this module must not know of a browser more than a `Slot` says.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Placing:
-    """How a model is placed. `group` names what it is a part of, `copies` are of this part."""
+    """How a model is placed. `group` is the cut model, `copies` those of this part."""
 
     copies: int
     group: str
@@ -23,7 +23,7 @@ class Placing:
 
 @dataclass(frozen=True)
 class Slot:
-    """A browser, as far as placing goes. `refuses`: models that it could not load."""
+    """What placement needs to know of a browser. `refuses`: models that it failed to load."""
 
     browser_id: str
     kind: str
@@ -33,10 +33,10 @@ class Slot:
 
 
 def place(placed: Mapping[str, Placing], slots: Sequence[Slot]) -> tuple[tuple[str, str], ...]:
-    """What to load where, besides what is there: pairs of browser and model.
+    """What to load in addition to what is loaded: pairs of browser and model.
 
-    `slots` are the browsers in service and those that are coming. While some are coming, nobody
-    takes more than its share: what has no place waits for them.
+    `slots` are the browsers in service and those that are starting. While some are starting, no
+    browser exceeds its share: copies without a place wait for them.
     """
     has = {slot.browser_id: set(slot.has) for slot in slots}
     coming = any(not slot.ready for slot in slots)
@@ -45,7 +45,7 @@ def place(placed: Mapping[str, Placing], slots: Sequence[Slot]) -> tuple[tuple[s
         parts = [model for model, placing in placed.items() if placing.group == group]
         total = sum(placed[model].copies for model in parts)
         share = -(-total // max(len(slots), 1))
-        # Whoever is beyond the share comes last; while others are coming, not at all.
+        # Browsers may exceed the share only in the second pass, and only if none is starting.
         for limit in (share, *(() if coming else (total,))):
             for model in parts:
                 for _ in range(placed[model].copies):
@@ -83,8 +83,8 @@ def _choose(
     ]
     return min(
         fit,
-        # The emptiest; then another engine than the copies there are, so that one fault of an
-        # engine does not take all of them.
+        # The least loaded; then a browser type that has no copy yet, so that one engine fault does
+        # not take all copies.
         key=lambda slot: (
             load(slot),
             kinds.count(slot.kind),

@@ -2,8 +2,8 @@
 
 All data and pure functions. A *level* says which rungs an operation may count on, a *strategy* is
 an order of rungs, and `plan` cuts a strategy's order to the rung at which this failure should
-start. A plan says what to do, never how; carrying it out and climbing to its next step belong to
-the supervisor. This module must not act, wait or look at a clock.
+start. The supervisor carries a plan out and moves on to its next step. This module must not act,
+wait or read a clock.
 
 Sources of the start rungs: the tables "Recovery Strategy Selection" and "Browser Failure Types"
 of the documents that the project came from, as `docs/architecture.md` lists them.
@@ -46,14 +46,14 @@ LEVEL_RUNGS: Mapping[Level, frozenset[RecoveryLevel]] = {
     Level.CRITICAL: frozenset(RecoveryLevel),
 }
 
-# A rung that was tried so often for such a failure, and worked at most so rarely, is passed by.
+# A rung with so many attempts for a kind of failure, and at most this success rate, is skipped.
 INEFFECTIVE_ATTEMPTS = 5
 INEFFECTIVE_RATE = 0.2
 
 
 @dataclass(frozen=True)
 class StrategyOrder:
-    """A strategy as data. `race`: its rungs are tried at once, and the first that works stays."""
+    """A strategy as data. `race`: its rungs are tried at once, and the first that works is kept."""
 
     name: str
     rungs: tuple[RecoveryLevel, ...]
@@ -77,12 +77,16 @@ STRATEGIES: dict[str, StrategyOrder] = {
 def register_strategy(name: str, rungs: Iterable[RecoveryLevel], *, race: bool = False) -> None:
     """Let pools of this process use `name` as a strategy. Raises `BadInput`.
 
-    The order travels with the pool's configuration and stands in its log, so only the process
+    The order is part of the pool's configuration and of its log, so only the process
     that makes the pool has to register it.
     """
     order = StrategyOrder(name, tuple(RecoveryLevel(rung) for rung in rungs), race)
     if not name or name in [str(known) for known in Strategy]:
-        raise BadInput(f"{name!r} can't be registered: it is empty, or tabpool's own.", got=name)
+        raise BadInput(
+            f"{name!r} can't be registered as a strategy: the name is empty, or is "
+            "built in. Choose another name.",
+            got=name,
+        )
     if not order.rungs or len(set(order.rungs)) != len(order.rungs):
         raise BadInput(
             f"strategy {name!r}: expected one or more rungs, each once, got {order.rungs}.",
@@ -92,7 +96,7 @@ def register_strategy(name: str, rungs: Iterable[RecoveryLevel], *, race: bool =
 
 
 def strategy_order(name: str) -> StrategyOrder:
-    """Raises `BadInput`, naming those there are."""
+    """The strategy of that name. Raises `BadInput`, listing the known names."""
     try:
         return STRATEGIES[name]
     except KeyError:
@@ -130,7 +134,7 @@ class Plan:
 
 
 def start_rung(failure: Failure, breaker: CircuitState) -> RecoveryLevel:
-    """Where recovery from this failure begins, before history has its say."""
+    """Where recovery from this failure begins, before its history is considered."""
     rung = START_RUNG[failure.category]
     if breaker is CircuitState.HALF_OPEN:
         rung = max(rung, MODERATE)
@@ -139,7 +143,7 @@ def start_rung(failure: Failure, breaker: CircuitState) -> RecoveryLevel:
     connection = failure.category is Category.CONNECTION_FAILURE
     alive = failure.scope is Scope.OPERATION or (connection and failure.scope is Scope.PAGE)
     if rung is MINIMAL and not alive:
-        rung = MODERATE  # there is nobody to reconnect to, or it hangs and would not answer
+        rung = MODERATE  # its process is dead or hangs: reconnecting can't help
     return rung
 
 
@@ -155,15 +159,15 @@ def plan(
 ) -> Plan:
     """The steps against `failure` that `level` allows, in the order of `strategy`.
 
-    `breaker` is the browser's; `history` holds what came of each rung for failures of this kind.
+    `breaker` is the browser's; `history` holds the tally of each rung for failures of this kind.
     `start` overrides the rung to begin with. `simulation` appends rung 5, which is last of any
     strategy and must be allowed. A strategy that has no rung from the start rung on begins with
-    its highest one: a pool that was told to restart and nothing else restarts.
+    its highest one: a pool whose strategy is only to restart restarts.
     """
     history = history or {}
     allowed = LEVEL_RUNGS[level]
     if start is not None:
-        why = f"told to start at rung {int(start)}"
+        why = f"requested to start at rung {int(start)}"
     else:
         usual, start = START_RUNG[failure.category], start_rung(failure, breaker)
         why = f"{failure.category} starts at rung {int(usual)}"
@@ -171,12 +175,12 @@ def plan(
             why += f", raised to {int(start)} (breaker {breaker}, scope {failure.scope})"
     rungs = [rung for rung in strategy.rungs if rung is not SIMULATION]
     begin = [rung for rung in rungs if rung >= start] or rungs[-1:]
-    hopeful = [rung for rung in begin if not history.get(rung, Tally()).ineffective]
-    if hopeful and hopeful != begin:
-        passed = ", ".join(str(int(rung)) for rung in begin if rung not in hopeful)
-        why += f"; rung {passed} rarely works here"
-        begin = hopeful
-    # A race that begins above its lowest rung is still a race, of those that are left.
+    effective = [rung for rung in begin if not history.get(rung, Tally()).ineffective]
+    if effective and effective != begin:
+        skipped = ", ".join(str(int(rung)) for rung in begin if rung not in effective)
+        why += f"; rung {skipped} rarely works for this kind of failure"
+        begin = effective
+    # A race that begins above its lowest rung is still a race of the remaining rungs.
     begin = [rung for rung in begin if rung in allowed]
     steps = (tuple(begin),) if strategy.race and begin else tuple((rung,) for rung in begin)
     if failure.category is Category.WRONG_ANSWER and begin == [FALLBACK] and MODERATE in rungs:
@@ -185,5 +189,5 @@ def plan(
     if simulation and SIMULATION in allowed:
         steps = (*steps, (SIMULATION,))
     if not steps:
-        why = f"level {level} allows no rung for it"
+        why = f"level {level} allows no rung for this failure"
     return Plan(steps, why)

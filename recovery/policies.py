@@ -37,18 +37,18 @@ TEMPLATE_FREES: dict[str, Any] = {
     "reraise": True,
 }
 
-# A supervisor that died is started again by Ray and has read its log within some 3 to 6 s.
+# Ray restarts a dead supervisor, which has read its log within some 3 to 6 s.
 SUPERVISOR_RETURNS: dict[str, Any] = {
     "stop": stop_after_delay(20),
     "wait": wait_fixed(0.2),
     "reraise": True,
 }
 
-# A page whose queue is full, or that is away, is told a little later to forget a sequence.
+# A "forget" for a page whose queue is full, or that is disconnected, is sent again a little later.
 SEQUENCE_FORGOTTEN: dict[str, Any] = {
     "stop": stop_after_attempt(8),
     "wait": wait_exponential(multiplier=0.02, max=2.0),
 }
 
-# An order that takes long is given again whenever that happens; its giver has a limit of its own.
+# A long-running order is sent again whenever the supervisor restarts; the sender has its own limit.
 SUPERVISOR_MAY_TAKE_LONG: dict[str, Any] = {**SUPERVISOR_RETURNS, "stop": stop_never}

@@ -1,4 +1,4 @@
-"""The small frozen records that every room speaks in. All are picklable.
+"""Small frozen records shared by all packages. All are picklable.
 
 This module must not hold behaviour beyond what a record derives from itself.
 """
@@ -29,7 +29,7 @@ class HostRef:
 
 @dataclass(frozen=True)
 class NumericId:
-    """What decides the bits of an answer: hosts with equal ids that are `exact` agree in each."""
+    """What determines the bits of an answer: hosts with equal, `exact` ids agree bit for bit."""
 
     ort_build: str
     backend: Backend
@@ -39,21 +39,21 @@ class NumericId:
 
     @property
     def exact(self) -> bool:
-        """Whether sums come out in one order: on one thread they do. GPUs need not, and an
-        adapter's name does not tell its driver."""
+        """Whether sums are computed in a fixed order: true on one thread. GPUs need not do so, and
+        an adapter's name does not identify its driver."""
         return self.backend in (Backend.WASM, Backend.NATIVE) and self.threads == 1
 
 
 @dataclass(frozen=True)
 class HostStatus:
-    """What a host says of itself, sent with every reply.
+    """The state that a host reports, sent with every reply.
 
     `browser` is None for the native runtime. `queue` counts operations that its page has not
-    finished; `queue_max` is the bound that admission holds; `models` maps a loaded model to its
+    finished; `queue_max` is the limit of admission; `models` maps a loaded model to its
     numeric id; `served` counts answers.
-    `blocked` holds, by model (the empty name stands for all), for how many seconds a circuit
-    breaker goes on refusing; infinity until somebody switches it. `memory_bytes` is what its
-    process tree had resident when last looked at, 0 if never.
+    `blocked` holds, by model (the empty name stands for all), for how many more seconds
+    a circuit breaker refuses; infinity if it was switched by hand. `memory_bytes` is the resident
+    memory of its process tree when last measured, 0 if never.
     """
 
     ref: HostRef
@@ -78,7 +78,7 @@ class HostStatus:
 
 @dataclass(frozen=True)
 class BrowserFacts:
-    """What one launched browser really has, as its own page reported it."""
+    """The capabilities of one launched browser, as its own page reported them."""
 
     product: str
     version: str

@@ -1,8 +1,8 @@
-"""What is done about memory and usage: models to park, browsers to recycle, loads to refuse.
+"""Resource limits: which models to park, browsers to recycle and loads to refuse.
 
-Pure functions of what was measured; who measures, and who carries an answer out, is the caller's
-business. One thing at a time: the effect of a step must be seen before the next is taken. This
-module must not look at a clock, a process or a node.
+Pure functions of measurements; the caller measures and carries out the result. One step at a time:
+its effect must be measured before the next. This module must not read a clock, a process or a
+node.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 
 MIB = 2**20
-SWOLLEN_RATIO = 1.5  # of the pool's median: what is larger has swollen
+SWOLLEN_RATIO = 1.5  # of the pool's median: a larger browser is swollen
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class ResourceLimits:
     memory_low: float = 0.15  # less available: idle models are parked, swollen browsers recycled
     memory_min: float = 0.08  # a load whose peak would leave less is refused
     idle_seconds: float = 30.0  # a model or browser unused for so long is idle
-    # A browser so old, that has served so many operations or is so large is started anew. 0: never.
+    # A browser beyond one of these limits (age, operations, memory) is restarted. 0: no limit.
     recycle_seconds: float = 0.0
     recycle_operations: int = 0
-    recycle_bytes: int = 0  # more than a new browser with its models holds, or it goes on for ever
+    recycle_bytes: int = 0  # must exceed a new browser with its models, or it never stops
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class BrowserLoad:
 
 @dataclass(frozen=True)
 class Park:
-    """Take an idle model out of every browser; it is loaded again when somebody asks for it."""
+    """Unload an idle model from every browser; it is loaded again at its next use."""
 
     model: str
     why: str
@@ -68,7 +68,7 @@ class Park:
 
 @dataclass(frozen=True)
 class Recycle:
-    """Start an idle browser anew. `epoch`: the one that was judged; a later one is innocent."""
+    """Restart an idle browser. `epoch`: the measured incarnation; a later one is not restarted."""
 
     browser_id: str
     epoch: int
@@ -102,7 +102,7 @@ def refuse_load(
     browsers: Iterable[BrowserLoad],
     peak_bytes: int,
 ) -> str:
-    """Why a model can't be loaded now, for people; empty if it can.
+    """Why a model can't be loaded now, in words; empty if it can.
 
     All ready browsers of a node load it at once, and each holds `peak_bytes` at its peak. Of
     several nodes that are too small, the one that lacks most is named.
@@ -130,7 +130,7 @@ def refuse_load(
         f"node {worst.node}: {_mib(peak_bytes * count)} would be needed at the peak "
         f"({count} x {_mib(peak_bytes)}), {_mib(worst.available_bytes)} of "
         f"{_mib(worst.memory_bytes)} are available and "
-        f"{_mib(limits.memory_min * worst.memory_bytes)} must stay so, which is "
+        f"{_mib(limits.memory_min * worst.memory_bytes)} must stay free, which is "
         f"{_mib(lacking(worst))} too little. Use fewer browsers, unload a model or give the node "
         "more memory."
     )
@@ -151,7 +151,7 @@ def _park(
     if not parkable:
         return None
     model = min(parkable, key=lambda model: (-idle[model], model))
-    # One of the nodes that it frees, to be named: the one that has least.
+    # Of the nodes on which it frees memory, the one that has least is named.
     homes = {browser.node for browser in browsers if model in browser.models}
     tightest = _tightest(load for node, load in short.items() if node in homes)
     return Park(model, f"not used for {idle[model]:.0f} s, and {_shortage(tightest)}")
@@ -174,7 +174,7 @@ def _recycle_swollen(
     limits: ResourceLimits, short: Mapping[str, NodeLoad], browsers: Sequence[BrowserLoad]
 ) -> Recycle | None:
     """Recycle the largest browser where memory is short, if it is much larger than others."""
-    sizes: dict[str, list[int]] = {}  # engines differ by more than that
+    sizes: dict[str, list[int]] = {}  # by type: they differ by more than that
     for load in browsers:
         if load.ready and load.memory_bytes > 0:
             sizes.setdefault(load.kind, []).append(load.memory_bytes)
@@ -185,7 +185,7 @@ def _recycle_swollen(
         if browser.node in short
         and browser.kind in usual
         and browser.memory_bytes > SWOLLEN_RATIO * usual[browser.kind]
-        # One that is so large when it is new would be recycled again and again.
+        # One that is as large when new would be recycled again and again.
         and browser.age_seconds >= limits.idle_seconds
         and _may_be_recycled(limits, browser, browsers)
     ]
@@ -202,7 +202,7 @@ def _recycle_swollen(
 def _may_be_recycled(
     limits: ResourceLimits, browser: BrowserLoad, browsers: Iterable[BrowserLoad]
 ) -> bool:
-    """Nobody waits for it, and either nobody did for a while or another one takes over."""
+    """Whether its queue is empty, and it has been idle for long or another browser is ready."""
     if not browser.ready or browser.queue > 0:
         return False
     if browser.idle_seconds >= limits.idle_seconds:

@@ -1,9 +1,9 @@
-"""How many browsers there should be: one more under a lasting queue, one fewer when most idle.
+"""How many browsers there should be: one more if queues stay long, one fewer if most are idle.
 
-One pure function of the readings of late; a browser more or fewer is a step whose effect is
-awaited before the next. The conditions for up and down can't both hold: the browsers that would
-remain must not have so long a queue that one more would be wanted. This module must not start or
-stop anything, nor look at a clock.
+One pure function of the latest readings. It adds or removes one browser at a time and waits for
+the effect before the next change. The conditions for up and down can't both hold: it only scales
+down if the remaining browsers' queues would not make it scale up. This module must not start or
+stop anything, nor read a clock.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class ScalingLimits:
 
     minimum: int
     maximum: int
-    up_queue: float = 2.0  # operations per browser: with so many, one more browser is wanted
-    up_seconds: float = 2.0  # if it lasts so long
-    down_busy: float = 0.3  # fraction of browsers busy: with so few, one fewer will do
+    up_queue: float = 2.0  # operations per browser: with so many, add one browser
+    up_seconds: float = 2.0  # if it lasts that long
+    down_busy: float = 0.3  # fraction of browsers busy: at or below, remove one browser
     down_seconds: float = 30.0  # on average over so long
     settle_seconds: float = 5.0  # no further change so soon after one, except to the minimum
 
@@ -54,7 +54,7 @@ def scale(
 ) -> Change:
     """Judge the pool by its `readings`, in order of time, the last being how it is now.
 
-    `changed_at` is when the number of browsers was last changed; before any change, say
+    `changed_at` is when the number of browsers was last changed; before any change, pass
     `-math.inf`. All times are in seconds, of one clock. No readings, no change.
     """
     if not readings:
@@ -64,14 +64,14 @@ def scale(
     if browsers < limits.minimum:
         return Change(limits.minimum - browsers, f"{browsers} of at least {limits.minimum}")
     if now - changed_at < limits.settle_seconds:
-        return Change(0, "the last change has yet to settle")
+        return Change(0, "waiting for the last change to settle")
     if browsers > limits.maximum:
         if latest.coming:
-            return Change(0, "too many, but those that are coming must be there first")
+            return Change(0, "above the maximum, but waiting for starting browsers to be ready")
         return Change(-1, f"{browsers} of at most {limits.maximum}")
     if _is_crowded(limits, readings):
         if browsers >= limits.maximum:
-            return Change(0, "crowded, but there are as many browsers as there may be")
+            return Change(0, "crowded, but already at the maximum number of browsers")
         per_browser = f"{latest.queued} operations on {latest.ready} browsers"
         return Change(1, f"{per_browser}, crowded for {limits.up_seconds:g} s")
     if latest.coming == 0 and latest.ready > limits.minimum and _is_idle(limits, readings):
@@ -84,18 +84,18 @@ def scale(
 
 
 def choose_leaver(candidates: Sequence[tuple[str, int, float]]) -> str:
-    """Of (browser_id, queue, since): the one with the least queue, of these the latest come.
+    """Of (browser_id, queue, since): the one with the shortest queue; among equals, the newest.
 
-    `since` is when it came, in seconds of any one clock. Raises `ValueError` if there are none.
+    `since` is when it joined, in seconds of any one clock. Raises `ValueError` if there are none.
     """
     browser_id, _, _ = min(candidates, key=lambda one: (one[1], -one[2], one[0]))
     return browser_id
 
 
 def _window(readings: Sequence[Reading], seconds: float) -> list[Reading]:
-    """The last `seconds` of the readings; none if they don't reach back so far.
+    """The last `seconds` of the readings; none if they don't reach back that far.
 
-    It begins with the last reading from before, which says how things were at its start.
+    It begins with the last reading before that, which gives the state at the window's start.
     """
     start = readings[-1].at - seconds
     window = []
@@ -113,11 +113,11 @@ def _is_crowded(limits: ScalingLimits, readings: Sequence[Reading]) -> bool:
 
 
 def _is_idle(limits: ScalingLimits, readings: Sequence[Reading]) -> bool:
-    """Would one fewer do? Never of the last one: no queue is short enough for none."""
+    """Whether one browser fewer would be enough. Never true of the last one."""
     window = _window(readings, limits.down_seconds)
     if not window:
         return False
-    # What counts is how many would remain of today's browsers, not of those there were then.
+    # Counted from today's browsers, not from those at the time of each reading.
     remaining = readings[-1].ready - 1
     if any(one.queued >= limits.up_queue * remaining for one in window):
         return False

@@ -1,7 +1,7 @@
-"""What follows when a stage of a sequence has no answer: ask again, rebuild, or give up; and where.
+"""What to do when a stage of a sequence does not answer: retry, rebuild or give up; and where.
 
-A stage is a shard of a model at work on one sequence in one browser, with caches in the page. Pure
-functions of level, failure and what is known of the hosts. This module must not talk to one.
+A stage is a shard of a model that runs one sequence in one browser, with caches in the page. Pure
+functions of level, failure and host status. This module must not contact a host.
 """
 
 from __future__ import annotations
@@ -15,30 +15,28 @@ from recovery.levels import COPIES, COPIES_MAX, REDUNDANT
 from recovery.records import HostRef, HostStatus, NumericId
 
 QUORUM = {Level.CRITICAL: 2}
-# The host is well, but does not have what was meant: another incarnation, or a sequence that it
-# does not know or knows otherwise. Nothing has failed there.
+# The host is healthy, but the request was not for its present state: another incarnation, or a
+# sequence that it does not have or has at another position. The host has not failed.
 MISADDRESSED = frozenset(
     {"replaced", "not_loaded", "out_of_step", "stale_step", "stale_frame", "too_many_sequences"}
 )
-RETRIES_MAX = (
-    2  # times that a page which is cut off is asked again, where it can be built elsewhere
-)
+RETRIES_MAX = 2  # of a page that is cut off, where the stage can be rebuilt elsewhere
 
 
 class RecoveryAction(StrEnum):
-    ASK_AGAIN = "ask_again"  # the page may still have its caches
-    REBUILD = "rebuild"  # caches have to be made anew, there or elsewhere
+    ASK_AGAIN = "ask_again"  # retry: the page may still have its caches
+    REBUILD = "rebuild"  # the caches have to be rebuilt, there or elsewhere
     GIVE_UP = "give_up"
 
 
 def recovery_action(
-    level: Level, failure: Failure, failures: int, failures_max: int, asked: int = 0
+    level: Level, failure: Failure, failures: int, failures_max: int, retries: int = 0
 ) -> RecoveryAction:
-    """What to do about a stage that did not answer, `failures` of this step included.
+    """What to do about a stage that did not answer; `failures` counts those of this step.
 
-    `low` survives what leaves the page its caches: a lost connection, a step that took too long.
-    From `medium` on they can be made again, which is done once the page has been asked again
-    `asked` times in vain.
+    `low` recovers from failures that leave the page its caches: a lost connection, a step that
+    took too long. From `medium` on caches can be rebuilt, which is done after `RETRIES_MAX`
+    `retries` of the page have failed.
     """
     if level is Level.NONE or failures > failures_max:
         return RecoveryAction.GIVE_UP
@@ -46,16 +44,16 @@ def recovery_action(
         return RecoveryAction.GIVE_UP if level is Level.LOW else RecoveryAction.REBUILD
     brief = failure.category in (Category.CONNECTION_FAILURE, Category.TIMEOUT)
     brief = brief and failure.scope in (Scope.PAGE, Scope.OPERATION)
-    if brief and (asked < RETRIES_MAX or level is Level.LOW):
+    if brief and (retries < RETRIES_MAX or level is Level.LOW):
         return RecoveryAction.ASK_AGAIN
     return RecoveryAction.GIVE_UP if level is Level.LOW else RecoveryAction.REBUILD
 
 
 def copies_of_stage(level: Level, answers: int, pending: int, *, late: bool) -> int:
-    """On how many browsers a stage should be at work on a step.
+    """On how many browsers a step of a stage should run.
 
-    One; three at `critical`; one more where that one is late, at the levels that keep another
-    ready; and one more while those that have answered don't agree.
+    One; three at `critical`; one more if a step is late, at the levels that keep another browser
+    ready; and one more while the answers don't agree.
     """
     wanted = COPIES[level]
     if late and level in REDUNDANT:
@@ -74,10 +72,10 @@ def choose_stage_host(
     numeric: NumericId | None = None,
     load: Mapping[HostRef, int] | None = None,
 ) -> HostStatus | None:
-    """The host on which a stage should be built, of those that have its shard loaded; None: none.
+    """The host on which to build a stage, of those with its shard loaded; None: there is none.
 
-    Equal numbers come first, since only there are the bits the same; then the least busy. `load`
-    counts the stages that the sequence has on each.
+    Hosts with the numeric id `numeric` come first, since only they give the same bits; then the
+    least busy. `load` counts the sequence's stages on each host.
     """
     counts = load or {}
     fit = [

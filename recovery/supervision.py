@@ -1,4 +1,4 @@
-"""Restart intensity, as in OTP: how many restarts in which period are still reasonable.
+"""Restart intensity, as in OTP: how many restarts are allowed in which period.
 
 The clock is an argument; the caller keeps the history. Source: Erlang/OTP's supervisor
 (`intensity` and `period`). This module must not restart anything.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RestartLimit:
-    """At most `restarts_max` in `period_seconds`; a start that failed waits before the next."""
+    """At most `restarts_max` in `period_seconds`; after a failed start it waits before the next."""
 
     restarts_max: int = 8
     period_seconds: float = 120.0
@@ -22,7 +22,7 @@ class RestartLimit:
 
 @dataclass(frozen=True)
 class Restart:
-    """Go on; `history` is what to keep, `delay` what to wait if the start itself failed."""
+    """Restart; `history` is to be kept, `delay` is to be waited if the start failed."""
 
     history: tuple[float, ...]
     delay: float
@@ -30,7 +30,7 @@ class Restart:
 
 @dataclass(frozen=True)
 class GiveUp:
-    """Too many restarts: take it out and report it."""
+    """Too many restarts: remove the browser and report it."""
 
     history: tuple[float, ...]
 
@@ -38,7 +38,7 @@ class GiveUp:
 def record_restart(history: tuple[float, ...], at: float, limit: RestartLimit) -> Restart | GiveUp:
     """Judge one more restart at time `at` (seconds) after those at the times in `history`.
 
-    Moments far ahead of `at` are of a wall clock that was set back since: they count no more.
+    Times far ahead of `at` come from before the wall clock was set back, and are ignored.
     """
     recent = (*(t for t in history if abs(at - t) < limit.period_seconds), at)
     if len(recent) > limit.restarts_max:

@@ -1,8 +1,8 @@
-"""Whether answers agree, and which of them are to be believed.
+"""Voting: whether answers agree, and which of them is accepted.
 
 Hosts with equal `NumericId` must agree bit for bit if that is `exact`; others within the model's
 tolerance, which can see large errors only. Two that agree elect an answer. Pure: this module must
-not know how an answer came about, and must not act on a verdict.
+not know how an answer was computed, and must not act on a verdict.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class Ballot:
 
 @dataclass(frozen=True)
 class Elected:
-    """What a vote came to.
+    """The result of a vote.
 
-    `winner` has most behind it. `outvoted` agree with nobody, or are off by low bits where two of
-    their `NumericId` repeat each other. `doubtful` agree with somebody within tolerance, but with
-    none of equal id bit for bit as they should: who is wrong by low bits, nothing says.
+    `winner` has most supporters. `outvoted` agree with no other answer, or differ in low bits from
+    two of their `NumericId` that are equal. `doubtful` agree with another within tolerance, but
+    not bit for bit with those of equal id as they should: which is wrong can't be decided.
     """
 
     winner: Ballot
@@ -69,20 +69,20 @@ Verdict: TypeAlias = Elected | Undecided
 
 
 def count_votes(ballots: Sequence[Ballot], tolerance: Tolerance) -> Verdict:
-    """What the answers that have come so far elect.
+    """The verdict on the answers so far.
 
-    The one that most others repeat bit for bit, then the one that most agree with, then the one
-    that came first.
+    The winner is the answer that most others repeat bit for bit, then the one that most agree
+    with, then the first.
     """
-    friends, kin, rivals = _relations(ballots, tolerance)
-    if not any(friends):
+    agreeing, identical, conflicting = _relations(ballots, tolerance)
+    if not any(agreeing):
         return Undecided(describe_spread(ballots))
-    first = max(range(len(ballots)), key=lambda n: (len(kin[n]), len(friends[n])))
-    supporters = [first, *sorted(friends[first])]
+    first = max(range(len(ballots)), key=lambda n: (len(identical[n]), len(agreeing[n])))
+    supporters = [first, *sorted(agreeing[first])]
     outvoted, doubtful = [], []
     for n in range(len(ballots)):
-        off = bool(rivals[n]) and not kin[n]
-        if not friends[n] or (off and any(kin[rival] for rival in rivals[n])):
+        off = bool(conflicting[n]) and not identical[n]
+        if not agreeing[n] or (off and any(identical[other] for other in conflicting[n])):
             outvoted.append(n)
         elif off or n not in supporters:
             doubtful.append(n)
@@ -97,19 +97,19 @@ _Relation: TypeAlias = list[set[int]]  # of each ballot: the numbers of others
 def _relations(
     ballots: Sequence[Ballot], tolerance: Tolerance
 ) -> tuple[_Relation, _Relation, _Relation]:
-    """Who agrees with whom, who repeats whom bit for bit, and who should and does not.
+    """Which ballots agree, which are equal bit for bit, and which should be but are not.
 
     Each pair is compared once: answers may be large.
     """
-    friends, kin, rivals = ([set[int]() for _ in ballots] for _ in range(3))
+    agreeing, identical, conflicting = ([set[int]() for _ in ballots] for _ in range(3))
     for a, b in itertools.combinations(range(len(ballots)), 2):
-        met = [friends] if agree(ballots[a], ballots[b], tolerance) else []
+        relations = [agreeing] if agree(ballots[a], ballots[b], tolerance) else []
         if _must_repeat(ballots[a], ballots[b]):
-            met.append(kin if met else rivals)
-        for relation in met:
+            relations.append(identical if relations else conflicting)
+        for relation in relations:
             relation[a].add(b)
             relation[b].add(a)
-    return friends, kin, rivals
+    return agreeing, identical, conflicting
 
 
 def _must_repeat(a: Ballot, b: Ballot) -> bool:

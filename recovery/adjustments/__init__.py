@@ -1,7 +1,7 @@
 """What an adjusted restart changes (the AGGRESSIVE rung), and which browser to try instead.
 
 `table` is the data, `choice` picks from it; `fallback` orders the other browsers.
-Whoever is outside imports from here.
+Other packages import from here.
 """
 
 from recovery.adjustments.arguments import merge_arguments

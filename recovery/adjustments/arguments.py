@@ -20,7 +20,7 @@ _SEPARATORS = {
 
 
 def merge_arguments(base: tuple[str, ...], extra: tuple[str, ...]) -> tuple[str, ...]:
-    """`base` and `extra` as one command line that says nothing twice.
+    """`base` and `extra` as one command line without repetitions.
 
     Lists (features, V8 flags) are joined; a feature that was switched off and then on, or the
     other way round, is as the later one says. The later value of any other `--name=value` wins.

@@ -1,7 +1,7 @@
 """Which rows of the table apply to a failure, merged into one adjustment of a launch.
 
-This module must not launch anything, and must not know what a browser is launched with otherwise
-(`merge_arguments` is how an adjustment meets those arguments).
+This module must not launch anything, and must not know a browser's other launch arguments
+(`merge_arguments` joins an adjustment with those).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""In which other browser a model of each type is tried when its own can't be repaired.
+"""Which other browser to try for a model of each type when its own can't be repaired.
 
 Orders are those of the source documents ("Browser Fallback Order"). This module must not know
 which browsers a pool has.

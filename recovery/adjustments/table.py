@@ -1,10 +1,10 @@
-"""What suits a browser, a failure and a type of model, as data: the rows of the AGGRESSIVE rung.
+"""The launch adjustments by browser, failure and model type: the rows of the AGGRESSIVE rung.
 
 A row of `ADJUSTMENTS` says: for this browser, failure category and model type, launch with these
-arguments, preferences and environment, because of this. The wishes come from the documents that
-asked for these rungs; `instead_of` names a wish whose argument is gone or would do harm, and
-`WITHOUT_EQUIVALENT` those that no argument fulfils. A unit test looks every name up in the
-installed browsers. This module must not choose among its rows.
+arguments, preferences and environment, because of this. The requirements come from the
+documents that specify these rungs; `instead_of` names a required argument that no longer exists or
+would do harm, and `WITHOUT_EQUIVALENT` those without any equivalent. A unit test looks every name
+up in the installed browsers. This module must not choose among its rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Adjustment:
     preferences: Mapping[str, PreferenceValue] = field(default_factory=dict)  # Firefox only
     environment: Mapping[str, str] = field(default_factory=dict)
     why: str = field(kw_only=True)
-    instead_of: str = ""  # the wish
+    instead_of: str = ""  # the required argument
 
     def applies(self, browser: BrowserType, model_type: ModelType, category: Category) -> bool:
         return (

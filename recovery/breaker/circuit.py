@@ -1,8 +1,8 @@
-"""The shell around a breaker's state: it protects calls, and tells of changes.
+"""`CircuitBreaker`: protects calls with a breaker's state, and reports changes of state.
 
-`CircuitBreaker` holds the current state, reads the clocks and hands events to
-`recovery.breaker.state`, which makes the next one. It never holds its lock across a call. This
-module must not wait, retry or repair, nor decide what a state becomes.
+It holds the current state, reads the clocks and passes events to `recovery.breaker.state`, which
+makes the next state. It never holds its lock during a call. This module must not wait, retry or
+repair, nor decide on a transition.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ T = TypeVar("T")
 
 
 class CircuitOpenError(BrowserError):
-    """The breaker refused the call, and nothing was touched. Try again later, or elsewhere."""
+    """The breaker refused the call, which was not started. Retry later, or on another browser."""
 
     @property
     def retry_after(self) -> float | None:
-        """Seconds after which to try again; None: not before somebody switches it back."""
+        """Seconds after which to retry; None: not before the breaker is reset by hand."""
         seconds = self.fields.get("retry_after")
         return None if seconds is None else float(seconds)
 
@@ -72,7 +72,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A breaker as another process can go on with it: its times are relative to `at` (wall)."""
+    """A breaker that another process can continue: its times are relative to `at` (wall time)."""
 
     breaker: Breaker
     refused: int
@@ -97,14 +97,14 @@ class CircuitBreaker:
         with breaker.guard(): ...                   # or `async with`
         permit = breaker.allow()                    # then success, failure or abandon, once
 
-    All raise `CircuitOpenError` instead of calling while the breaker refuses. An error that
-    leaves the call is a failure, unless it is the caller's fault or nobody's (`ignored`); a
-    cancelled call has no verdict.
+    While the breaker refuses, all raise `CircuitOpenError` instead of calling. An error that
+    the call raises is a failure, except caller errors and `PoolBusy` (`ignored`); a cancelled
+    call counts as neither success nor failure.
 
     Settings are a `BreakerConfig`, or its fields by name. One thread (or event loop) needs no
     lock; several that share a breaker pass `lock=threading.Lock()`, which is held for the
-    transition only. `on_change` hears of each change of state once, outside the lock, and must
-    not raise. `may_open` is asked before the breaker opens out of the closed state.
+    transition only. `on_change` is called once for each change of state, outside the lock, and
+    must not raise. `may_open` is called before the breaker opens from the closed state.
     """
 
     __slots__ = (
@@ -146,7 +146,7 @@ class CircuitBreaker:
         self._lock = lock
         self._ignored = ignored
         self._refused = 0
-        # Breakers of one pool must not all come back in the same moment, hence the name.
+        # The seed differs by name, so that breakers of one pool don't all probe at the same moment.
         seed = zlib.crc32(name.encode()) if seed is None else seed
         self._breaker = Breaker(since=clock(), seed=seed)
 
@@ -159,7 +159,7 @@ class CircuitBreaker:
 
     @property
     def state(self) -> CircuitState:
-        """The state as the last event left it: OPEN ends with the first call admitted."""
+        """The state after the last event: OPEN ends only when the first probe is admitted."""
         return self._breaker.state
 
     @property
@@ -173,16 +173,16 @@ class CircuitBreaker:
     # -- by hand --
 
     def allow(self) -> Permit:
-        """Leave for one call, to be reported once; or `CircuitOpenError`."""
+        """A permit for one call, to be reported once. Raises `CircuitOpenError`."""
         at = self._clock()
         before = self._breaker
         after, permit = admit(before, at, self.config)
-        if after is not before:  # hardly ever; so closed, nobody waits for the lock
+        if after is not before:  # rare: while closed, no call takes the lock
             with self._lock:
                 before = self._breaker
                 after, permit = admit(before, at, self.config)
                 self._breaker = after
-            self._tell(before, after, at)
+            self._notify(before, after, at)
         if permit is None:
             raise self._refusal(after, at)
         return permit
@@ -195,11 +195,11 @@ class CircuitBreaker:
             if after.state is before.state:
                 self._breaker = after
                 return
-            # Closed before, and no longer: it was slow once too often.
+            # It was closed and is not any more: too many slow calls.
             if before.state is CircuitState.CLOSED and not self._may_open():
                 after = succeed(before, at, permit, self.config, may_open=False)
             self._breaker = after
-        self._tell(before, after, at)
+        self._notify(before, after, at)
 
     def failure(
         self,
@@ -211,7 +211,7 @@ class CircuitBreaker:
     ) -> None:
         """Report a failure of an admitted call; with no permit, one outside any call.
 
-        `retried` says that a retry helped, `components` how many components are affected.
+        `retried`: a retry succeeded. `components`: how many components are affected.
         """
         if isinstance(what, BaseException):
             if not self.counts(what):
@@ -230,26 +230,26 @@ class CircuitBreaker:
             if opened and not self._may_open():
                 after = fail(before, replace(event, may_open=False), self.config)
             self._breaker = after
-        self._tell(before, after, at)
+        self._notify(before, after, at)
 
     def counts(self, error: BaseException) -> bool:
-        """Whether an error that leaves a call is a failure of what the breaker protects."""
+        """Whether an error raised by a call counts as a failure of what the breaker protects."""
         return isinstance(error, Exception) and not isinstance(error, self._ignored)
 
     def abandon(self, permit: Permit) -> None:
-        """The call ended without a verdict: its place is free again, and nothing is counted."""
+        """The call ended without a result: its permit is freed, and nothing is counted."""
         self._step(lambda at: Abandoned(at, permit))
 
     def observe(self, failure: Failure | BaseException) -> None:
-        """Something failed outside any call: the browser died, say."""
+        """Report a failure outside any call, such as the death of the browser."""
         self.failure(None, failure)
 
     def repaired(self, method: str) -> None:
-        """Name what was done about an outage, for the metrics; it stays open until it is time."""
+        """Name the repair made during an outage, for the metrics; the state does not change."""
         self._step(lambda at: Repaired(at, method))
 
     def tick(self) -> None:
-        """Notice probes beyond their limit; asking for leave does so too."""
+        """Fail probes beyond their time limit; `allow` does so, too."""
         self._step(Ticked)
 
     def force_open(self) -> None:
@@ -261,7 +261,7 @@ class CircuitBreaker:
         self._step(lambda at: Switched(at, CircuitState.DISABLED))
 
     def reset(self) -> None:
-        """Close it and start afresh; this is no recovery."""
+        """Close it, with no failures counted; this does not count as a recovery."""
         self._step(lambda at: Switched(at, CircuitState.CLOSED))
 
     # -- around a call --
@@ -331,13 +331,13 @@ class CircuitBreaker:
         self.success(permit)
         return value
 
-    # -- metrics and moving house --
+    # -- metrics and snapshots --
 
     def get_metrics(self) -> dict[str, Any]:
-        """What happened so far. The rates mean little while `enough_samples` is false.
+        """The metrics so far. The rates are not significant while `enough_samples` is false.
 
         `success_rate` is that of the latest `metrics_window_size` calls, `recovery_rate` the
-        share of openings that ended in a recovery; both are 0.0 where there were none.
+        share of openings that ended in a recovery; both are 0.0 if there were none.
         """
         return circuit_metrics(
             self._breaker,
@@ -349,12 +349,12 @@ class CircuitBreaker:
         )
 
     def snapshot(self) -> Snapshot:
-        """The breaker for another process to go on with."""
+        """The breaker's state, for another process to `restore`."""
         with self._lock:
             return Snapshot(shifted(self._breaker, -self._clock()), self._refused, at=self._wall())
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on where another incarnation's breaker was; what it admitted is late from now on."""
+        """Continue from another incarnation's breaker; late reports of its calls are ignored."""
         away = max(self._wall() - snapshot.at, 0.0)  # a wall clock may be set back
         with self._lock:
             breaker = shifted(snapshot.breaker, self._clock() - away)
@@ -369,9 +369,9 @@ class CircuitBreaker:
             at = self._clock()
             before = self._breaker
             after = self._breaker = step(before, event(at), self.config)
-        self._tell(before, after, at)
+        self._notify(before, after, at)
 
-    def _tell(self, before: Breaker, after: Breaker, at: float) -> None:
+    def _notify(self, before: Breaker, after: Breaker, at: float) -> None:
         if self._on_change is None or after.state is before.state:
             return
         opened = after.state is CircuitState.OPEN
@@ -392,9 +392,9 @@ class CircuitBreaker:
         until = retry_at(breaker, self.config)
         seconds = None if until is None else max(until - at, 0.0)
         if seconds is None:
-            why = "is forced open, until somebody resets it"
+            why = "is forced open: reset it to admit calls"
         elif breaker.state is CircuitState.HALF_OPEN:
-            why = f"is being probed: try again when that is over, or in {seconds:.3g} s"
+            why = f"is being probed: try again after the probe, or in {seconds:.3g} s"
         else:
             why = f"is open ({breaker.category or 'slow'}): try again in {seconds:.3g} s"
         return CircuitOpenError(
@@ -440,7 +440,7 @@ class Guard:
 
 
 def as_failure(error: BaseException) -> Failure:
-    """What a call's error says failed."""
+    """The failure that a call's error stands for."""
     if isinstance(error, OperationFailed) and isinstance(error.failure, Failure):
         return error.failure
     return categorize_browser_failure(error)

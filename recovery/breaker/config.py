@@ -1,7 +1,7 @@
-"""What breakers are set to, with what is checked of it.
+"""The settings of breakers, and their validation.
 
-A configuration is made once and shared by many breakers, so whatever each call would have to work
-out of it again is worked out when it is made. This module must not know what a breaker does.
+A configuration is made once and shared by many breakers, so values derived from it are computed
+once, when it is made. This module must not know what a breaker does.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ class BreakerConfig:
     recovery_timeout: float = 10.0  # seconds until the first probe; jitter only shortens it
     half_open_max_calls: int = 1  # probes under way at once
     success_threshold: int = 2  # probes in a row that must succeed to close it
-    metrics_window_size: int = 100  # latest calls that the rates in the metrics are made of
-    min_samples_for_stats: int = 5  # calls below which those rates mean nothing
+    metrics_window_size: int = 100  # latest calls that the metrics' rates cover
+    min_samples_for_stats: int = 5  # calls below which those rates are not significant
 
-    window_calls: int = 0  # look at the latest so many calls ...
-    window_seconds: float = 0.0  # ... or at those of the latest so many seconds
+    window_calls: int = 0  # window of this many latest calls ...
+    window_seconds: float = 0.0  # ... or of the calls of the latest seconds
     minimum_calls: int = 10  # in the window, before a rate counts
     failure_rate_threshold: float = 0.0  # share of failed calls in the window that opens it
     slow_call_rate_threshold: float = 0.0  # share of slow calls in the window that opens it
-    slow_call_seconds: float = 0.0  # a call that took so long is slow
+    slow_call_seconds: float = 0.0  # a call that took this long or longer is slow
 
-    recovery_timeout_growth: float = 2.0  # each opening in a row is so many times longer
+    recovery_timeout_growth: float = 2.0  # each opening in a row is longer by this factor
     recovery_timeout_max: float = 120.0  # seconds; or recovery_timeout, where that is longer
-    recovery_timeout_jitter: float = 0.1  # up to this share is taken off, by chance
+    recovery_timeout_jitter: float = 0.1  # up to this share is subtracted at random
     probe_timeout: float = 30.0  # seconds; a probe that hasn't reported by then has failed
     recovery_history_max: int = 32  # recoveries kept for the metrics
 
@@ -70,19 +70,19 @@ class BreakerConfig:
             if not isinstance(value, kinds) or not low <= value <= high or value == math.inf:
                 raise BadInput(
                     f"{name} must be {'a whole' if isinstance(low, int) else 'a'} number "
-                    f"from {low} to {high}, and it is {value!r}.",
+                    f"from {low} to {high}, got {value!r}.",
                     expected=[low, high],
                     got=value,
                 )
         by_rate = self.failure_rate_threshold or self.slow_call_rate_threshold
         if self.window_calls and self.window_seconds:
-            raise BadInput("A window is by window_calls or by window_seconds, not by both.")
+            raise BadInput("Both window_calls and window_seconds are set: set only one of them.")
         if by_rate and not (self.window_calls or self.window_seconds):
-            raise BadInput("A rate threshold needs a window: window_calls or window_seconds.")
+            raise BadInput("A rate threshold needs a window: set window_calls or window_seconds.")
         if bool(self.slow_call_rate_threshold) is not bool(self.slow_call_seconds):
-            raise BadInput("slow_call_rate_threshold and slow_call_seconds go together.")
+            raise BadInput("Set both slow_call_rate_threshold and slow_call_seconds, or neither.")
         if 0 < self.window_calls < self.minimum_calls:
-            raise BadInput("minimum_calls can't be more than window_calls: no rate would count.")
+            raise BadInput("Lower minimum_calls: above window_calls, no rate would count.")
         windowed = bool(self.window_calls or self.window_seconds)
         object.__setattr__(self, "windowed", windowed)
         object.__setattr__(self, "metrics_mask", (1 << self.metrics_window_size) - 1)
@@ -95,7 +95,7 @@ def configured(config: BreakerConfig, settings: dict[str, Any]) -> BreakerConfig
     for name in settings:
         if name not in known:
             raise BadInput(
-                f"A circuit breaker has no setting {name!r}; it has {', '.join(sorted(known))}.",
+                f"No circuit breaker setting {name!r}: expected one of {', '.join(sorted(known))}.",
                 expected=sorted(known),
                 got=name,
             )
@@ -106,11 +106,11 @@ def configured(config: BreakerConfig, settings: dict[str, Any]) -> BreakerConfig
 class RegistryConfig:
     """The limits of a registry."""
 
-    open_share_max: float = 0.5  # of a breaker's peers and itself that may be open at once
-    breakers_max: int = 1024  # beyond it, the closed breaker that was asked for longest ago goes
+    open_share_max: float = 0.5  # of a breaker and its peers that may be open at once
+    breakers_max: int = 1024  # beyond it, the least recently used closed breaker is dropped
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.open_share_max <= 1.0:
-            raise BadInput(f"open_share_max must be from 0 to 1, not {self.open_share_max!r}.")
+            raise BadInput(f"open_share_max must be from 0 to 1, got {self.open_share_max!r}.")
         if self.breakers_max < 1:
-            raise BadInput(f"breakers_max must be at least 1, not {self.breakers_max!r}.")
+            raise BadInput(f"breakers_max must be at least 1, got {self.breakers_max!r}.")

@@ -1,7 +1,6 @@
-"""What is shown of breakers: the figures of one as plain data, and the sums over many.
+"""The metrics of breakers: the figures of one as plain data, and the sums over many.
 
-All of it is read from states that others made. This module must not change a breaker, nor read a
-clock: the time arrives as an argument.
+This module must not change a breaker, nor read a clock: the time is an argument.
 """
 
 from __future__ import annotations

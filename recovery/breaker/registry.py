@@ -1,10 +1,9 @@
 """The breakers of one pool, or of one browser's actor: by browser, and by model on a browser.
 
-A pool must never open every circuit at once: then nothing would answer, however little is wrong.
-So the registry knows how many peers of a breaker are open (those of other processes too, as far
-as it was told), and holds a breaker closed that would be one too many, as Envoy's maximal
-ejection percentage does. A failure counts against the model on the browser; against the browser
-only if it reaches further than the one operation.
+A pool must never open all circuits at once, or it would answer nothing. So the registry counts the
+open peers of a breaker (those of other processes too, as last reported) and keeps a breaker closed
+that would exceed the cap, like Envoy's `max_ejection_percent`. A failure counts against the model
+on the browser; against the browser only if its scope is wider than one operation.
 
 This module must not act on a failure.
 """
@@ -38,7 +37,7 @@ class BreakerKey(NamedTuple):
 
 
 def open_max(peers: int, share: float) -> int:
-    """How many of `peers` circuits may be open at once: one of two or more, and never all."""
+    """How many of `peers` circuits may be open at once: at least one of two or more, never all."""
     return min(max(int(peers * share), 1 if share else 0), peers - 1)
 
 
@@ -68,8 +67,8 @@ class CircuitBreakerRegistry:
         self._wall = wall
         self._on_change = on_change
         self._lock = lock
-        self._breakers: dict[BreakerKey, CircuitBreaker] = {}  # the latest asked for last
-        self._elsewhere: dict[BreakerKey, CircuitState] = {}
+        self._breakers: dict[BreakerKey, CircuitBreaker] = {}  # least recently used first
+        self._remote_states: dict[BreakerKey, CircuitState] = {}
 
     def __len__(self) -> int:
         return len(self._breakers)
@@ -81,7 +80,7 @@ class CircuitBreakerRegistry:
         """The breaker of a browser or of a model on it, made on first use."""
         key = BreakerKey(browser, model)
         with self._lock:
-            breaker = self._breakers.pop(key, None) or self._made(key)
+            breaker = self._breakers.pop(key, None) or self._make(key)
             self._breakers[key] = breaker
         return breaker
 
@@ -90,11 +89,11 @@ class CircuitBreakerRegistry:
         return BothGuard(self.breaker(browser), self.breaker(browser, model))
 
     def forget(self, browser: str, model: str | None = None) -> None:
-        """Drop a browser's breakers, or one model's on it: it left the pool."""
+        """Drop the breakers of a browser, or of one model on it, that has left the pool."""
         for key in [key for key in self._breakers if _is_of(key, browser, model)]:
             del self._breakers[key]
-        for key in [key for key in self._elsewhere if _is_of(key, browser, model)]:
-            del self._elsewhere[key]
+        for key in [key for key in self._remote_states if _is_of(key, browser, model)]:
+            del self._remote_states[key]
 
     # -- the cap --
 
@@ -108,20 +107,20 @@ class CircuitBreakerRegistry:
         return others < open_max(len(peers), self.limits.open_share_max)
 
     def note_elsewhere(self, states: Mapping[BreakerKey, CircuitState]) -> None:
-        """The states of breakers in other processes, as last heard; replaces what was noted."""
+        """Set the states of other processes' breakers, as last reported; replaces earlier ones."""
         latest = list(states.items())[-self.limits.breakers_max :]
-        self._elsewhere = dict(latest)
+        self._remote_states = dict(latest)
 
     def states(self) -> dict[BreakerKey, CircuitState]:
-        """Every circuit that is known, here and elsewhere."""
-        here = {key: breaker.state for key, breaker in self._breakers.copy().items()}
-        return {**self._elsewhere, **here}
+        """The states of all known circuits, in this process and others."""
+        local = {key: breaker.state for key, breaker in self._breakers.copy().items()}
+        return {**self._remote_states, **local}
 
     def not_serving(self) -> tuple[BreakerKey, ...]:
         """The keys of the circuits that refuse calls, or are being probed."""
         return tuple(key for key, state in self.states().items() if state in _NOT_SERVING)
 
-    # -- metrics and moving house --
+    # -- metrics and snapshots --
 
     def get_metrics(self) -> dict[str, Any]:
         """The sums over all breakers of this process, and each one's metrics by its name."""
@@ -139,11 +138,11 @@ class CircuitBreakerRegistry:
         }
 
     def restore(self, snapshots: Mapping[BreakerKey, Snapshot]) -> None:
-        """Go on where another process's breakers were."""
+        """Continue from another process's breakers."""
         for key, snapshot in snapshots.items():
             self.breaker(*key).restore(snapshot)
 
-    def _made(self, key: BreakerKey) -> CircuitBreaker:
+    def _make(self, key: BreakerKey) -> CircuitBreaker:
         if len(self._breakers) >= self.limits.breakers_max:
             closed = (k for k, b in self._breakers.items() if b.state is CircuitState.CLOSED)
             del self._breakers[next(closed, next(iter(self._breakers)))]
@@ -191,7 +190,7 @@ class BothGuard:
             failure = as_failure(error)
         self._model.failure(self._model_permit, failure)
         if isinstance(failure, Failure) and failure.scope is Scope.OPERATION:
-            # Neither the browser's fault, nor a sign that it is well.
+            # Neither a failure of the browser nor a sign that it is healthy.
             self._browser.abandon(self._browser_permit)
         else:
             self._browser.failure(self._browser_permit, failure)

@@ -1,17 +1,17 @@
 """A breaker's state: frozen data, events, and the functions that make the next state.
 
-Everything that affects a breaker's state is in this file, but for the sums over its calls
-(`window.py`). `admit` answers a call that asks to go through; `step` makes the next state of any
-event; `succeed` and `fail` are the two that every call takes, so that the shell can reach them
-without an event. Time arrives as an argument (monotonic seconds), and the jitter comes from a seed
-in the state. An illegal event raises `IllegalTransition` and leaves the state alone.
+Everything that affects a breaker's state is in this file, except the sums over its calls
+(`window.py`). `admit` decides whether a call may pass; `step` makes the next state for any event;
+`succeed` and `fail` are what most calls need, so `CircuitBreaker` calls them directly, without an
+event. Time is an argument (monotonic seconds), and the jitter comes from a seed in the state. An
+illegal event raises `IllegalTransition` and changes nothing.
 
 Each admitted call gets a `Permit` with the breaker's generation, which changes with every state:
 a report from another generation is late, and changes nothing.
 
-The states are named tuples where the rest of the house has frozen dataclasses: a call makes three
-of them, and a frozen dataclass takes four times as long to make. This module must not read a
-clock, wait, or tell anybody.
+The states are named tuples, unlike the frozen dataclasses elsewhere: a call makes three of them,
+and a frozen dataclass takes four times as long to make. This module must not read a clock, wait,
+or notify anybody.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from recovery.breaker.window import Calls, Window, counted, over_rate
 from recovery.errors import IllegalTransition
 from recovery.failures import Category, Severity
 
-_new = tuple.__new__  # what a named tuple's own constructor comes to, in half the time
+_new = tuple.__new__  # what a named tuple's constructor does, in half the time
 _GROWTH_STEPS_MAX = 64  # keeps growth ** steps a finite float
 
 
 class CircuitState(StrEnum):
     """What a breaker does with a call.
 
-    FORCED_OPEN refuses and DISABLED admits whatever happens, until somebody switches it back.
+    FORCED_OPEN refuses every call and DISABLED admits every call, until it is reset by hand.
     """
 
     CLOSED = "closed"
@@ -48,7 +48,7 @@ _FORCED_OPEN, _DISABLED = CircuitState.FORCED_OPEN, CircuitState.DISABLED
 
 
 class Permit(NamedTuple):
-    """Leave for one call: report it once. `probe` is 0 but in the half-open state."""
+    """Permission for one call, to be reported once. `probe` is 0 except while half-open."""
 
     generation: int
     probe: int
@@ -64,7 +64,7 @@ class Outage(NamedTuple):
     probes: tuple[Permit, ...] = ()  # under way
     probes_made: int = 0
     probe_successes: int = 0
-    method: str = ""  # what was done about it, if anybody said so
+    method: str = ""  # the repair, if one was reported
 
 
 class Recovery(NamedTuple):
@@ -76,17 +76,17 @@ class Recovery(NamedTuple):
 
 
 class Ledger(NamedTuple):
-    """What the metrics tell of outages."""
+    """The totals of outages, for the metrics."""
 
     openings: int = 0
     recoveries: int = 0
     downtime: float = 0.0  # of all recoveries
-    held: int = 0  # times it would have opened, but for the cap of the pool
+    held: int = 0  # times it did not open because of the pool's cap
     history: tuple[Recovery, ...] = ()
 
 
 class Breaker(NamedTuple):
-    """The whole state of one breaker. `category` is that of the failure before, in a row."""
+    """The whole state of one breaker. `category`: of the last call, if it failed."""
 
     state: CircuitState = CircuitState.CLOSED
     generation: int = 0
@@ -104,7 +104,7 @@ class Breaker(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A call wants to go through. `admit` does the same and also answers."""
+    """A call asks for a permit. `admit` does the same and also returns the permit."""
 
     at: float
 
@@ -119,8 +119,8 @@ class Succeeded:
 class Failed:
     """A call failed; with no permit, something failed outside any call (a browser died).
 
-    `retried`: a retry helped, so the operation did not fail for its caller. `components`: how many
-    are affected. `may_open`: whether the pool's cap leaves room for one more open circuit.
+    `retried`: a retry succeeded, so the operation did not fail for its caller. `components`: how
+    many are affected. `may_open`: whether the pool's cap leaves room for one more open circuit.
     """
 
     at: float
@@ -134,7 +134,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Abandoned:
-    """A call ended without a verdict (cancelled, or refused for the caller's own fault)."""
+    """A call ended without success or failure (cancelled, or refused for a caller's error)."""
 
     at: float
     permit: Permit
@@ -142,22 +142,22 @@ class Abandoned:
 
 @dataclass(frozen=True, slots=True)
 class Ticked:
-    """Time went by: probes beyond their limit have failed."""
+    """Time has passed: probes beyond their time limit have failed."""
 
     at: float
 
 
 class BreakerSwitch(StrEnum):
-    """What somebody may set a breaker to by hand."""
+    """The manual switches of a breaker."""
 
     FORCE_OPEN = "force_open"  # refuse everything until it is reset or disabled
     DISABLE = "disable"  # admit everything until it is reset or forced open; calls are counted
-    RESET = "reset"  # close it and start afresh
+    RESET = "reset"  # close it, with no failures counted
 
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """Something was done about an outage. The probes still have to show that it helped."""
+    """A repair was made during an outage. Probes still have to show that it helped."""
 
     at: float
     method: str
@@ -165,7 +165,7 @@ class Repaired:
 
 @dataclass(frozen=True, slots=True)
 class Switched:
-    """Somebody decided: FORCED_OPEN, DISABLED, or CLOSED (start afresh)."""
+    """Switched by hand: to FORCED_OPEN, DISABLED, or CLOSED (a reset)."""
 
     at: float
     to: CircuitState
@@ -199,7 +199,7 @@ def step(breaker: Breaker, event: Event, config: BreakerConfig) -> Breaker:
 
 
 def admit(breaker: Breaker, at: float, config: BreakerConfig) -> tuple[Breaker, Permit | None]:
-    """The state after a call asked to go through, and its permit; None: refused."""
+    """The state after a call asked for a permit, and the permit; None if it is refused."""
     state = breaker.state
     if state is _CLOSED or state is _DISABLED:
         return breaker, _new(Permit, (breaker.generation, 0, at))
@@ -208,7 +208,7 @@ def admit(breaker: Breaker, at: float, config: BreakerConfig) -> tuple[Breaker, 
         if breaker.state is not _HALF_OPEN:
             return breaker, None
     elif state is _OPEN and at >= breaker.outage.until:
-        breaker = _moved(breaker, _HALF_OPEN, at)
+        breaker = _transition(breaker, _HALF_OPEN, at)
     else:
         return breaker, None
     outage = breaker.outage
@@ -230,15 +230,15 @@ def succeed(
     """The state after an admitted call succeeded. It can open the breaker by being slow."""
     state, generation, since, _, _, calls, outage, ledger, seed = breaker
     if permit.generation != generation:
-        return _late(breaker, permit)
+        return _check_late(breaker, permit)
     slow_seconds = config.slow_call_seconds
     slow = 1 if slow_seconds and at - permit.at >= slow_seconds else 0
     if state is _CLOSED:
         calls = counted(calls, at, 0, 0, slow, config)
-        # As `Breaker(...)`, in half the time: this is what nearly every call comes to.
+        # As `Breaker(...)`, in half the time: nearly every call takes this path.
         after = _new(Breaker, (state, generation, since, 0, None, calls, outage, ledger, seed))
         if (calls.shown_failed or calls.shown_slow) and over_rate(calls, config):
-            return _opened(after, at, config) if may_open else _held(after)
+            return _opened(after, at, config) if may_open else _opening_suppressed(after)
         return after
     if state is _DISABLED:
         return breaker._replace(calls=counted(calls, at, 0, 0, slow, config))
@@ -249,14 +249,14 @@ def succeed(
         return _opened(breaker._replace(calls=counted(calls, at, 0, 0, slow, config)), at, config)
     outage = breaker.outage._replace(probe_successes=breaker.outage.probe_successes + 1)
     breaker = breaker._replace(calls=counted(calls, at, 0, 0, 0, config), outage=outage)
-    return _closed(breaker, at, config) if _enough(outage, config) else breaker
+    return _closed(breaker, at, config) if _enough_probes(outage, config) else breaker
 
 
 def fail(breaker: Breaker, event: Failed, config: BreakerConfig) -> Breaker:
     """The state after a failure."""
     at, permit = event.at, event.permit
     if permit is not None and permit.generation != breaker.generation:
-        return _late(breaker, permit)
+        return _check_late(breaker, permit)
     if permit is not None and breaker.state not in (_CLOSED, _DISABLED):
         breaker = _reported(breaker, at, permit, config)
         if breaker.state is not _HALF_OPEN:
@@ -272,15 +272,15 @@ def fail(breaker: Breaker, event: Failed, config: BreakerConfig) -> Breaker:
         return breaker
     breaker = breaker._replace(failures=breaker.failures + int(recorded), category=event.category)
     if breaker.failures >= config.failure_threshold or over_rate(calls, config):
-        return _opened(breaker, at, config) if event.may_open else _held(breaker)
+        return _opened(breaker, at, config) if event.may_open else _opening_suppressed(breaker)
     return breaker
 
 
 def is_recorded(breaker: Breaker, failure: Failed) -> bool:
     """Whether a failure counts towards opening; every failure counts in the metrics.
 
-    The rules that say "always" come before those that say "never": a mild failure that a retry
-    retried is recorded where it is the second of its category in a row.
+    Rules that always record come before those that never do: a mild failure that a retry fixed is
+    recorded if it is the second of its category in a row.
     """
     if (
         failure.severity is Severity.SEVERE
@@ -295,9 +295,9 @@ def is_recorded(breaker: Breaker, failure: Failed) -> bool:
 
 
 def retry_at(breaker: Breaker, config: BreakerConfig) -> float | None:
-    """When a call that is refused now may be tried again; None: when somebody switches it.
+    """When a call that is refused now may be tried again; None if not before a manual switch.
 
-    Where nothing is refused, a time that has passed.
+    If calls are not refused, a time in the past.
     """
     if breaker.state is _OPEN:
         return breaker.outage.until
@@ -316,7 +316,7 @@ def open_seconds(breaker: Breaker, config: BreakerConfig) -> float:
 
 
 def shifted(breaker: Breaker, by: float) -> Breaker:
-    """The same breaker on a clock that shows `by` seconds more. Its probes are let go."""
+    """The same breaker on a clock that shows `by` seconds more. Its probes are dropped."""
     outage, ledger, window = breaker.outage, breaker.ledger, breaker.calls.window
     buckets = tuple(bucket._replace(start=bucket.start + by) for bucket in window.buckets)
     window = window._replace(start=window.start + by, buckets=buckets)
@@ -330,7 +330,7 @@ def shifted(breaker: Breaker, by: float) -> Breaker:
     )
 
 
-def _moved(breaker: Breaker, to: CircuitState, at: float) -> Breaker:
+def _transition(breaker: Breaker, to: CircuitState, at: float) -> Breaker:
     return breaker._replace(state=to, generation=breaker.generation + 1, since=at)
 
 
@@ -342,10 +342,10 @@ def _opened(breaker: Breaker, at: float, config: BreakerConfig) -> Breaker:
         openings=outage.openings + 1,
     )
     ledger = ledger._replace(openings=ledger.openings + 1)
-    return _moved(breaker, _OPEN, at)._replace(outage=outage, ledger=ledger)
+    return _transition(breaker, _OPEN, at)._replace(outage=outage, ledger=ledger)
 
 
-def _held(breaker: Breaker) -> Breaker:
+def _opening_suppressed(breaker: Breaker) -> Breaker:
     ledger = breaker.ledger
     return breaker._replace(ledger=ledger._replace(held=ledger.held + 1))
 
@@ -359,43 +359,47 @@ def _closed(breaker: Breaker, at: float, config: BreakerConfig) -> Breaker:
         downtime=ledger.downtime + downtime,
         history=kept[max(len(kept) - config.recovery_history_max, 0) :],
     )
-    return _afresh(_moved(breaker, _CLOSED, at))._replace(ledger=ledger)
+    return _cleared(_transition(breaker, _CLOSED, at))._replace(ledger=ledger)
 
 
-def _afresh(breaker: Breaker) -> Breaker:
-    """Forget what led to the last state; the totals stay."""
+def _cleared(breaker: Breaker) -> Breaker:
+    """Clear failures, window and outage; the totals stay."""
     calls = breaker.calls.with_window(Window())
     return breaker._replace(failures=0, category=None, calls=calls, outage=Outage())
 
 
-def _enough(outage: Outage, config: BreakerConfig) -> bool:
+def _enough_probes(outage: Outage, config: BreakerConfig) -> bool:
     return outage.probe_successes >= config.success_threshold
 
 
 def _switch(breaker: Breaker, at: float, to: CircuitState) -> Breaker:
     if to not in (_CLOSED, _FORCED_OPEN, _DISABLED):
-        raise IllegalTransition(f"nobody can switch a breaker to {to}", state=str(breaker.state))
+        raise IllegalTransition(
+            f"a breaker can't be switched to {to}: expected closed, forced_open or disabled",
+            state=str(breaker.state),
+        )
     if to is breaker.state and to is not _CLOSED:
         return breaker
-    return _afresh(_moved(breaker, to, at))
+    return _cleared(_transition(breaker, to, at))
 
 
-def _late(breaker: Breaker, permit: Permit) -> Breaker:
+def _check_late(breaker: Breaker, permit: Permit) -> Breaker:
     if permit.generation > breaker.generation:
         raise IllegalTransition(
             f"a call of generation {permit.generation} can't report to a breaker of "
-            f"generation {breaker.generation}: the permit is another breaker's",
+            f"generation {breaker.generation}: the permit belongs to another breaker",
             state=str(breaker.state),
         )
     return breaker
 
 
 def _reported(breaker: Breaker, at: float, permit: Permit, config: BreakerConfig) -> Breaker:
-    """The state without the probe that reports; no longer half-open if it reports too late."""
+    """The state without the reporting probe; no longer half-open if it reports too late."""
     outage = breaker.outage
     if breaker.state is not _HALF_OPEN or permit not in outage.probes:
         raise IllegalTransition(
-            f"no such call is under way while {breaker.state}", state=str(breaker.state)
+            f"the permit is not of a probe under way while {breaker.state}",
+            state=str(breaker.state),
         )
     breaker = _expire(breaker, at, config)
     if breaker.state is not _HALF_OPEN:
@@ -406,14 +410,14 @@ def _reported(breaker: Breaker, at: float, permit: Permit, config: BreakerConfig
 
 def _abandon(breaker: Breaker, at: float, permit: Permit, config: BreakerConfig) -> Breaker:
     if permit.generation != breaker.generation:
-        return _late(breaker, permit)
+        return _check_late(breaker, permit)
     if breaker.state in (_CLOSED, _DISABLED):
         return breaker
     return _reported(breaker, at, permit, config)
 
 
 def _expire(breaker: Breaker, at: float, config: BreakerConfig) -> Breaker:
-    """Reopen the breaker if a probe is beyond its limit: whatever hangs has failed."""
+    """Reopen the breaker if a probe is beyond its time limit: a hanging probe has failed."""
     if breaker.state is not _HALF_OPEN or not breaker.outage.probes:
         return breaker
     if all(at - probe.at < config.probe_timeout for probe in breaker.outage.probes):

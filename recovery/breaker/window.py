@@ -1,4 +1,4 @@
-"""Reported calls: the totals, and the sliding window that a breaker's rates are made of.
+"""Reported calls: the totals, and the sliding window of a breaker's rates.
 
 A window is by count (a bit is a call) or by time (in buckets, a tenth of it each). The records are
 named tuples for the reason that `recovery.breaker.state` gives. This module only counts: it must
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from recovery.breaker.config import BreakerConfig
 
-_new = tuple.__new__  # what a named tuple's own constructor comes to, in half the time
+_new = tuple.__new__  # what a named tuple's constructor does, in half the time
 
 
 class Bucket(NamedTuple):
@@ -24,7 +24,7 @@ class Bucket(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What the rates are made of: three sums, and what it takes to slide them.
+    """The three sums behind the rates, and what is needed to slide the window.
 
     By count, a bit is a call, the lowest the latest. By time, `buckets` are the stretches before
     the one that began at `start`; what is in that one is the sums less what is in those.

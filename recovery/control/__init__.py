@@ -1,8 +1,8 @@
 """The pool's control state: events go in, the next state and instructions come out.
 
-`records` is the state, `events` what happens to it, `instructions` what is to be done about it;
-`decide` turns the first two into the next state and the third, with `models` and `repairs` for
-its parts. `reconcile` compares the state with the living. Whoever is outside imports from here.
+`records` holds the state, `events` the events, `instructions` the instructions; `decide` maps a
+state and an event to the next state and instructions, with `models` and `repairs` for its parts.
+`reconcile` compares the state with what workers report. Other packages import from here.
 """
 
 from recovery.control.decide import (

@@ -1,10 +1,10 @@
-"""What every event makes of the pool's state: a table with one row for each event.
+"""The pool's transition function: one case for each event.
 
 `decide(state, event)` returns the next state and the instructions that follow; `apply` is
 `decide` without the instructions, which is how a log is replayed. Time arrives inside the event.
-An event that the state does not allow raises and leaves the state alone. The rows for models are
-in `recovery.control.models`, what is tried about a failure is in `recovery.control.repairs`. This
-module must not do anything.
+An event that the state does not allow raises and changes nothing. The cases for models are in
+`recovery.control.models`, repairs of failed browsers in `recovery.control.repairs`. This module
+must not carry out anything.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ from recovery.control.events import (
 )
 from recovery.control.instructions import Decision, Drain, Launch, Stop
 from recovery.control.models import (
-    blamed,
-    everywhere,
     load_given_up,
+    loaded_everywhere,
     loads_of,
     model_failed,
     model_loaded,
@@ -41,6 +40,7 @@ from recovery.control.models import (
     model_unwanted,
     model_wanted,
     placed,
+    with_interrupted_load,
 )
 from recovery.control.records import (
     ALIVE,
@@ -56,9 +56,9 @@ from recovery.control.records import (
     without_models,
 )
 from recovery.control.repairs import (
+    browser_survives,
     climb,
     end_repair,
-    lives_on,
     model_type_of,
     own_rung,
     repair_worked,
@@ -80,9 +80,9 @@ def apply(state: PoolState, event: Event) -> PoolState:
 
 
 def decide(state: PoolState, event: Event) -> Decision:
-    """The state after `event`, and what is to be done. Raises `IllegalTransition`.
+    """The state after `event`, and the instructions. Raises `IllegalTransition`.
 
-    News of an incarnation that has been replaced changes nothing: it is not illegal, only late.
+    An event of an incarnation that has been replaced is late, not illegal, and is ignored.
     """
     state, orders = _decide(state, event)
     if not state.placed or state.closing:
@@ -138,7 +138,10 @@ def _decide(state: PoolState, event: Event) -> Decision:
 def _wanted(state: PoolState, browser_id: str, kind: BrowserType, at: float) -> Decision:
     known = state.browsers.get(browser_id)
     if state.closing or (known is not None and known.phase in ALIVE):
-        raise IllegalTransition(f"{browser_id} can't be wanted now", state=str(known))
+        raise IllegalTransition(
+            f"browser {browser_id} can't be started now: it is running, or the pool is closing",
+            state=str(known),
+        )
     epoch = known.epoch + 1 if known else 0
     record = BrowserRecord(browser_id, kind, epoch, Phase.STARTING, at)
     return with_record(state, record), (Launch(browser_id, kind, epoch),)
@@ -150,7 +153,10 @@ def _ready(state: PoolState, body: BrowserReady, at: float) -> Decision:
     if record.epoch != body.epoch or record.phase in over:
         return state, ()
     if record.phase is not Phase.STARTING:
-        raise IllegalTransition(f"{record.id} was ready while {record.phase}", epoch=body.epoch)
+        raise IllegalTransition(
+            f"browser {record.id} reported ready while {record.phase}, expected starting",
+            epoch=body.epoch,
+        )
     record = replace(
         record,
         phase=Phase.READY,
@@ -160,7 +166,7 @@ def _ready(state: PoolState, body: BrowserReady, at: float) -> Decision:
         served=True,
         models={
             model: ModelPhase.FAILED if load_given_up(record, model) else ModelPhase.LOADING
-            for model in everywhere(state)
+            for model in loaded_everywhere(state)
         },
     )
     state = with_record(state, record)
@@ -179,8 +185,8 @@ def _ready(state: PoolState, body: BrowserReady, at: float) -> Decision:
 def _reconnected(state: PoolState, body: BrowserReconnected, at: float) -> Decision:
     record = record_of(state, body.browser_id)
     if record.epoch != body.epoch or record.phase is not Phase.RECONNECTING:
-        return state, ()  # it failed in some other way meanwhile
-    models = {**dict.fromkeys(everywhere(state), ModelPhase.LOADING), **record.models}
+        return state, ()  # it has failed in another way since
+    models = {**dict.fromkeys(loaded_everywhere(state), ModelPhase.LOADING), **record.models}
     record = replace(record, phase=Phase.READY, since=at, models=models)
     loads = loads_of(record)
     state, stops = repair_worked(
@@ -197,11 +203,11 @@ def _failed(state: PoolState, body: BrowserFailed, at: float) -> Decision:
         Phase.REPLACING,
     ):
         return state, ()
-    touchable = lives_on(body.failure) and record.phase is Phase.READY
-    ended = record if touchable else without_models(blamed(record, body.failure))
+    page_alive = browser_survives(body.failure) and record.phase is Phase.READY
+    ended = record if page_alive else without_models(with_interrupted_load(record, body.failure))
     ended = replace(ended, since=at, failure=body.failure)
     if record.phase is Phase.DRAINING and record.recycling and not state.closing:
-        return state, ()  # the end of its drain starts it anew
+        return state, ()  # it is restarted when its drain ends
     if state.closing or record.phase is Phase.DRAINING:
         stopped = replace(without_models(ended), phase=Phase.STOPPED, repair=None)
         return with_record(state, stopped), (Stop(record.id, record.epoch),)
@@ -212,7 +218,9 @@ def _failed(state: PoolState, body: BrowserFailed, at: float) -> Decision:
     if record.stands_in_for:
         return stand_in_failed(state, ended, at)
     if ended.repair is None:
-        if at - record.since >= state.limit.period_seconds:  # it served well: back to full speed
+        if (
+            at - record.since >= state.limit.period_seconds
+        ):  # long without failure: drop the adjustment
             ended = replace(ended, adjusted=None)
         model_type = model_type_of(state, record, body.failure)
         key = tally_key(body.failure.category, record.kind, model_type)
@@ -228,13 +236,15 @@ def _failed(state: PoolState, body: BrowserFailed, at: float) -> Decision:
         ended = replace(ended, repair=repair)
     else:
         state, ended = rung_failed(state, ended, own_rung(ended), body.failure.message, at)
-        if ended.repair is not None and ended.repair.trying:  # others of its step are at work
+        if (
+            ended.repair is not None and ended.repair.trying
+        ):  # other rungs of its step are still being tried
             waiting = replace(ended, phase=Phase.REPLACING)
             return with_record(state, waiting), ()
-    # What was installed when it served is installed: such an error passes (no memory, an upgrade).
+    # A browser that has served is installed, so this error may pass (no memory, an upgrade).
     final = body.final and not ended.served
     ineffective = final or ended.launches_failed >= state.limit.launches_failed_max
-    return climb(state, ended, at, can_restart=not ineffective, touchable=touchable)
+    return climb(state, ended, at, can_restart=not ineffective, page_alive=page_alive)
 
 
 def _unwanted(state: PoolState, browser_id: str, at: float) -> Decision:
@@ -264,9 +274,9 @@ def _recycled(state: PoolState, browser_id: str, epoch: int, at: float) -> Decis
 
 
 def _stopped(state: PoolState, record: BrowserRecord, at: float) -> Decision:
-    gone = replace(without_models(record), since=at, repair=None, recycling=False)
+    stopped = replace(without_models(record), since=at, repair=None, recycling=False)
     if record.recycling and not state.closing:
-        again = replace(gone, phase=Phase.STARTING, epoch=record.epoch + 1)
+        again = replace(stopped, phase=Phase.STARTING, epoch=record.epoch + 1)
         order = Launch(again.id, again.kind, again.epoch, adjusted=again.adjusted)
         return with_record(state, again), (order,)
-    return with_record(state, replace(gone, phase=Phase.STOPPED)), ()
+    return with_record(state, replace(stopped, phase=Phase.STOPPED)), ()

@@ -1,7 +1,7 @@
-"""What can happen to a pool: the events that the log keeps, one frozen dataclass each.
+"""The events of a pool that are written to its log, one frozen dataclass each.
 
-Their names and fields are part of the log's format (see `recovery.log.codec`): old logs hold them.
-This module must not say what follows from an event.
+Their names and fields are part of the log's format (see `recovery.log.codec`), for old logs too.
+This module must not decide what follows from an event.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PoolOpened:
 
 @dataclass(frozen=True)
 class TermBegan:
-    """A new incarnation of the supervisor goes on with this state."""
+    """A new incarnation of the supervisor continues with this state."""
 
     term: int
 
@@ -49,7 +49,7 @@ class BrowserReady:
 
 @dataclass(frozen=True)
 class BrowserFound:
-    """A worker has been seen at this incarnation, which the log may have lost."""
+    """A worker reported this incarnation, whose events the log may have lost."""
 
     browser_id: str
     epoch: int
@@ -57,7 +57,7 @@ class BrowserFound:
 
 @dataclass(frozen=True)
 class BrowserReconnected:
-    """The page of an incarnation that was out of touch is back, with everything it had."""
+    """The page of a disconnected incarnation is connected again, with its models still loaded."""
 
     browser_id: str
     epoch: int
@@ -73,10 +73,10 @@ class BreakersMoved:
 
 @dataclass(frozen=True)
 class BrowserFailed:
-    """An incarnation is over, or out of touch (a connection failure whose scope is the page).
+    """An incarnation ended, or is disconnected (a connection failure whose scope is the page).
 
-    `final`: trying again can't help (nothing is installed). `start`: the rung to begin with, if
-    whoever reports it has decided that.
+    `final`: a retry can't help (the browser is not installed). `start`: the rung to begin with,
+    if the reporter has chosen one.
     """
 
     browser_id: str
@@ -93,7 +93,7 @@ class BrowserUnwanted:
 
 @dataclass(frozen=True)
 class BrowserRecycled:
-    """A browser in service is to be started anew: it finishes what it has first."""
+    """A browser in service is to be restarted, after it has drained."""
 
     browser_id: str
     epoch: int
@@ -120,7 +120,7 @@ class ModelUnwanted:
 
 @dataclass(frozen=True)
 class ModelParked:
-    """A model is taken out of every browser, until it is wanted again."""
+    """A model is unloaded from every browser, until it is wanted again."""
 
     model: str
     why: str

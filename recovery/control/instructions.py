@@ -1,6 +1,7 @@
-"""What is to be done about a pool: the instructions that a decision gives, as frozen data.
+"""The instructions of a decision, as frozen data.
 
-Whoever carries them out may be told twice. This module must not carry anything out.
+Each may be delivered twice, so carrying it out must be idempotent. This module must not carry out
+anything.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Reconnect:
-    """Get back in touch with the page of an incarnation that lives."""
+    """Reconnect to the page of an incarnation whose processes are alive."""
 
     browser_id: str
     epoch: int

@@ -1,8 +1,8 @@
-"""What events make of models: who loads which, who has it, and who never will.
+"""The transitions of models: which browsers load which, have loaded it, or have given up on it.
 
 A model is loaded by every browser, or, if it is placed, by as many as its placing says. A load
-that failed is tried again; one that fails twice in a row is given up on that browser, also if the
-browser died of it. This module must not change a browser's phase.
+that failed is retried; after two failures in a row it is given up on that browser, also if the
+browser died while loading. This module must not change a browser's phase.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from recovery.failures import Failure
 from recovery.frozen import replace
 from recovery.placement import Slot, place
 
-LOAD_ATTEMPTS_MAX = 2  # of a model on one browser; the second failure in a row settles it
+LOAD_ATTEMPTS_MAX = 2  # of a model on one browser; then it is given up there
 LOAD_AGAIN_SECONDS = 0.5
 
 
 def model_wanted(state: PoolState, body: ModelWanted) -> Decision:
     model, loads = body.model, []
     for record in state.browsers.values():
-        record = without_model(record, model)  # of that name, another file perhaps
+        record = without_model(record, model)  # the name may now mean another file
         if record.phase is Phase.READY and body.placing is None:
             loads.append(Load(record.id, record.epoch, model))
             record = replace(record, models={**record.models, model: ModelPhase.LOADING})
@@ -45,12 +45,12 @@ def model_wanted(state: PoolState, body: ModelWanted) -> Decision:
     return state, tuple(loads)
 
 
-def everywhere(state: PoolState) -> list[str]:
+def loaded_everywhere(state: PoolState) -> list[str]:
     return [model for model in state.models if model not in state.placed]
 
 
 def placed(state: PoolState) -> Decision:
-    """Have models of which there are too few copies loaded by whoever should."""
+    """Load placed models that have too few copies on the browsers that `place` chooses."""
     slots = [
         Slot(
             record.id,
@@ -85,7 +85,7 @@ def model_unwanted(state: PoolState, model: str) -> Decision:
     for record in state.browsers.values():
         if model in record.models:
             unloads.append(Unload(record.id, record.epoch, model))
-        breakers = without(record.breakers, model)  # as its worker forgets it
+        breakers = without(record.breakers, model)  # its worker drops it, too
         state = with_record(state, replace(without_model(record, model), breakers=breakers))
     models, types = without(state.models, model), without(state.model_types, model)
     placed, parked = without(state.placed, model), without(state.parked, model)
@@ -111,7 +111,7 @@ def model_failed(state: PoolState, body: ModelFailed) -> Decision:
     record = record_of(state, body.browser_id)
     if record.epoch != body.epoch or body.model not in record.models:
         return state, ()
-    record = _counted_load(record, body.model, body.failure)
+    record = _with_failed_load(record, body.model, body.failure)
     record = replace(record, numeric=without(record.numeric, body.model))
     if not load_given_up(record, body.model):
         again = Load(record.id, record.epoch, body.model, LOAD_AGAIN_SECONDS)
@@ -120,16 +120,16 @@ def model_failed(state: PoolState, body: ModelFailed) -> Decision:
     return with_record(state, replace(record, models=models)), ()
 
 
-def blamed(record: BrowserRecord, failure: Failure) -> BrowserRecord:
-    """A browser that died while it loaded a model: that load counts as failed.
+def with_interrupted_load(record: BrowserRecord, failure: Failure) -> BrowserRecord:
+    """A browser that died while it loaded a model, with that load counted as failed.
 
-    Loads are carried out one at a time in their order, so the first that is not done is the one.
+    Loads run one at a time and in order, so it is the first that is not done.
     """
     loading = [m for m, phase in record.models.items() if phase is ModelPhase.LOADING]
-    return _counted_load(record, loading[0], failure) if loading else record
+    return _with_failed_load(record, loading[0], failure) if loading else record
 
 
-def _counted_load(record: BrowserRecord, model: str, failure: Failure) -> BrowserRecord:
+def _with_failed_load(record: BrowserRecord, model: str, failure: Failure) -> BrowserRecord:
     counts = {**record.loads_failed, model: record.loads_failed.get(model, 0) + 1}
     failures = {**record.load_failures, model: failure}
     return replace(record, loads_failed=counts, load_failures=failures)

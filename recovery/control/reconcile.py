@@ -1,10 +1,10 @@
-"""What a new supervisor does about the difference between its log and the living.
+"""How a new supervisor resolves differences between its log and the workers' actual state.
 
-Pure: `reconcile(state, seen)` compares what the log wants with what workers report of themselves.
-The old supervisor may have died at any point: an event may be logged and its order never sent, or
-carried out and its outcome never logged. So an outcome that is seen becomes an event, and an order
-that may not have arrived is given again; every order can be given twice. This module must not ask
-anybody or carry anything out.
+Pure: `reconcile(state, seen)` compares the state of the log with what workers report. The old
+supervisor may have died at any point: after it logged an event but before it sent the order, or
+after the order was carried out but before its outcome was logged. So an outcome that is observed
+becomes an event, and an order that may not have arrived is sent again; all orders are idempotent.
+This module must not query a worker or carry out anything.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from recovery.records import BrowserFacts, HostRef, NumericId
 
 @dataclass(frozen=True)
 class Seen:
-    """What a worker said of itself. `facts` while ready; `cause` when its browser is over, or out
-    of touch.
+    """What a worker reported. `facts` while ready; `cause` when its browser has ended or is
+    disconnected.
 
     `digests` and `numeric` are of the loaded models.
     """
@@ -48,7 +48,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Reconciliation:
-    """`events` first, as news; then the orders of old decisions that may not have arrived."""
+    """`events` come first; then the orders of old decisions that may not have arrived."""
 
     events: tuple[Body, ...] = ()
     orders: tuple[Instruction, ...] = ()
@@ -58,62 +58,62 @@ class Reconciliation:
 
 
 def reconcile(state: PoolState, seen: Mapping[str, Seen], at: float) -> Reconciliation:
-    """What to report and to order, so that the living are as `state` wants them.
+    """The events and orders that bring the browsers to `state`.
 
-    `seen` holds the workers that answered, by browser. `at` is wall time, for the failures of
-    those that did not.
+    `seen` holds the workers that answered, by browser id. `at` is wall time in seconds, for the
+    failures of those that did not.
     """
     found = Reconciliation()
     for record in state.browsers.values():
         if record.phase not in ALIVE or state.closing:
             stop = Stop(record.id, record.epoch)
-            gone = record.id not in seen and record.phase not in ALIVE
-            found += Reconciliation(orders=() if gone else (stop,))
+            stopped = record.id not in seen and record.phase not in ALIVE
+            found += Reconciliation(orders=() if stopped else (stop,))
         else:
-            found += _of_one(state, record, seen.get(record.id), at)
+            found += _reconcile_browser(state, record, seen.get(record.id), at)
     return found
 
 
-def _of_one(
+def _reconcile_browser(
     state: PoolState, record: BrowserRecord, seen: Seen | None, at: float
 ) -> Reconciliation:
     browser_id, epoch = record.id, record.epoch
     again = Launch(browser_id, record.kind, epoch, adjusted=record.adjusted)
     if record.phase is Phase.REPLACING:
-        return Reconciliation()  # its stand-in is the one that counts
+        return Reconciliation()  # its stand-in has a record of its own
     if seen is None:
         if record.phase is Phase.STARTING:
             return Reconciliation(orders=(again,))
         if record.phase is Phase.DRAINING:
             return Reconciliation(events=(BrowserStopped(browser_id),))
-        gone = _failure("its worker is gone", "worker_exited", record, at)
-        return Reconciliation(events=(BrowserFailed(browser_id, epoch, gone),))
-    moved = _moved(record, seen)
+        exited = _failure("its worker has exited", "worker_exited", record, at)
+        return Reconciliation(events=(BrowserFailed(browser_id, epoch, exited),))
+    changed = _breaker_changes(record, seen)
     if seen.epoch > epoch:  # the log has lost events
-        lost = _failure("the log knows nothing of this incarnation", "log_lost", record, at)
+        lost = _failure("this incarnation is missing from the log", "log_lost", record, at)
         lost_at = BrowserFailed(browser_id, seen.epoch, lost)
-        return moved + Reconciliation(events=(BrowserFound(browser_id, seen.epoch), lost_at))
+        return changed + Reconciliation(events=(BrowserFound(browser_id, seen.epoch), lost_at))
     if record.phase is Phase.DRAINING:
-        return moved + Reconciliation(orders=(Drain(browser_id, epoch),))
-    unheard = seen.epoch < epoch or seen.readiness is Readiness.STARTING
+        return changed + Reconciliation(orders=(Drain(browser_id, epoch),))
+    not_launched = seen.epoch < epoch or seen.readiness is Readiness.STARTING
     # Dead without a cause: its launch had not begun, or was cut short with the supervisor.
     cut_short = seen.readiness is Readiness.DEAD and seen.cause is None
-    if record.phase is Phase.STARTING and (unheard or cut_short):
-        return moved + Reconciliation(orders=(again,))
+    if record.phase is Phase.STARTING and (not_launched or cut_short):
+        return changed + Reconciliation(orders=(again,))
     if seen.epoch < epoch or seen.readiness is not Readiness.READY:
-        cause = seen.cause or _failure("its browser is over", "browser_exited", record, at)
-        return moved + Reconciliation(events=(BrowserFailed(browser_id, epoch, cause),))
+        cause = seen.cause or _failure("its browser has ended", "browser_exited", record, at)
+        return changed + Reconciliation(events=(BrowserFailed(browser_id, epoch, cause),))
     if record.phase is Phase.STARTING and seen.facts is not None:
-        return moved + Reconciliation(events=(BrowserReady(browser_id, epoch, seen.facts),))
+        return changed + Reconciliation(events=(BrowserReady(browser_id, epoch, seen.facts),))
     if record.phase is Phase.RECONNECTING:
-        return moved + Reconciliation(orders=(Reconnect(browser_id, epoch),))
+        return changed + Reconciliation(orders=(Reconnect(browser_id, epoch),))
     if seen.cause is not None:
-        return moved + Reconciliation(events=(BrowserFailed(browser_id, epoch, seen.cause),))
-    return moved + _models(state, record, seen)
+        return changed + Reconciliation(events=(BrowserFailed(browser_id, epoch, seen.cause),))
+    return changed + _models(state, record, seen)
 
 
 def _models(state: PoolState, record: BrowserRecord, seen: Seen) -> Reconciliation:
-    """Of a browser that is ready: models that have arrived, are missing, or are too many."""
+    """Of a ready browser: models that are loaded, missing, or no longer wanted."""
     events: list[Body] = []
     orders: list[Instruction] = []
     for model, phase in record.models.items():
@@ -127,7 +127,7 @@ def _models(state: PoolState, record: BrowserRecord, seen: Seen) -> Reconciliati
     return Reconciliation(tuple(events), tuple(orders))
 
 
-def _moved(record: BrowserRecord, seen: Seen) -> Reconciliation:
+def _breaker_changes(record: BrowserRecord, seen: Seen) -> Reconciliation:
     changed = {
         model: snapshot
         for model, snapshot in seen.breakers.items()

@@ -1,7 +1,7 @@
-"""What is known of a pool: its browsers, their models and their repairs, as frozen data.
+"""The state of a pool: its browsers, their models and their repairs, as frozen data.
 
-One `PoolState` is the whole of it, and what a checkpoint keeps. The functions only look a record
-up or put a changed one in its place. This module must not know of events or instructions, and
+A `PoolState` is all of it, and is what a checkpoint stores. The functions only look up or replace
+a record. This module must not know of events or instructions, and
 must not decide what becomes of a record.
 """
 
@@ -24,10 +24,10 @@ from recovery.supervision import RestartLimit
 
 
 class Phase(StrEnum):
-    """Where a browser is in its life.
+    """The phase of a browser's life cycle.
 
-    RECONNECTING: its processes live, its page is out of touch. REPLACING: it is gone, and another
-    browser is being started in its place.
+    RECONNECTING: its processes are alive, its page is disconnected. REPLACING: it is dead, and
+    another browser is being started in its place.
     """
 
     STARTING = "starting"
@@ -40,7 +40,7 @@ class Phase(StrEnum):
 
 
 ALIVE = (Phase.STARTING, Phase.READY, Phase.RECONNECTING, Phase.REPLACING, Phase.DRAINING)
-COMING = (Phase.STARTING, Phase.RECONNECTING, Phase.REPLACING)  # may yet be ready by themselves
+COMING = (Phase.STARTING, Phase.RECONNECTING, Phase.REPLACING)  # may still become ready
 
 
 class ModelPhase(StrEnum):
@@ -59,7 +59,7 @@ class Adjusted:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """One step of a repair that is over: the rungs that were tried, and the one that worked."""
+    """One finished step of a repair: the rungs that were tried, and the one that worked."""
 
     rungs: tuple[RecoveryLevel, ...]
     began: float
@@ -70,7 +70,7 @@ class StepOutcome:
 
 @dataclass(frozen=True)
 class Repair:
-    """What is being done, or was done, about one failure of one browser.
+    """The repair of one failure of one browser, under way or finished.
 
     `step` is the index of the plan's step under way, which began at `step_began`. `ready` is when
     the repair ended well, `outcome` how it ended, in words.
@@ -97,7 +97,7 @@ class BrowserRecord:
     `loads_failed` counts, by model, loads in a row that failed or in which the browser died.
     `repair` is the one under way. `stands_in_for` names the browser that this one was started to
     replace, `replaced_by` the one that took its place. `breakers` are its circuit breakers as
-    last heard of, by model; the empty name is the browser's own.
+    last reported, by model; the empty name is the browser's own.
     """
 
     id: str
@@ -118,19 +118,19 @@ class BrowserRecord:
     served: bool = False  # whether it has ever been ready
     stands_in_for: str = ""
     replaced_by: str = ""
-    recycling: bool = False  # it is drained only to be started anew
+    recycling: bool = False  # it is drained in order to be restarted
     breakers: Mapping[str, Snapshot] = field(default_factory=dict)
 
     @property
     def circuit(self) -> CircuitState:
-        """The state of the browser's own breaker, as last heard of."""
+        """The state of the browser's own breaker, as last reported."""
         known = self.breakers.get("")
         return known.breaker.state if known else CircuitState.CLOSED
 
 
 @dataclass(frozen=True)
 class PoolState:
-    """`tallies` counts what came of each rung, by kind of failure: see `tally_key`.
+    """`tallies` counts each rung's attempts and successes, by kind of failure: see `tally_key`.
 
     `stand_ins` counts the browsers that were started to replace others: each has a name of its
     own, so that no two incarnations ever share a name and an epoch.
@@ -146,16 +146,16 @@ class PoolState:
     model_types: Mapping[str, ModelType] = field(default_factory=dict)
     # Of the wanted ones, those that not every browser loads.
     placed: Mapping[str, Placing] = field(default_factory=dict)
-    parked: Mapping[str, str] = field(default_factory=dict)  # unloaded until somebody asks again
-    missing: tuple[BrowserType, ...] = ()  # kinds that are not installed, as launches have shown
-    repairs: tuple[Repair, ...] = ()  # that are over
+    parked: Mapping[str, str] = field(default_factory=dict)  # unloaded until wanted again
+    missing: tuple[BrowserType, ...] = ()  # kinds that launches found not installed
+    repairs: tuple[Repair, ...] = ()  # finished ones
     tallies: Mapping[str, Mapping[RecoveryLevel, Tally]] = field(default_factory=dict)
     stand_ins: int = 0
     closing: bool = False
 
 
-# The name by which other parts of a system know it: whoever asks for the manager of browser states
-# wants this, a value that `decide` turns into the next one. Nothing here is managed by an object.
+# An alias for those who look for a browser state manager: it is a value, not an object with
+# methods; `decide` returns the next one.
 BrowserStateManager = PoolState
 
 
@@ -167,7 +167,7 @@ def record_of(state: PoolState, browser_id: str) -> BrowserRecord:
     try:
         return state.browsers[browser_id]
     except KeyError:
-        raise IllegalTransition(f"no browser {browser_id} was ever wanted") from None
+        raise IllegalTransition(f"browser {browser_id} is not in the pool's state") from None
 
 
 def with_record(state: PoolState, record: BrowserRecord) -> PoolState:
@@ -175,7 +175,7 @@ def with_record(state: PoolState, record: BrowserRecord) -> PoolState:
 
 
 def without_models(record: BrowserRecord) -> BrowserRecord:
-    """What a dead browser has; which models it could not load is remembered."""
+    """The record of a dead browser; its failed loads are kept."""
     return replace(record, models={}, numeric={})
 
 

@@ -1,9 +1,9 @@
-"""What is tried about a browser that failed: climbing the steps of a plan.
+"""Repairs of a failed browser: climbing the steps of a plan.
 
 A repair goes through its plan's steps until a rung of one works. A rung works on the browser itself
-(reconnect, restart, restart adjusted) or starts another one to take its place, a stand-in. The last
-step that fails, or a limit on restarts, ends the repair. This module must not make the plan
-(`recovery.plan` does) or say which events begin and end a rung.
+(reconnect, restart, restart adjusted) or starts another one to replace it, a stand-in. The failure
+of the last step, or the limit on restarts, ends the repair. This module must not make the plan
+(`recovery.plan` does) or decide which events begin and end a rung.
 """
 
 from __future__ import annotations
@@ -31,49 +31,51 @@ from recovery.plan import Tally
 from recovery.supervision import GiveUp, record_restart
 
 HISTORY_MAX = 64  # repairs remembered in the state; the log keeps all
-DEAD_MAX = 32  # browsers that were replaced and are long gone, kept for people to look at
+DEAD_MAX = 32  # replaced browsers that ended long ago, kept for inspection
 TALLIES_MAX = 256  # kinds of failure whose outcomes are remembered; the oldest goes
 
 
 def climb(
-    state: PoolState, record: BrowserRecord, at: float, *, can_restart: bool, touchable: bool
+    state: PoolState, record: BrowserRecord, at: float, *, can_restart: bool, page_alive: bool
 ) -> Decision:
-    """Begin the next step of a repair that can be begun at all, or end the repair."""
+    """Begin the next step of a repair that can be tried at all, or end the repair."""
     repair = record.repair
     assert repair is not None
     for index in range(repair.step + 1, len(repair.plan.steps)):
         repair = replace(repair, step=index, step_began=at, trying=())
         record = replace(record, repair=repair)
-        state, record, orders = _begin(state, record, at, can_restart, touchable)
+        state, record, orders = _begin(state, record, at, can_restart, page_alive)
         if orders:
             return with_record(state, record), orders
         assert record.repair is not None
-        repair = _closed(record.repair, None, at, "it can't be done here")
+        repair = _end_step(
+            record.repair, None, at, "no rung of this step can be tried on this browser"
+        )
     record = replace(record, repair=repair)
-    # A level says what an operation survives. That the slot is filled again is housekeeping: a
-    # pool of level none keeps its size, too.
+    # The level is about operations. Refilling the slot is housekeeping: a pool of level none keeps
+    # its size, too.
     if state.level in (Level.NONE, Level.LOW) and can_restart:
         state, record, orders = _restart(state, record, at, record.adjusted)
         if orders:
-            ended = replace(repair, outcome="filled again, not recovered")
+            ended = replace(repair, outcome="slot refilled, operation not recovered")
             return end_repair(with_record(state, record), record, ended), orders
     return _give_up(state, record, at)
 
 
 def _begin(
-    state: PoolState, record: BrowserRecord, at: float, can_restart: bool, touchable: bool
+    state: PoolState, record: BrowserRecord, at: float, can_restart: bool, page_alive: bool
 ) -> tuple[PoolState, BrowserRecord, tuple[Instruction, ...]]:
-    """Order what the rungs of the current step do. No orders: none of them can be tried."""
+    """Give the orders of the current step's rungs. No orders: none of them can be tried."""
     repair = record.repair
     assert repair is not None
     orders: tuple[Instruction, ...] = ()
     trying: tuple[RecoveryLevel, ...] = ()
-    busy = False  # whether a rung of this step is at work on the browser itself
+    busy = False  # whether a rung of this step is being tried on the browser itself
     record = replace(record, phase=Phase.REPLACING)
     for rung in repair.plan.steps[repair.step]:
         more: tuple[Instruction, ...] = ()
         match rung:
-            case RecoveryLevel.MINIMAL if touchable:
+            case RecoveryLevel.MINIMAL if page_alive:
                 record = replace(record, phase=Phase.RECONNECTING)
                 more = (Reconnect(record.id, record.epoch),)
             case RecoveryLevel.MODERATE if can_restart and busy:
@@ -93,13 +95,13 @@ def _begin(
             trying, orders = (*trying, rung), (*orders, *more)
         busy = record.phase is not Phase.REPLACING
     if record.phase is not Phase.RECONNECTING:
-        record = without_models(record)  # its page may live on, but nobody asks it any more
+        record = without_models(record)  # its page may be alive, but gets no more requests
     assert record.repair is not None
     return state, replace(record, repair=replace(record.repair, trying=trying)), orders
 
 
 def _adjustable(record: BrowserRecord) -> bool:
-    """Whether there is anything to adjust; else the rung would only be the one before again."""
+    """Whether there is anything to adjust; else the rung would equal a plain restart."""
     repair = record.repair
     assert repair is not None
     return bool(adjust(record.kind, repair.model_type, repair.failure.category))
@@ -112,7 +114,7 @@ def _restart(
     if isinstance(verdict, GiveUp):
         return state, record, ()
     again = replace(
-        without_models(record),  # its page may have lived on until now
+        without_models(record),  # its page may have been alive until now
         phase=Phase.STARTING,
         epoch=record.epoch + 1,
         restarts=verdict.history,
@@ -127,13 +129,13 @@ def _restart(
 def _stand_in(
     state: PoolState, record: BrowserRecord, kind: BrowserType, at: float
 ) -> tuple[PoolState, tuple[Instruction, ...]]:
-    """Start another browser to take the place of `record`'s; it counts as a restart of that."""
+    """Start another browser to replace `record`'s; it counts as a restart of the slot."""
     verdict = record_restart(record.restarts, at, state.limit)
     if isinstance(verdict, GiveUp):
         return state, ()
     state = _without_long_dead(state, at)
     number = state.stand_ins + 1
-    while f"{kind}-r{number}" in state.browsers:  # a caller may have named a browser so
+    while f"{kind}-r{number}" in state.browsers:  # a caller may have used the name
         number += 1
     state = replace(state, stand_ins=number)
     fresh = BrowserRecord(
@@ -149,18 +151,18 @@ def _stand_in(
 
 
 def _without_long_dead(state: PoolState, at: float) -> PoolState:
-    """Forget the oldest of the browsers that were replaced, or replaced others, and are gone."""
+    """Forget the oldest ended browsers that were replaced or have replaced others."""
     dead = [
         record
         for record in state.browsers.values()
         if record.phase in (Phase.STOPPED, Phase.GIVEN_UP)
         and (record.replaced_by or _STAND_IN.search(record.id))
         and not record.stands_in_for
-        and at - record.since >= state.limit.period_seconds  # nobody is about to speak of it
+        and at - record.since >= state.limit.period_seconds  # no late event will name it
     ]
     oldest = sorted(dead, key=lambda record: record.since)[: max(len(dead) - DEAD_MAX, 0)]
-    gone = {record.id for record in oldest}
-    kept = {name: record for name, record in state.browsers.items() if name not in gone}
+    forgotten = {record.id for record in oldest}
+    kept = {name: record for name, record in state.browsers.items() if name not in forgotten}
     return replace(state, browsers=kept)
 
 
@@ -168,7 +170,7 @@ _STAND_IN = re.compile(r"-r\d+\Z")
 
 
 def _substitutes(state: PoolState, record: BrowserRecord) -> tuple[BrowserType, ...]:
-    """The kinds to try instead, in the order that suits the models, those tried before left out."""
+    """The kinds to try instead that were not tried yet, in the order that suits the model type."""
     assert record.repair is not None
     tried = {other.kind for other in state.browsers.values() if other.stands_in_for == record.id}
     available = set(BrowserType) - set(state.missing) - tried
@@ -176,7 +178,7 @@ def _substitutes(state: PoolState, record: BrowserRecord) -> tuple[BrowserType, 
 
 
 def stand_in_failed(state: PoolState, record: BrowserRecord, at: float) -> Decision:
-    """A browser that was to replace another one did not start: try the next, or climb on."""
+    """A stand-in did not start: try the next kind, or climb to the next step."""
     stop = Stop(record.id, record.epoch)
     principal = state.browsers.get(record.stands_in_for)
     state = with_record(state, replace(record, phase=Phase.STOPPED))
@@ -193,7 +195,7 @@ def stand_in_failed(state: PoolState, record: BrowserRecord, at: float) -> Decis
     if principal.repair.trying:
         return with_record(state, principal), (stop,)
     ineffective = principal.launches_failed >= state.limit.launches_failed_max
-    state, more = climb(state, principal, at, can_restart=not ineffective, touchable=False)
+    state, more = climb(state, principal, at, can_restart=not ineffective, page_alive=False)
     return state, (stop, *more)
 
 
@@ -220,17 +222,17 @@ _RESTARTS = (RecoveryLevel.MODERATE, RecoveryLevel.AGGRESSIVE)
 def rung_failed(
     state: PoolState, record: BrowserRecord, rung: RecoveryLevel, why: str, at: float
 ) -> tuple[PoolState, BrowserRecord]:
-    """Take a rung out of the step under way; with the last one the step is over."""
+    """Remove a rung from the step under way; without rungs the step ends."""
     repair = record.repair
     assert repair is not None
-    state = _tallied(state, record, rung, worked=False)
+    state = _count_attempt(state, record, rung, worked=False)
     repair = replace(repair, trying=tuple(r for r in repair.trying if r is not rung))
     if not repair.trying:
-        repair = _closed(repair, None, at, why)
+        repair = _end_step(repair, None, at, why)
     return state, replace(record, repair=repair)
 
 
-def _closed(repair: Repair, worked: RecoveryLevel | None, at: float, note: str) -> Repair:
+def _end_step(repair: Repair, worked: RecoveryLevel | None, at: float, note: str) -> Repair:
     rungs = repair.plan.steps[repair.step] if repair.step >= 0 else ()
     outcome = StepOutcome(rungs, repair.step_began, at, worked, note[:200])
     return replace(repair, steps=(*repair.steps, outcome), trying=())
@@ -239,11 +241,11 @@ def _closed(repair: Repair, worked: RecoveryLevel | None, at: float, note: str) 
 def repair_worked(
     state: PoolState, record: BrowserRecord, worked: RecoveryLevel, at: float, by: BrowserRecord
 ) -> Decision:
-    """A step of `record`'s repair worked, on the browser `by`; whoever raced with it is stopped."""
+    """A step of `record`'s repair worked, on the browser `by`; stop those that raced with it."""
     repair = record.repair
     if repair is None:
         return state, ()
-    state = _tallied(state, record, worked, worked=True)
+    state = _count_attempt(state, record, worked, worked=True)
     stops: list[Instruction] = []
     outcome = "reconnected" if worked is RecoveryLevel.MINIMAL else "restarted"
     if by.id != record.id:
@@ -251,7 +253,7 @@ def repair_worked(
         record = replace(without_models(record), phase=Phase.GIVEN_UP, since=at)
         record = replace(record, replaced_by=by.id)
         stops.append(Stop(record.id, record.epoch))
-    ended = replace(_closed(repair, worked, at, ""), ready=at, outcome=outcome)
+    ended = replace(_end_step(repair, worked, at, ""), ready=at, outcome=outcome)
     state, losers = without_stand_ins(with_record(state, record), record, at)
     return end_repair(state, record, ended), (*stops, *losers)
 
@@ -282,7 +284,7 @@ def end_repair(state: PoolState, record: BrowserRecord, repair: Repair) -> PoolS
     return replace(with_record(state, replace(record, repair=None)), repairs=repairs)
 
 
-def _tallied(
+def _count_attempt(
     state: PoolState, record: BrowserRecord, rung: RecoveryLevel, *, worked: bool
 ) -> PoolState:
     repair = record.repair
@@ -297,8 +299,8 @@ def _tallied(
     return replace(state, tallies={**others, key: {**known, rung: tally}})
 
 
-def lives_on(failure: Failure) -> bool:
-    """Whether the browser goes on: only its page's connection, or one operation, was lost."""
+def browser_survives(failure: Failure) -> bool:
+    """Whether the browser is alive: only its page's connection, or one operation, was lost."""
     connection = failure.category is Category.CONNECTION_FAILURE
     return failure.scope is Scope.OPERATION or (connection and failure.scope is Scope.PAGE)
 
@@ -306,12 +308,12 @@ def lives_on(failure: Failure) -> bool:
 def model_type_of(state: PoolState, record: BrowserRecord, failure: Failure) -> ModelType:
     """The type of the model that a browser failed with.
 
-    That is the model which it was running or loading, where its worker could say; else the one
-    type that all models on the browser have, or all of the pool.
+    That is the model which it was running or loading, if its worker reported that; else the one
+    type that all models on the browser have, or all models of the pool.
     """
     model = str(failure.evidence.get("model", ""))
     if model in state.model_types:
         return state.model_types[model]
-    here = {state.model_types[name] for name in record.models if name in state.model_types}
-    types = here or set(state.model_types.values())
+    on_browser = {state.model_types[name] for name in record.models if name in state.model_types}
+    types = on_browser or set(state.model_types.values())
     return types.pop() if len(types) == 1 else ModelType.UNKNOWN

@@ -1,6 +1,6 @@
 """The samples that wait to be written: a bounded queue of rows, filled from any thread.
 
-Whoever adds never waits for the disk. This module must not write.
+Adding never waits for the disk. This module must not write.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from recovery.history.schema import Row, row_of
 
 
 class SampleBuffer:
-    """Rows in the order of their samples; where there are more than `rows_max`, the oldest go."""
+    """Rows in the order of their samples; beyond `rows_max`, the oldest are dropped."""
 
     def __init__(self, rows_max: int) -> None:
         self._rows_max = rows_max
         self._lock = threading.Lock()  # guards all below
         self._rows: deque[Row] = deque()
-        self.dropped = 0  # samples that found no room
+        self.dropped = 0  # samples dropped for lack of room
         self.refused = 0  # samples that no table can hold
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def add(self, samples: Sequence[Sample]) -> str:
-        """Never fails. Returns why a sample was refused, if none was before; else nothing."""
+        """Never fails. Returns why a sample was refused, for the first one only; else empty."""
         rows = []
         why = ""
         for sample in samples:
@@ -43,14 +43,14 @@ class SampleBuffer:
         return why if first else ""
 
     def take(self) -> list[Row]:
-        """All that waits; it waits no longer."""
+        """Remove and return all waiting rows."""
         with self._lock:
             rows = list(self._rows)
             self._rows.clear()
         return rows
 
     def put_back(self, rows: Sequence[Row]) -> None:
-        """What was taken could not be written: it waits again, before all that came since."""
+        """Return rows that could not be written to the front of the queue."""
         with self._lock:
             self._rows.extendleft(reversed(rows))
             self._drop_oldest()

@@ -1,4 +1,4 @@
-"""The limits of the history: of its file, its buffer and its queries. Checking touches nothing."""
+"""The limits of the history: of its file, its buffer and its queries."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from recovery.errors import BadInput
 @dataclass(frozen=True)
 class HistoryConfig:
     rows_max: int = 200_000  # in each base table; a tenth more before the oldest are deleted
-    buffer_max: int = 10_000  # samples that wait to be written; the oldest give way
-    answer_rows_max: int = 10_000  # a query with a longer answer is refused
+    buffer_max: int = 10_000  # samples that wait to be written; the oldest are dropped
+    answer_rows_max: int = 10_000  # a query with more rows is refused
     query_seconds_max: float = 10.0  # a query that takes longer is ended
     memory_bytes_max: int = 256 * 2**20  # DuckDB's own, for all it does at one time
-    wal_bytes_max: int = 4 * 2**20  # then it goes into the file, so that a torn one costs little
+    wal_bytes_max: int = 4 * 2**20  # then it is checkpointed, so that a torn one loses little
     threads: int = 1  # DuckDB's; the processors are for the browsers
 
     def __post_init__(self) -> None:
@@ -23,7 +23,7 @@ class HistoryConfig:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not value > 0:
                 raise BadInput(
-                    f"{field.name} must be a number over 0, and it is {value!r}.",
+                    f"{field.name} must be a number over 0, got {value!r}.",
                     expected="a number over 0",
                     got=value,
                 )

@@ -1,9 +1,9 @@
-"""Damaged files: how DuckDB's words tell of them, and how they are set aside.
+"""Damaged files: how DuckDB's messages reveal them, and how they are set aside.
 
     history.duckdb-0001.damaged         a file, or
-    history.duckdb-0001.wal.damaged     what its log was
+    history.duckdb-0001.wal.damaged     its write-ahead log
 
-This module moves files that nobody has open. It must not read them, nor judge what they held.
+This module moves files that are not open. It must not read them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 DAMAGED_MAX = 4  # files set aside that are kept
 
-# DuckDB tells one cause from another in words only. What is not among them is not damage: such a
-# file stays where it is.
+# DuckDB tells causes apart by message only. With any other message the file is not damaged, and
+# stays where it is.
 _DAMAGE = re.compile(
     r"corrupt|not a valid DuckDB database|replaying WAL|could not read enough bytes", re.IGNORECASE
 )
@@ -31,8 +31,8 @@ _NOT_THE_FILE = re.compile(
 
 
 class SetAside(NamedTuple):
-    moved: tuple[Path, ...]  # the new names; none where there was nothing to move
-    wal_only: bool  # the log is gone, the file stayed
+    moved: tuple[Path, ...]  # the new names
+    wal_only: bool  # only the write-ahead log was moved
 
 
 def is_newer(words: str) -> bool:
@@ -46,7 +46,7 @@ def is_locked(words: str) -> bool:
 
 
 def cause(words: str, path: Path) -> str:
-    """DuckDB's words without the names in them, for a file may be called anything."""
+    """DuckDB's message without the file's names, which may contain any word."""
     for may_contain_any_word in (path, path.parent):
         words = words.replace(str(may_contain_any_word), "")
     return words
@@ -58,9 +58,9 @@ def is_damage(words: str) -> bool:
 
 
 def set_aside(path: Path, words: str) -> SetAside:
-    """Move what is damaged out of the way: the log alone, where the words tell of no more.
+    """Rename damaged files: only the write-ahead log, if the message names only that.
 
-    Of what was set aside before, the oldest are deleted. Raises `OSError`.
+    The oldest files that were set aside before are deleted. Raises `OSError`.
     """
     name, folder = path.name, path.parent
     logs = (f"{name}.wal", f"{name}.wal.checkpoint", f"{name}.wal.recovery")

@@ -1,7 +1,7 @@
 """What the history stores: one sample for every operation, and for every recovery step.
 
-Samples are facts about what is over, for statistics and for learning from; nothing is replayed
-from them and no answer waits for them. This module must not store or judge them.
+Samples are facts about finished work, for statistics; nothing is replayed from them, and no answer
+waits for them. This module must not store or judge them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from recovery.failures import Category, Scope, Severity
 from recovery.kinds import Backend, BrowserType, Level, ModelType, RecoveryLevel
 
 
-@dataclass(frozen=True, kw_only=True)  # by name only: so many fields would be mixed up
+@dataclass(frozen=True, kw_only=True)  # by name only: there are too many fields
 class OperationSample:
-    """One operation as its caller saw it end, over all its attempts.
+    """One finished operation, over all its attempts.
 
     `at` is when it ended (wall time, seconds since the epoch). The browser, its type, epoch and
-    back end are those of the last attempt, or nothing where none was reached. `success` is also
-    true of a simulated answer, which `simulated` says. `category` and `fingerprint` are those of
-    the first failure that it met; `recovered`: it met one, and was answered all the same.
+    back end are those of the last attempt, or empty if none was reached. `success` is also
+    true of a simulated answer (`simulated`). `category` and `fingerprint` are those of
+    its first failure; `recovered`: it had a failure, and was answered nevertheless.
     """
 
     at: float
@@ -50,11 +50,11 @@ class OperationSample:
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverySample:
-    """One recovery step: a rung that was tried on a browser, and what came of it.
+    """One recovery step: a rung that was tried on a browser, and its outcome.
 
     `at` is when the step ended (wall time), so that it began `duration_ms` before. `model_type`
     is what the browser was used for, category and fingerprint those of the failure that the step
-    answers. `memory_bytes`: what the browser held when it failed, 0 where nobody measured.
+    answers. `memory_bytes`: the browser's memory when it failed, 0 if not measured.
     """
 
     at: float
@@ -81,7 +81,7 @@ Sample = OperationSample | RecoverySample
 def recovery_samples(
     pool: str, strategy: str, record: BrowserRecord, repair: Repair, memory_bytes: int = 0
 ) -> list[RecoverySample]:
-    """What the history keeps of a repair that is over: a sample for each rung of each step."""
+    """The samples of a finished repair: one for each rung of each step."""
     failure = repair.failure
     return [
         RecoverySample(

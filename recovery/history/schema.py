@@ -1,4 +1,4 @@
-"""What the history's file holds: tables and views as data, and how a file comes to have them.
+"""The schema of the history's file: tables and views as data, and its migrations.
 
     operations, recoveries          a row for each sample, numbered by `seq` without a gap
     meta                            the schema's number, and the digest of the views
@@ -74,8 +74,8 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
 
 def _number(value: Any) -> float:
     number = float(value)
-    if not math.isfinite(number):  # it would spoil every mean that it gets into
-        raise ValueError(f"{number} is no measurement")
+    if not math.isfinite(number):  # it would spoil every mean that includes it
+        raise ValueError(f"expected a finite number, got {number}")
     return number
 
 
@@ -247,7 +247,7 @@ class Statement(NamedTuple):
 
 
 def creation(at: float) -> list[Statement]:
-    """What makes the tables of an empty file; `at` is wall time."""
+    """The statements that create the tables of an empty file; `at` is wall time."""
     made = []
     for table, columns in COLUMNS.items():
         typed = ", ".join(f"{column} {kind}" for column, kind in columns.items())
@@ -259,7 +259,7 @@ def creation(at: float) -> list[Statement]:
 
 
 def schema_of(meta: Mapping[str, str]) -> str:
-    """The schema that a file says it has."""
+    """The schema number stored in a file."""
     return str(meta.get("schema", "(none)"))
 
 

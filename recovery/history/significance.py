@@ -1,7 +1,7 @@
 """Whether figures of the history differ by more than noise: rates, browsers, trends.
 
-Plain arithmetic on counts and sums that somebody else has read. Too few figures differ by nothing.
-This module must not read the history, nor say what is to be done.
+Plain arithmetic on counts and sums. With too few samples nothing is significant. This module must
+not read the history, nor recommend anything.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def better(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def trend_direction(
     samples: int, mean: float | None, sxx: float | None, sxy: float | None, syy: float | None
 ) -> tuple[str, str]:
-    """Whether the line through `samples` points goes up or down for certain, and why (not)."""
+    """Whether the line through `samples` points rises or falls significantly, and why (not)."""
     if samples < TREND_SAMPLES_MIN or not mean or not sxx or sxy is None or syy is None:
-        return "stable", f"{samples} durations, and {TREND_SAMPLES_MIN} are needed to tell"
+        return "stable", f"{samples} durations, at least {TREND_SAMPLES_MIN} needed"
     slope = sxy / sxx
     change = slope * (samples - 1)
     noise = math.sqrt(max(0.0, syy - slope * sxy) / (samples - 2) / sxx)

@@ -1,12 +1,12 @@
-"""The store of the history: the one writer of its file, and the only door to DuckDB.
+"""The store of the history: the one writer of its file, and the only module that uses DuckDB.
 
     history.duckdb, .wal            what `recovery.history.schema` describes
     history.duckdb.lock             held by the one process that writes
-    history.duckdb-0001.damaged     what an opening set aside
+    history.duckdb-0001.damaged     a damaged file, set aside when opening
 
-`HistoryStore` is blocking and belongs to whoever writes; only `add` may be called from where time
-matters, for it never waits for the disk. DuckDB's errors stop here. Nothing that is stored is
-needed to answer or to repair, and this module must not judge it.
+`HistoryStore` blocks and belongs to one thread; only `add` may be called from time-critical code,
+since it never waits for the disk. DuckDB's errors are converted here. Answers and repairs don't
+depend on what is stored, and this module must not interpret it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from recovery.history.samples import Sample
 
 _NOTES_MAX = 16
 
-# What is wrong with a query is its caller's fault.
+# Errors caused by the query itself.
 _QUERY_ERRORS = (
     duckdb.ProgrammingError,
     duckdb.DataError,
@@ -66,7 +66,7 @@ class HistoryStore:
         self._path = path.absolute() if path is not None else None
         self._config = config or HistoryConfig()
         self.wall = wall
-        self.notes: tuple[str, ...] = ()  # what whoever reads the figures should know
+        self.notes: tuple[str, ...] = ()  # remarks for readers of the figures
         self._noting = threading.Lock()  # guards `notes`
         self._buffer = SampleBuffer(self._config.buffer_max)
         self._using = threading.Lock()  # guards all below
@@ -83,7 +83,7 @@ class HistoryStore:
 
     @property
     def dropped(self) -> int:
-        """Samples that found no room."""
+        """Samples dropped for lack of room."""
         return self._buffer.dropped
 
     @property
@@ -119,7 +119,7 @@ class HistoryStore:
             self._note(f"a sample can't be stored: {refused}")
 
     def flush(self) -> int:
-        """Write what waits, in one transaction; returns the number of rows.
+        """Write waiting samples in one transaction; returns the number of rows.
 
         Raises `HistoryUnavailable`: then nothing was written, and all goes on waiting.
         """
@@ -148,11 +148,11 @@ class HistoryStore:
                 )
                 raise BadInput(f"the query was refused: {why}", sql=sql) from None
             except duckdb.Error as error:
-                self._let_go()
+                self._close_or_roll_back()
                 raise self._unavailable("read", error) from None
 
     def close(self) -> None:
-        """Write what waits, and let another process have the file."""
+        """Write waiting samples, and release the file's lock."""
         with self._using:
             if not self._opened:
                 return
@@ -168,7 +168,7 @@ class HistoryStore:
         return f"the history in {self._path or 'memory'}"
 
     def _take_lock(self) -> None:
-        """Make sure that nobody else sets files aside, in this process or in another."""
+        """Lock the file against other writers, in this process or another."""
         if self._path is None:
             return
         try:
@@ -210,14 +210,14 @@ class HistoryStore:
             else:
                 self._connection = connection
                 return
-        raise HistoryUnavailable(f"{self._name} is damaged as soon as it is made: is its disk ill?")
+        raise HistoryUnavailable(f"{self._name} is damaged when newly created: check its disk")
 
     def _settings(self) -> dict[str, str | bool | int | float | list[str]]:
         return {
             "threads": self._config.threads,
             "memory_limit": f"{self._config.memory_bytes_max}B",
             "checkpoint_threshold": f"{self._config.wal_bytes_max}B",
-            "max_temp_directory_size": "0B",  # what does not fit in memory is refused
+            "max_temp_directory_size": "0B",  # queries that don't fit in memory are refused
             # A query reads tables, not the caller's files, network or variables.
             "enable_external_access": False,
             "autoinstall_known_extensions": False,
@@ -255,7 +255,7 @@ class HistoryStore:
             self._stored[table], self._last_seq[table], _ = counted[0]
 
     def _set_aside(self, error: duckdb.Error) -> bool:
-        """Move what is damaged out of the way; False if nothing is, as far as `error` tells."""
+        """Set damaged files aside; False if `error` is not one of damage."""
         if self._path is None:
             return False
         words = damage.cause(str(error), self._path)
@@ -285,7 +285,7 @@ class HistoryStore:
             self._write(connection, batch)
         except BaseException as error:
             self._buffer.put_back(batch)
-            self._let_go()
+            self._close_or_roll_back()
             if isinstance(error, duckdb.Error):
                 raise self._unavailable("written", error) from None
             raise
@@ -341,9 +341,7 @@ class HistoryStore:
         statements = cursor.extract_statements(sql)
         if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
             kinds = ", ".join(statement.type.name for statement in statements) or "nothing"
-            raise BadInput(
-                f"the history answers one SELECT at a time, and this is: {kinds}", sql=sql
-            )
+            raise BadInput(f"expected one SELECT statement, got: {kinds}", sql=sql)
         cursor.execute(statements[0], params)
         names = [column[0] for column in cursor.description]
         if len(set(names)) < len(names):
@@ -366,12 +364,12 @@ class HistoryStore:
         assert self._connection is not None
         return self._connection
 
-    def _let_go(self) -> None:
-        """After an error DuckDB may refuse all further work; what it has on disk is still good."""
+    def _close_or_roll_back(self) -> None:
+        """Reset the connection: after an error DuckDB may refuse further work."""
         if self._path is not None:
             _close(self._connection)
             self._connection = None
-        elif self._connection is not None:  # all that there is
+        elif self._connection is not None:  # in memory: there is no file to reopen
             with contextlib.suppress(duckdb.Error):
                 self._connection.rollback()
 

@@ -1,8 +1,8 @@
-"""The questions that can be asked of the history.
+"""Queries of the history.
 
-`PerformanceHistoryTracker` reads: every figure comes from stored rows and stands beside their
+`PerformanceHistoryTracker` reads: every figure comes from stored rows and is given with their
 number. A simulated answer or step is counted apart, never as a success. This module must not
-decide anything from what it finds, nor know how rows are stored.
+decide anything from the results, nor know how rows are stored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TRENDS_MAX = 100  # combinations that recommendations look at
 
 
 class RungOutcome(NamedTuple):
-    """What a rung achieved; `median_ms` is of its successes."""
+    """The outcomes of a rung; `median_ms` is of its successes."""
 
     successes: int
     attempts: int
@@ -34,7 +34,7 @@ class Trend(TypedDict):
     """How durations change from operation to operation.
 
     `samples` are all operations in the window. The durations are those of the `measured`: of right
-    answers that met no failure. Recent and oldest are means of ten each, where there are twenty.
+    answers without a failure. Recent and oldest are means of ten each, if there are twenty.
     """
 
     samples: int
@@ -55,7 +55,7 @@ class Trend(TypedDict):
 
 
 class PerformanceHistoryTracker:
-    """What the history says. Reads only what has been flushed.
+    """Queries of the history, of flushed samples only.
 
     A success rate is of real answers: a simulated operation is a sample, but no success; a
     simulated recovery step is neither, since the steps that failed before it have been counted.
@@ -72,7 +72,7 @@ class PerformanceHistoryTracker:
     def view(self, name: str, *, limit: int = 1000, **equal: Any) -> list[dict[str, Any]]:
         """Rows of one of `recovery.history.schema.VIEWS`, at most `limit`, the latest first.
 
-        `equal` are columns and what they must be: `view("strategy_scores", error_type="crash")`.
+        `equal`: columns and required values: `view("strategy_scores", error_type="crash")`.
         Raises `BadInput`, naming the views or the columns that there are.
         """
         if name not in VIEWS:
@@ -135,7 +135,7 @@ class PerformanceHistoryTracker:
         model_type: ModelType | None = None,
         since: float | None = None,
     ) -> dict[RecoveryLevel, RungOutcome]:
-        """What each rung that was tried achieved against such failures; simulation is no repair."""
+        """The outcomes of each rung for such failures, without simulation."""
         given = {
             "fingerprint": fingerprint or None,
             "category": category,
@@ -167,11 +167,11 @@ class PerformanceHistoryTracker:
         op: str | None = None,
         time_window_seconds: float = 3600,
     ) -> Trend:
-        """A straight line through the durations of the last while, in the order of their ends.
+        """A straight line through the durations in the time window, in the order of their ends.
 
         It is called stable unless there are at least 10 durations, the slope's t value is 3.36 or
         more (p < 0.01), and the line changes by 5 % of the mean or more. Ask for one model and
-        operation: where the mix changes, so do the durations.
+        operation: durations also change with the mix.
         """
         given = {"model": model, "browser_type": browser_type, "op": op}
         wanted = {name: str(value) for name, value in given.items() if value is not None}
@@ -273,9 +273,9 @@ class PerformanceHistoryTracker:
         return [{name: value for name, value in row.items() if name != "_high"} for row in ordered]
 
     def failure_patterns(self, limit: int = 10) -> list[dict[str, Any]]:
-        """The failures that are met most, by fingerprint and category.
+        """The most frequent failures, by fingerprint and category.
 
-        `operations` met one first (as their callers saw it), `incidents` are browsers that were
+        `operations` had it as their first failure, `incidents` are browsers that were
         repaired because of one; an incident may have cost several operations, or none.
         """
         return self._store.query(
@@ -357,7 +357,7 @@ class PerformanceHistoryTracker:
     def get_performance_recommendations(
         self, time_window_seconds: float = 3600
     ) -> dict[str, dict[str, dict[str, Any]]]:
-        """What should be looked at: slower operations, better browsers, steps that never help."""
+        """Recommendations: operations that got slower, better browsers, steps that never work."""
         since = self._store.wall() - time_window_seconds
         found: dict[str, dict[str, Any]] = {}
 

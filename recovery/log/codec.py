@@ -29,7 +29,7 @@ _CLIPPED_ITEMS_MAX = 100
 
 
 class CorruptLog(InternalError):
-    """What was read is intact but says nothing that this version of tabpool understands."""
+    """What was read is intact, but this version of tabpool can't understand it."""
 
 
 def _adapter(cls: Any) -> TypeAdapter[Any]:
@@ -58,7 +58,7 @@ def encode(event: Event) -> bytes:
     """`event` as one line of JSON, without the newline."""
     writer = _WRITERS.get(type(event.body))
     if writer is None or not math.isfinite(event.at):
-        raise InternalError(f"no event that can be logged: {event}", event=repr(event))
+        raise InternalError(f"not an event that can be logged: {event}", event=repr(event))
     name, to_json = writer
     try:
         body = to_json(event.body, warnings="error")
@@ -129,7 +129,7 @@ def state_from_plain(plain: Mapping[str, Any]) -> PoolState:
     try:
         state: PoolState = _STATE.validate_json(json.dumps(plain))
     except (TypeError, ValueError) as error:
-        raise CorruptLog(f"no state of a pool: {error}") from None
+        raise CorruptLog(f"not a pool's state: {error}") from None
     return state
 
 

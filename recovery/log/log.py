@@ -1,4 +1,4 @@
-"""The control log: every event is on disk before anything is done about it.
+"""The control log: every event is on disk before it is acted on.
 
 One thread writes; whatever is appended while it waits for the disk shares its next write. The
 form of the files is in `recovery.log.segments`. `show` and `verify` only read, also while a
@@ -44,8 +44,8 @@ __all__ = [
 _SCANS_MAX = 10
 
 
-class _Line(NamedTuple):  # there are many, and a tuple is quicker made than a dataclass
-    """An event on its way to the disk."""
+class _Line(NamedTuple):  # a tuple, since many are made and dataclasses are slower to make
+    """An event to be written."""
 
     seq: int
     data: bytes
@@ -62,7 +62,7 @@ class _Checkpoint:
 class Log:
     """The log of one pool, in a folder of its own.
 
-    An append that is cancelled may or may not be in the log; `last_seq` tells once it is known.
+    An append that is cancelled may or may not be in the log: compare `last_seq` later.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Log:
         self._next = 1
         self._wake = threading.Condition()  # guards the next three
         self._due = False  # whether the writer may take what is queued
-        self._failed = False  # whether it must not, until what failed is out of the queue
+        self._failed = False  # whether it must not, until the failed events are out of the queue
         self._closing = False
         self._kicked = False
-        self._turn = asyncio.Lock()  # whoever waits for room
+        self._turn = asyncio.Lock()  # held while waiting for room
         self._waiting = 0
         self._room = asyncio.Event()
         self._broken: BaseException | None = None
@@ -100,7 +100,7 @@ class Log:
         return self._store.acknowledged - self._store.checkpointed
 
     async def open(self) -> Recovery:
-        """Recover what is there and get ready to append.
+        """Recover the existing log and get ready to append.
 
         Raises `LogInUse`, `LogUnavailable`, or `CorruptLog` for a log that another version wrote.
         """
@@ -120,10 +120,10 @@ class Log:
         return recovery
 
     async def append(self, event: Event) -> None:
-        """Returns when `event`, whose number must be the next one, is on disk.
+        """Return when `event`, whose number must be the next one, is on disk.
 
         Raises `LogUnavailable` if it could not be written: then neither it nor any that was
-        appended after it is in the log, and numbering goes on from `last_seq`.
+        appended after it is in the log, and numbering continues from `last_seq`.
         """
         data = event_line(event)
         if self._waiting or self._full():
@@ -141,14 +141,14 @@ class Log:
         await done
 
     async def checkpoint(self, state: PoolState, seq: int) -> None:
-        """Keep `state`, which includes all events up to number `seq`, and drop what is too old.
+        """Store `state`, which includes all events up to number `seq`, and delete old files.
 
         Raises `LogUnavailable`; the log is then as it was.
         """
         loop = self._require_open()
         if not 0 < seq <= self.last_seq:
             raise IllegalTransition(
-                f"a checkpoint of event {seq}, but the last one on disk is {self.last_seq}"
+                f"can't checkpoint event {seq}: the last one on disk is {self.last_seq}"
             )
         done = loop.create_future()
         self._queue.append(_Checkpoint(seq, state, done))
@@ -156,7 +156,7 @@ class Log:
         await done
 
     async def close(self) -> None:
-        """Write what waits, and let another process have the log."""
+        """Write queued events, and release the log's lock."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -179,7 +179,7 @@ class Log:
     def _enqueue(self, seq: int, data: bytes) -> asyncio.Future[None]:
         loop = self._require_open()
         if seq != self._next:
-            raise IllegalTransition(f"event {seq} where {self._next} comes next", seq=seq)
+            raise IllegalTransition(f"expected event {self._next}, got {seq}", seq=seq)
         self._next += 1
         done: asyncio.Future[None] = loop.create_future()
         self._queue.append(_Line(seq, data, done))
@@ -188,7 +188,7 @@ class Log:
         return done
 
     def _kick_soon(self, loop: asyncio.AbstractEventLoop) -> None:
-        # At the end of this turn of the loop, so that all who append in it share a write.
+        # At the end of this turn of the loop, so that all appends in it share a write.
         if not self._kicked:
             self._kicked = True
             loop.call_soon(self._kick)
@@ -206,7 +206,7 @@ class Log:
         self._room.set()
 
     def _fail(self, work: list[_Line] | _Checkpoint, error: LogUnavailable) -> None:
-        """Fail what failed, and every event that was to follow it: numbers leave no gap."""
+        """Fail the failed work and every queued event after it: numbers must have no gap."""
         failed: list[_Line | _Checkpoint]
         failed = [work] if isinstance(work, _Checkpoint) else [*work]
         if self._broken is not None or not isinstance(work, _Checkpoint):
@@ -233,22 +233,22 @@ class Log:
                 try:
                     if isinstance(work, _Checkpoint):
                         self._store.checkpoint(work.seq, work.state, self._wall())
-                        self._tell(self._succeed, [work.done])
+                        self._call_soon(self._succeed, [work.done])
                     else:
                         self._store.append([line.data for line in work], work[-1].seq)
-                        self._tell(self._succeed, [line.done for line in work])
+                        self._call_soon(self._succeed, [line.done for line in work])
                         self._store.sync_mark()
                 except LogUnavailable as error:
                     self._failed = True
-                    self._tell(self._fail, work, error)
-        except BaseException as error:  # a bug: nobody may wait for a writer that is gone
+                    self._call_soon(self._fail, work, error)
+        except BaseException as error:  # a bug: no caller may wait for a dead writer
             self._broken = error
             ended = LogUnavailable(f"the log's writer ended: {error!r}")
-            self._tell(self._fail, work, ended)
+            self._call_soon(self._fail, work, ended)
             raise
 
     def _take(self) -> list[_Line] | _Checkpoint:
-        """What to do next; nothing when the log is closing and all is done."""
+        """The next work; empty when the log is closing and all is written."""
         with self._wake:
             while self._failed or not (self._closing or (self._due and self._queue)):
                 self._wake.wait()
@@ -265,13 +265,13 @@ class Log:
             self._due = bool(self._queue)
             return lines
 
-    def _tell(self, callback: Callable[..., None], *facts: Any) -> None:
+    def _call_soon(self, callback: Callable[..., None], *facts: Any) -> None:
         assert self._loop is not None
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+        with contextlib.suppress(RuntimeError):  # the loop and all callers have ended
             self._loop.call_soon_threadsafe(callback, *facts)
 
 
-# -- looking at a log -----------------------------------------------------------------------------
+# -- inspecting a log -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -320,7 +320,7 @@ def verify(folder: Path) -> Report:
 
 
 def _steady_scan(folder: Path) -> Scan | CorruptLog:
-    """What two looks in a row agree on: a writer may move files between two reads."""
+    """A scan whose result was seen twice: a writer may move files during one."""
     before: object = None
     for _ in range(_SCANS_MAX):
         try:
@@ -339,7 +339,9 @@ def _steady_scan(folder: Path) -> Scan | CorruptLog:
             if not found.damage or before == found.damage:
                 return found
             before = found.damage
-    raise LogUnavailable(f"the log in {folder} changes too fast to be read", folder=str(folder))
+    raise LogUnavailable(
+        f"the log in {folder} changes too fast to be read: try again", folder=str(folder)
+    )
 
 
 def show(folder: Path, since: int = 1, limit: int | None = None) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""How a log is read: everything there is to know of its files, and the state they replay to.
+"""Reading a log: a scan of its files, and the state that they replay to.
 
 Blocking, and changes nothing: a log can be read while another process writes it. This module must
-not mend what it finds damaged (`recovery.log.writing` does).
+not repair damage (`recovery.log.writing` does).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Place:
 
 @dataclass
 class Scan:
-    """Everything there is to know of a log's files."""
+    """The result of a scan of a log's files."""
 
     base: Checkpoint
     state: PoolState
@@ -68,7 +68,7 @@ class Scan:
 def scan(folder: Path) -> Scan:
     """Read a whole log and replay it, changing nothing.
 
-    Raises `CorruptLog` for what is intact but can't be understood, `OSError` for the rest.
+    Raises `CorruptLog` for intact data that can't be understood, and `OSError`.
     """
     marks = [read_mark(folder / name) for name in MARKS]  # first, as the rest may be growing
     segments = segments_in(folder)
@@ -77,10 +77,10 @@ def scan(folder: Path) -> Scan:
     if segments or checkpoints or damaged_files:
         for name, mark in zip(MARKS, marks, strict=True):
             if mark is None:
-                what = "the mark of what was acknowledged is unreadable"
+                what = "the mark of the last acknowledged event is unreadable"
                 damage.append(Damage(name, 0, what))
     else:
-        marks.append(0)  # A log that is just being made may have no marks yet.
+        marks.append(0)  # A log that is just being created may have no marks yet.
     acknowledged = max((mark for mark in marks if mark is not None), default=None)
     base = checkpoints[-1] if checkpoints else Checkpoint(0)
     found = Scan(
@@ -104,7 +104,7 @@ def _read_checkpoints(folder: Path, damage: list[Damage]) -> tuple[list[Checkpoi
         data = path.read_bytes()
         content = unseal(data[:-1]) if data.endswith(b"\n") else None
         if content is None:
-            damage.append(Damage(path.name, 0, "a checkpoint that is not as it was written"))
+            damage.append(Damage(path.name, 0, "the checkpoint's checksum does not match"))
             damaged.append(path)
             continue
         try:
@@ -112,7 +112,7 @@ def _read_checkpoints(folder: Path, damage: list[Damage]) -> tuple[list[Checkpoi
             lost = tuple(Lost(*pair) for pair in plain["lost"])
             intact.append(Checkpoint(seq, state_from_plain(plain["state"]), lost))
         except (KeyError, TypeError) as error:
-            raise CorruptLog(f"{path.name} is no checkpoint: {error}") from None
+            raise CorruptLog(f"{path.name} is not a checkpoint: {error}") from None
     return intact, damaged
 
 
@@ -132,7 +132,7 @@ class _Walk:
         self._found = found
         first = first_seq(found.segments[0]) if found.segments else oldest + 1
         self._expected = min(first, oldest + 1)
-        self._bad: Place | None = None  # since where nothing was readable
+        self._bad: Place | None = None  # the start of the present unreadable part
         self._good_segment, self._end_of_good = -1, 0  # where the last readable line ends
 
     def walk(self) -> None:
@@ -188,7 +188,7 @@ class _Walk:
         try:
             found.state = apply(found.state, event)
         except IllegalTransition as error:
-            raise CorruptLog(f"event {event.seq} can't follow those before it: {error}") from None
+            raise CorruptLog(f"event {event.seq} is not allowed at its place: {error}") from None
         found.term = max(found.term, event.term)
         found.replayed += 1
 
@@ -200,7 +200,7 @@ class _Walk:
             self._gap(acknowledged, end)
 
     def _gap(self, last: int, place: Place) -> None:
-        """From the expected number to `last` nothing is readable: torn, known, or a loss."""
+        """Record that the expected number to `last` are unreadable: torn, known, or lost."""
         found, first = self._found, self._expected
         acknowledged, base = found.acknowledged, found.base
         if acknowledged is not None and first > max(acknowledged, base.seq):
@@ -225,7 +225,7 @@ def lines_of(folder: Path, since: int = 1) -> Iterator[tuple[str, int, bytes, by
             continue
         try:
             data = path.read_bytes()
-        except FileNotFoundError:  # its time to be kept ended meanwhile
+        except FileNotFoundError:  # deleted meanwhile, as too old
             continue
         offset = 0
         for line in data.split(b"\n")[:-1]:  # the rest is being written

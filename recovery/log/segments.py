@@ -1,4 +1,4 @@
-"""The log's files: their names, and the form of what is in them.
+"""The log's files: their names and format.
 
     00000001.jsonl, 00000057.jsonl   events, a line each; a file is named by its first one's number
     checkpoint-00000056.json         a state, and the number of the last event in it
@@ -6,8 +6,8 @@
     lock                             held by the one process that writes
     *.damaged                        what a recovery set aside
 
-Every line ends in a CRC32 of all that comes before it, and numbers leave no gap, so whatever
-changed or went is found and can be named. An event is acknowledged when it and its number are on
+Every line ends in a CRC32 of all that comes before it, and numbers leave no gap, so changed or
+missing data is detected and can be named. An event is acknowledged when it and its number are on
 disk; what lies beyond that number may be torn, and is cut off. This module must not open a file:
 `recovery.log.reading` and `recovery.log.writing` do.
 """
@@ -31,7 +31,7 @@ MARKS = ("acknowledged-0", "acknowledged-1")
 
 
 class LogUnavailable(SetupError):
-    """The log can't be read or written at present: the disk is full, or worse."""
+    """The log can't be read or written at present, for example because the disk is full."""
 
 
 @dataclass(frozen=True, order=True)

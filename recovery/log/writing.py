@@ -1,6 +1,6 @@
-"""How a log is written: recovered when it is opened, appended to, and rid of what is too old.
+"""Writing a log: recovery when it is opened, appending, checkpoints, deletion of old files.
 
-All is blocking and belongs to one thread. Every change to a file goes through `Disk`. This module
+All calls block and belong to one thread. Every change to a file goes through `Disk`. This module
 must not decide when anything is written.
 """
 
@@ -88,7 +88,7 @@ class Disk:
 
     def sync(self, fd: int) -> None:
         if sys.platform == "darwin":
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync alone doesn't reach the platter there
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync leaves data in the drive's cache
         else:
             os.fdatasync(fd)
 
@@ -177,7 +177,7 @@ class Store:
             self._sync_mark()
 
     def checkpoint(self, seq: int, state: PoolState, at: float) -> None:
-        """Keep `state`, which includes the events up to `seq`, and let go what is too old."""
+        """Store `state`, which includes the events up to `seq`, and delete old files."""
         plain = {
             "seq": seq,
             "at": at,
@@ -216,14 +216,14 @@ class Store:
         except BlockingIOError:
             os.close(fd)
             raise LogInUse(
-                f"the log in {self._folder} is in use: a pool of this name is open, here or in "
+                f"the log in {self._folder} is in use: a pool of this name is open, in this or "
                 "another process",
                 folder=str(self._folder),
             ) from None
         self._lock_fd = fd
 
     def _mend(self, found: Scan, at: float) -> None:
-        """Make the files say what `found` says, and be ready to append.
+        """Make the files agree with `found`, and get ready to append.
 
         A crash on the way leaves files that lead to the same state again.
         """
@@ -234,7 +234,7 @@ class Store:
         if found.cut is not None:
             self._shorten(found.segments, found.cut, keep=False)
         if found.lost is not None:
-            # With this checkpoint the lost numbers are accounted for, whatever comes after.
+            # This checkpoint records the lost numbers.
             self._lost = (*self._lost, found.lost)[-LOST_MAX:]
             self.checkpoint(found.last_seq, found.state, at)
             if found.lost_from is not None and found.segments:
@@ -242,7 +242,7 @@ class Store:
         if found.continues:
             self._path = found.segments[found.cut.segment if found.cut else -1]
             self._size = self._path.stat().st_size
-            # What was not acknowledged but is there now counts: make sure that it stays.
+            # Unacknowledged events that are readable are kept: sync them to disk.
             self._disk.sync(self._ready())
         if any(read_mark(self._folder / name) != found.last_seq for name in MARKS):
             for name in MARKS:

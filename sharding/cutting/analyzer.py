@@ -1,9 +1,9 @@
-"""What the layers of a model weigh and take, and which browser should have which of them.
+"""The bytes and times of a model's layers, and plans that assign them to browsers.
 
 Layers and bytes come from the graph. Times are measured on demand: each layer is cut out, into a
-temporary folder, and run in the native runtime. Who gets what is then for
-`sharding.cutting.partition` to say. This module must not keep what it cuts
-(`sharding.cutting.manager` does) and must not ask a browser.
+temporary folder, and run in the native runtime. `sharding.cutting.partition` then makes the plan.
+This module must not keep what it cuts (`sharding.cutting.manager` does) and must not contact a
+browser.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from sharding.models.native import NativeSession
 from sharding.models.signature import TensorSpec
 from sharding.sequences.stages import inputs_of_step
 
-# What a processor reads from memory, in bytes per second. One token takes each weight once, so
-# that its time is that of reading them; where nothing was measured, times are reckoned so.
+# Memory bandwidth of a processor, in bytes per second. One token reads each weight once, so times
+# that were not measured are estimated as the time of reading the weights.
 BYTES_PER_SECOND = 10e9
 RUNS_MAX = 10_000
 POSITIONS_MAX = 1 << 20  # tokens and past
@@ -89,16 +89,16 @@ class ModelShardingAnalyzer:
         return self._layers
 
     def by_bytes(self) -> Measurement:
-        """Times that were not measured but follow from the weights, at `BYTES_PER_SECOND`.
+        """Times estimated from the bytes of the weights, at `BYTES_PER_SECOND`.
 
-        An embedding takes none: of its table only the rows of the step's tokens are read.
+        The embedding's is 0: only the rows of the step's tokens are read from its table.
         """
         return self._measurement_of(
             [layer.weight_bytes / BYTES_PER_SECOND for layer in self.layers().layers],
             0.0,
             self.layers().head_bytes / BYTES_PER_SECOND,
             measured=False,
-            how=f"reckoned from bytes at {BYTES_PER_SECOND / 1e9:g} GB/s, not measured",
+            how=f"estimated from bytes at {BYTES_PER_SECOND / 1e9:g} GB/s, not measured",
         )
 
     def measure(
@@ -111,14 +111,14 @@ class ModelShardingAnalyzer:
     ) -> Measurement:
         """Time each layer in the native runtime, on one thread: the median of `runs` steps.
 
-        A step is `tokens` tokens after `past` others, whose caches are real ones. An encoder has
-        no past, so it is given `past + tokens` positions at once. `progress` hears how many layers
-        of how many are done.
+        A step is `tokens` tokens after `past` others, with real caches. An encoder has
+        no past, so it gets `past + tokens` positions at once. `progress` is called with the number
+        of layers done, and of all.
 
         Each layer is a shard of its own here, and computes masks and positions again; so a shard
         of several layers takes a little less than their sum. The first also does the embedding and
-        the last the head. What they take beyond the median of the layers between them is put down
-        to these ends; with fewer than three layers it stays in the layers' times.
+        the last the head. Their time beyond the median of the layers between them counts as that
+        of these ends; with fewer than three layers it stays in the layers' times.
 
         Raises `NotAModel` if it can't be cut between all layers, and `BadInput` for a number out of
         range, a `work_dir` without room, or a model whose inputs can't be made up.
@@ -155,16 +155,16 @@ class ModelShardingAnalyzer:
         strategy: str = "layer_based",
         measured: Measurement | None = None,
     ) -> Partition:
-        """Which layers go where; see `sharding.cutting.partition.partition` for strategies and
-        errors.
+        """Which layers each browser gets; see `sharding.cutting.partition.partition` for strategies
+        and errors.
 
-        `hosts` are the browsers. Without them, they are taken to be alike and as many as needed,
-        each with room for `capacity_bytes` while it loads (by default for anything). Without
+        `hosts` are the browsers. Without them, as many equal browsers as needed are assumed,
+        each with room for `capacity_bytes` while it loads (by default for the whole model). Without
         `shards` it is the fewest that fit, or for `browser_based` one for each host.
 
         Times are those given as `measured`, else those of the last `measure`. Without either,
-        `layer_based` takes them `by_bytes` and the others measure now, once it is sure that
-        there is a plan. Bytes of the spans count the weights that every shard has.
+        `layer_based` takes them `by_bytes` and the others measure now, after checking that a plan
+        exists. Bytes of the spans include the weights that every shard has.
         """
         hosts = self._hosts(shards, capacity_bytes, hosts, strategy)
         times = measured or self._measurement or self.by_bytes()
@@ -191,7 +191,7 @@ class ModelShardingAnalyzer:
         if hosts is not None:
             if capacity_bytes is not None:
                 raise BadInput(
-                    "hosts= say their capacity themselves: leave out capacity_bytes.",
+                    "hosts= already include capacities: leave out capacity_bytes.",
                     expected="hosts or capacity_bytes",
                     got="both",
                 )
@@ -206,7 +206,7 @@ class ModelShardingAnalyzer:
             )
         if rule is not None and shards is None and capacity_bytes is None:
             raise BadInput(
-                "Nothing says how many shards to make: pass shards=, capacity_bytes= (what a "
+                "The number of shards is not given: pass shards=, capacity_bytes= (what a "
                 "browser can hold while it loads) or hosts=.",
                 expected="shards, capacity_bytes or hosts",
                 got="none of them",
@@ -290,7 +290,7 @@ class _Steps:
         self._sent: Mapping[str, Array] = {}
 
     def advance(self, shard: Shard, session: NativeSession) -> dict[str, Array]:
-        """The inputs of the timed step, which was run once (the runtime plans on first sight)."""
+        """The inputs of the timed step, after a first run of it (in which the runtime plans)."""
         caches = {cache.past.name: _empty(cache) for cache in shard.caches}
         if self._past:
             made = session.run(_inputs(shard, self._sent_past, self._past, 0) | caches)
@@ -316,7 +316,7 @@ def _inputs(
 
 
 def _made_up(spec: TensorSpec, count: int) -> Array:
-    """Embeddings, an image: noise with a batch of one, and `count` wherever it is open."""
+    """Noise for embeddings or an image: a batch of one, and `count` for other open dimensions."""
     shape = [
         dim if isinstance(dim, int) else 1 if axis == 0 else count
         for axis, dim in enumerate(spec.shape or ())

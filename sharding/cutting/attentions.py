@@ -24,7 +24,7 @@ _FUSED_CACHES = {
 _FUSED_ATTENTION = frozenset(
     {*_FUSED_CACHES, "QAttention", "PackedAttention", "PackedMultiHeadAttention", "SparseAttention"}
 )
-# What a cache passes through on its way into an attention and out of it.
+# Operators that a cache may pass on its way into an attention and out of it.
 _CACHE_STEPS = frozenset(
     {"Cast", "Concat", "Expand", "Gather", "Identity", "Pad", "Reshape", "ScatterElements"}
     | {"ScatterND", "Slice", "Split", "Squeeze", "TensorScatter", "Transpose", "Unsqueeze"}
@@ -111,7 +111,7 @@ def attention_anchors(graph: Graph, live: Live) -> frozenset[int]:
 
 
 def _reaches_product(live: Live, softmax: Node) -> bool:
-    """Are the weights that it makes multiplied with something live? A classifier's are not."""
+    """Whether its output is multiplied with a live tensor (a classifier's is not)."""
     edge, seen = [softmax], {softmax.index}
     for _ in range(_SOFTMAX_STEPS_MAX):
         onward = []
@@ -128,9 +128,9 @@ def _reaches_product(live: Live, softmax: Node) -> bool:
 
 
 def attention_levels(live: Live, anchors: AbstractSet[int]) -> dict[int, int]:
-    """For each live node, how many attentions follow one another on the way to it, and it.
+    """For each live node, how many attentions there are on the way to it, itself included.
 
-    Keys and values of one layer lie beside one another, so they have the same number.
+    Keys and values of one layer are parallel, so they have the same number.
     """
     level: dict[str, int] = {}
     levels: dict[int, int] = {}
@@ -145,8 +145,8 @@ def attention_levels(live: Live, anchors: AbstractSet[int]) -> dict[int, int]:
 def cache_specs(
     graph: Graph, node: Node, past: TensorSpec, present: TensorSpec
 ) -> tuple[TensorSpec, TensorSpec]:
-    """Both with the size of a head, which the builder leaves open, but whose owner needs it to
-    make the first, empty cache."""
+    """Both with the size of a head, which the builder leaves open; it is needed to make the first,
+    empty cache."""
     if node.op != "GroupQueryAttention" or past.shape is None or isinstance(past.shape[-1], int):
         return past, present
     query = graph.specs.get(node.inputs[0])

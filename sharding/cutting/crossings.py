@@ -1,4 +1,4 @@
-"""What passes a cut: the tensors that are live there, their types and shapes, and nothing else.
+"""The tensors that cross a cut: those that are live there, with their types and shapes.
 
 This module must not choose the place (`sharding.cutting.places` does).
 """
@@ -27,7 +27,7 @@ class Cut:
 
 
 def check_cut(graph: Graph, live: Live, owner: Mapping[int, int], cut: Cut, layer: int) -> None:
-    """Nothing else that is live gets into `layer` and those after it."""
+    """Raise `NotAModel` if other live tensors cross into `layer` or those after it."""
     maker = {name: owner[node.index] for node in live.nodes for name in node.outputs}
     allowed = {spec.name for spec in cut.tensors}
     for node in live.nodes:
@@ -47,10 +47,10 @@ def check_cut(graph: Graph, live: Live, owner: Mapping[int, int], cut: Cut, laye
 def cut_tensors(
     graph: Graph, live: Live, joint: Node, names: Sequence[str]
 ) -> tuple[TensorSpec, ...]:
-    """What is known of `names`, which meet at `joint`.
+    """The specs of `names`, which meet at `joint`.
 
-    What is unknown of them is what is known of the embedding: the residual sum is as long as
-    that everywhere.
+    Unknown dtypes and dimensions are taken from the embedding: the residual sum has the same ones
+    everywhere.
     """
     models = [graph.specs[n] for n in (*names, *joint.outputs) if n in graph.specs]
     for node in live.embeddings:

@@ -1,11 +1,11 @@
-"""Shards written: one ordinary ONNX file per span of layers, its weights beside it, a manifest.
+"""Writes shards: an ordinary ONNX file per span of layers, its weights beside it, a manifest.
 
-One of the doors to `onnx`. Weights in external files are copied range by range, so never more
-than the graph and a piece of one weight is in memory. (A graph file that has its weights in it
-is parsed as onnx does it, which for a moment takes twice its size.) onnx's own `Extractor` does
-not see what the bodies of an If or Loop capture, and copies weights in memory, so the nodes of a
-shard are collected here. This module must not decide where to cut (`sharding.cutting.layers` does)
-and must not run anything.
+One of the modules that import `onnx`. Weights in external files are copied range by range, so never
+more than the graph and a piece of one weight is in memory. (A graph file with embedded weights is
+parsed by onnx, which for a moment takes twice its size.) onnx's own `Extractor` does not see what
+the bodies of an If or Loop capture, and copies weights in memory, so the nodes of a shard are
+collected here. This module must not decide where to cut (`sharding.cutting.layers` does) and must
+not run anything.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ INLINE_BYTES_MAX = 1024  # a smaller weight stays in the graph, where shape infe
 
 _ALIGNMENT = 4096  # of each weight in the data file, so that the runtime can map it
 _PIECE_BYTES = 4 << 20  # copied at a time
-_CACHE_SHAPE = "Shape"  # the only operator that may look at another layer's cache
+_CACHE_SHAPE = "Shape"  # the only operator that may read another layer's cache
 
 
 def cut(path: str | Path, spans: Sequence[tuple[int, int]], out_dir: str | Path) -> Manifest:
@@ -51,7 +51,7 @@ def cut(path: str | Path, spans: Sequence[tuple[int, int]], out_dir: str | Path)
     which the model itself would be overwritten.
     """
     path, folder = Path(path).absolute(), Path(out_dir).absolute()
-    spec = read_signature(path, name=path.stem)  # checks the external data, and digests all
+    spec = read_signature(path, name=path.stem)  # checks the external data and hashes all files
     model = load_proto(path)
     graph = graph_of(path, model)
     layers = map_layers(graph)
@@ -179,7 +179,7 @@ def _write_shard(source: _Source, span: tuple[int, int], folder: Path, name: str
 
 
 def _owner(source: _Source, output: str) -> int:
-    """The layer whose shard gives this output; what is not live, the first one gives."""
+    """The layer whose shard has this output; the first one, if it is not live."""
     node = source.graph.producer.get(output)
     return source.layers.owner.get(node.index, 0) if node is not None else 0
 
@@ -216,7 +216,7 @@ def _collect(
                     f"{node}, which belongs to layer {owner} and is needed there too",
                     f"layers {span[0]} to {span[1]} to need nothing of others but "
                     f"{', '.join(sorted(stops)) or 'inputs'}",
-                    "Choose other spans, or run it whole in one browser.",
+                    "Choose other spans, or run the uncut model in one browser.",
                 )
             nodes[node.index] = node
             for used in node.uses:
@@ -242,7 +242,7 @@ def _other_caches(layers: LayerMap, span: tuple[int, int]) -> dict[str, Cache]:
 
 
 def _own_cache(source: _Source, span: tuple[int, int], node: Node, cache: Cache) -> str:
-    """What a shard reads in place of a cache that it does not have.
+    """What a shard reads instead of a cache that it does not have.
 
     Exporters take the past length from the shape of the first layer's cache. All caches of one
     sequence that are no rings are of the same length, so that of the shard's own first such
@@ -272,8 +272,8 @@ def _same_dims(one: TensorSpec, other: TensorSpec) -> bool:
 
 
 def _value(source: _Source, spec: TensorSpec) -> onnx.ValueInfoProto:
-    """With the shape that follows from the graph alone, where the manifest may know more: what
-    the runtime knows of shapes decides what it fuses, and it must fuse what it fuses uncut."""
+    """With the shape inferred from the graph alone, although the manifest may have more: known
+    shapes decide what the runtime fuses, and it must fuse as it does in the uncut model."""
     inferred = source.graph.specs.get(spec.name)
     shape = inferred.shape if inferred is not None else None
     element = next(
@@ -363,7 +363,7 @@ def _attribute_tensors(nodes: Any) -> Iterator[TensorProto]:
 
 
 class _Writer:
-    """A data file that is being written: digest, size and alignment are kept on the way."""
+    """Writes a data file, and keeps its digest, size and alignment."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream

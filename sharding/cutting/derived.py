@@ -1,6 +1,6 @@
-"""What of a graph can be computed without its long way: from weights alone, or from given ids.
+"""The tensors that need no layer: computed from weights alone, or from inputs such as ids.
 
-Every shard may compute that again for itself. This module must not know where a model is cut.
+Every shard can compute these again for itself. This module must not know where a model is cut.
 """
 
 from __future__ import annotations

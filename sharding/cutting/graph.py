@@ -1,8 +1,8 @@
-"""A model as a graph of plain nodes: what feeds what, without the weights.
+"""A model as a graph of plain nodes and their connections, without the weights.
 
-One of the doors to `onnx`. It reads the graph file once and turns it into plain data, so that
-the search for layer boundaries needs no onnx. This module must not open external data files,
-must not judge what a node is good for, and must not change the model.
+One of the modules that import `onnx`. It reads the graph file once and turns it into plain data, so
+that the search for layer boundaries needs no onnx. This module must not open external data files,
+must not interpret what a node is for, and must not change the model.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Constant:
-    """A weight that lies in the graph or beside it: its shape, numpy dtype and size."""
+    """A weight stored in the graph file or in an external file: its shape, numpy dtype and size."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -59,9 +59,9 @@ class Constant:
 
 @dataclass(frozen=True)
 class Graph:
-    """A model's nodes, inputs sorted first to last, each after those that it needs.
+    """A model's nodes, sorted topologically.
 
-    `specs` says what is known of tensors between the nodes, after shape inference; tensors
+    `specs` holds what is known of tensors between the nodes, after shape inference; tensors
     that are not in it, and dimensions that are None, are unknown.
     """
 
@@ -75,7 +75,7 @@ class Graph:
     consumers: Mapping[str, tuple[Node, ...]]
 
     def refuse(self, got: str, expected: str, remedy: str) -> NotAModel:
-        """The error to raise if this graph is not what is needed."""
+        """The error to raise if this graph can't be used."""
         return NotAModel(
             f"{self.path}: expected {expected}, got {got}. {remedy}",
             path=str(self.path),
@@ -140,24 +140,24 @@ def without_weights(model: onnx.ModelProto, inline_bytes_max: int) -> onnx.Model
 def read_graph(path: str | Path) -> Graph:
     """The graph of the ONNX model at `path`.
 
-    Raises `NotAModel`: no such file, no ONNX, sparse weights, a cycle, a tensor that nobody
-    makes, or one that two nodes make.
+    Raises `NotAModel`: no such file, no ONNX, sparse weights, a cycle, a tensor that no node
+    produces, or one that two nodes produce.
     """
     path = Path(path).absolute()
     return graph_of(path, load_proto(path))
 
 
 def graph_of(path: Path, model: onnx.ModelProto) -> Graph:
-    """The same, of a model that is loaded already. `path` is for errors only."""
+    """The same for a model that is already loaded. `path` is for errors only."""
     light = without_weights(model, inline_bytes_max=1024)
-    # What it cannot infer (operators that it does not know) it leaves out; if it takes offence
-    # at something, what the exporter wrote must do.
+    # It leaves out what it can't infer (unknown operators); if it fails, only the shapes that the
+    # exporter wrote are used.
     with contextlib.suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         light = onnx.shape_inference.infer_shapes(light, data_prop=True)
     graph = light.graph
     constants = {tensor.name: _constant(tensor) for tensor in graph.initializer}
     specs = {value.name: _spec(value) for value in graph.value_info}
-    # A value that the exporter declared is worth more than an inferred one.
+    # A value that the exporter declared takes precedence over an inferred one.
     specs |= {value.name: _spec(value) for value in model.graph.value_info}
     inputs = {value.name: _spec(value) for value in graph.input if value.name not in constants}
     outputs = {value.name: _spec(value) for value in graph.output}
@@ -169,11 +169,11 @@ def graph_of(path: Path, model: onnx.ModelProto) -> Graph:
             consumers.setdefault(name, []).append(node)
         for name in filter(None, node.outputs):
             if name in producer or name in inputs or name in constants:
-                raise _not_a_model(path, f"a graph in which {name!r} is made twice")
+                raise _not_a_model(path, f"a graph in which two nodes produce {name!r}")
             producer[name] = node
     for name in (*consumers, *outputs):
         if name not in producer and name not in inputs and name not in constants:
-            raise _not_a_model(path, f"a graph in which nothing makes {name!r}")
+            raise _not_a_model(path, f"a graph in which no node produces {name!r}")
     return Graph(
         path,
         nodes,
@@ -194,7 +194,7 @@ def _not_a_model(path: Path, got: str) -> NotAModel:
 
 
 def captured_names(node: onnx.NodeProto) -> Iterable[str]:
-    """The names that the bodies of `node` use and do not make themselves."""
+    """The names that the bodies of `node` use but do not define."""
     for attribute in node.attribute:
         for body in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
             made = {tensor.name for tensor in body.initializer} | {v.name for v in body.input}
@@ -218,7 +218,7 @@ def _node(index: int, node: onnx.NodeProto) -> Node:
 
 
 def _sorted(path: Path, nodes: list[Node]) -> tuple[Node, ...]:
-    """The runtime takes nodes in any order, whatever the standard says; so do we."""
+    """Sorted topologically: the runtime accepts any order, although the standard does not."""
     maker = {name: node.index for node in nodes for name in node.outputs if name}
     needs = {node.index: {maker[name] for name in node.uses if name in maker} for node in nodes}
     if all(max(before, default=-1) < index for index, before in needs.items()):
@@ -260,6 +260,6 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 def _dim(dim: Any) -> int | str | None:
     if dim.dim_param:
-        # A name that inference made up says nothing, and clashes with others of its kind.
+        # A name invented by inference carries no information, and clashes with others.
         return None if dim.dim_param.startswith("unk__") else str(dim.dim_param)
     return int(dim.dim_value) if dim.dim_value > 0 else None

@@ -1,9 +1,9 @@
-"""Where a model can be cut by layer, found from what its graph computes, not from names.
+"""Where a model can be cut by layer, found from its computation, not from names.
 
-What depends only on masks, positions and constants is dropped first: every shard recomputes
-it. Of the rest, the live nodes (`liveness`), those that every path from the embedding to the result
-passes are the places where the model is narrow (`places`). A layer is what lies between such places
-and holds one attention (`attentions`). This module must not touch a file (`sharding.cutting.graph`
+Nodes that depend only on masks, positions and constants are left out first: every shard recomputes
+them. Of the others, the live nodes (`liveness`), those on every path from the embedding to the
+result are where the model is narrow (`places`). A layer is the part between two such places and
+has one attention (`attentions`). This module must not touch a file (`sharding.cutting.graph`
 reads it) and must not cut (`sharding.cutting.cut` does).
 """
 
@@ -59,7 +59,7 @@ class LayerMap:
     inputs: tuple[TensorSpec, ...]  # of the uncut model, without the caches
     outputs: tuple[TensorSpec, ...]  # of the uncut model, without the caches
     # For `sharding.cutting.cut`: the layer of every live node by its index in the file, and shapes
-    # of the embedding that later layers ask for.
+    # of the embedding that later layers need.
     owner: Mapping[int, int] = field(repr=False)
     shapes: tuple[ShapeOf, ...] = field(repr=False)
 
@@ -78,7 +78,7 @@ def find_boundaries(path: str | Path) -> LayerMap:
 
 
 def map_layers(graph: Graph) -> LayerMap:
-    """The same, of a graph that was read already."""
+    """The same for a graph that was already read."""
     caches = tuple(find_caches(graph))
     live = find_live(graph, caches)
     anchors = cache_anchors(graph, live, caches) if caches else attention_anchors(graph, live)

@@ -1,4 +1,4 @@
-"""What of a graph is live: what lies on a way from the embedding, or another float input.
+"""The live part of a graph: what depends on the embedding, or another float input.
 
 The rest depends on masks, positions and constants only: every shard recomputes it
 (`sharding.cutting.derived`). This module must not know where a model is cut.
@@ -36,7 +36,7 @@ class ShapeOf:
 
 @dataclass(frozen=True)
 class Live:
-    """`nodes` in order; `seeds` are the live tensors that no live node makes."""
+    """`nodes` in order; `seeds` are the live tensors that no live node produces."""
 
     nodes: tuple[Node, ...]
     tensors: frozenset[str]
@@ -51,7 +51,7 @@ class Live:
 
 
 def find_live(graph: Graph, caches: Sequence[tuple[Node, str, str]]) -> Live:
-    """Seeds are the embedding look-ups and embeddings that are given (`inputs_embeds`, which have
+    """Seeds are the embedding look-ups and embeddings given as inputs (`inputs_embeds`, which have
     three dimensions); without any of them, an image (four). A float mask has four as well.
     """
     past = {name for _, name, _ in caches}
@@ -102,7 +102,7 @@ def find_live(graph: Graph, caches: Sequence[tuple[Node, str, str]]) -> Live:
 
 
 def _embeddings(graph: Graph) -> tuple[Node, ...]:
-    """Look-ups of ids that are given, in the widest tables that there are.
+    """Look-ups of input ids in the widest tables.
 
     Narrower tables are rotary ones (as wide as half a head), which every shard may have.
     """
@@ -124,7 +124,7 @@ def _embeddings(graph: Graph) -> tuple[Node, ...]:
 
 
 def _embedding_shape(graph: Graph, node: Node, lookups: AbstractSet[int]) -> ShapeOf | None:
-    """If this Shape is that of embeddings that at most were added, scaled or cast since."""
+    """The embeddings whose shape this is, if they were at most added, scaled or cast since."""
     if node.ints.get("start", 0) != 0 or "end" in node.ints:
         return None
     tables: dict[tuple[str, int], int | None] = {}

@@ -1,8 +1,8 @@
-"""Models that are spread over browsers, as files on this disk: cut by layer, or by component.
+"""Sharded models as files on this disk: cut by layer, or taken by component.
 
-A model is cut once: a folder that holds the same cut of the same model, unharmed, is used again.
-Several models that work together (encoder and decoder, detector and recogniser) need no cutting:
-each is a component, loaded as it is. This module must not decide where to cut
+A model is cut once: a folder with the same cut of the same model, undamaged, is reused. Several
+models that work together (encoder and decoder, detector and recogniser) need no cutting: each is a
+component, loaded as it is. This module must not decide where to cut
 (`sharding.cutting.partition` does) and must not load anything.
 """
 
@@ -33,8 +33,8 @@ _ONNX_FOLDER = "onnx"  # where exporters for browsers put the graphs
 class ModelShardingManager:
     """The shards of the ONNX file at `path`, or the components in the folder at `path`.
 
-    `out_dir` is where shards go: by default a folder beside the model, called as the model with
-    `.shards` added. Only one process at a time may cut into a folder. Calls block.
+    `out_dir` is where shards are written: by default `<model>.shards`, beside the model. Only one
+    process at a time may cut into a folder. Calls block.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ModelShardingManager:
         return f"<ModelShardingManager {self._path}>"
 
     def folder(self, out_dir: str | Path | None = None) -> Path:
-        """Where shards go if `out_dir` is asked for."""
+        """Where shards are written, given `out_dir`."""
         chosen = out_dir or self._out_dir
         default = self._path.with_name(f"{self._path.stem}.shards")
         return (default if chosen is None else Path(chosen)).absolute()
@@ -69,7 +69,7 @@ class ModelShardingManager:
         measured: Measurement | None = None,
         out_dir: str | Path | None = None,
     ) -> Manifest:
-        """Plan (as `ModelShardingAnalyzer.plan` does), and cut unless that was done before.
+        """Plan (as `ModelShardingAnalyzer.plan` does) and cut, or reuse an earlier cut.
 
         Raises `BadInput` for `component_based`, which has nothing to cut: see `components`.
         """
@@ -91,7 +91,7 @@ class ModelShardingManager:
         hosts: Sequence[Host] | None = None,
         measured: Measurement | None = None,
     ) -> Partition:
-        """Which layers each shard would have. Writes nothing (but measures, see there)."""
+        """Which layers each shard would have. Writes nothing, but may measure."""
         if strategy == COMPONENT_BASED:
             raise BadInput(
                 "component_based loads several models as they are, so there is nothing to cut: "
@@ -110,42 +110,42 @@ class ModelShardingManager:
         )
 
     def cut(self, spans: Sequence[tuple[int, int]], out_dir: str | Path | None = None) -> Manifest:
-        """The shards of these layers: those in the folder if they are right, else cut anew.
+        """The shards of these layers: those in the folder if they match, else newly cut.
 
         Files of an older cut that the new one does not have are removed from the folder. Raises
-        as `sharding.cutting.cut.cut`, and `BadInput` for a folder whose manifest is somebody
-        else's, or to whose shards the model itself belongs.
+        as `sharding.cutting.cut.cut`, and `BadInput` for a folder whose manifest is not one of
+        shards, or whose shards include the model itself.
         """
         self._check_file()
         folder = self.folder(out_dir)
         old = self._old_manifest(folder)
-        if old is not None and self._is_right(folder, old, spans):
+        if old is not None and self._matches(folder, old, spans):
             return old
         manifest = cut(self._path, spans, folder)
         kept = {file.name for shard in manifest.shards for file in shard.files}
         for file in (file for shard in old.shards for file in shard.files) if old else ():
             if file.name not in kept:
-                with contextlib.suppress(OSError):  # it is in nobody's way
+                with contextlib.suppress(OSError):  # a left-over file does no harm
                     (folder / file.name).unlink()
         return manifest
 
     def find(
         self, spans: Sequence[tuple[int, int]] | None = None, out_dir: str | Path | None = None
     ) -> Manifest | None:
-        """The manifest in the folder, if it is of this model, cut so, and unharmed.
+        """The manifest in the folder, if it is of this model, with these `spans`, and undamaged.
 
-        Without `spans` however it was cut: plans over measured times differ from one measurement
-        to the next. Reads shards and model.
+        Without `spans`, of any cut: plans by measured times differ from one measurement to the
+        next. Reads shards and model.
         """
         self._check_file()
         folder = self.folder(out_dir)
         old = self._old_manifest(folder)
-        return old if old is not None and self._is_right(folder, old, spans) else None
+        return old if old is not None and self._matches(folder, old, spans) else None
 
-    def _is_right(
+    def _matches(
         self, folder: Path, old: Manifest, spans: Sequence[tuple[int, int]] | None
     ) -> bool:
-        # The cheapest question first: the others read all of the model.
+        # The cheapest check first: the others read all of the model.
         if spans is not None and [s.span for s in old.shards] != [(a, b) for a, b in spans]:
             return False
         if old.source != read_signature(self._path, name=self._path.stem).digest:
@@ -194,12 +194,12 @@ class ModelShardingManager:
     # -- by component ------------------------------------------------------------------------------
 
     def components(self) -> Mapping[str, Path]:
-        """The models in the folder, by name: each is to be loaded in a browser of its own.
+        """The models in the folder, by name, each to be loaded in a browser of its own.
 
-        These are the ONNX files in it and in its `onnx` subfolder, called as they are without
-        their ending, and those in its other subfolders: a subfolder's `model.onnx` or only ONNX
-        file is called as the subfolder, of several each is called `subfolder.file`. Folders of
-        shards are passed over. Variants of one model (int8, fp16) are listed each: take one.
+        The ONNX files in the folder and in its `onnx` subfolder are named by their stems. In other
+        subfolders, `model.onnx` or the only ONNX file is named after the subfolder, and several
+        are each named `subfolder.file`. Folders of shards are skipped. Variants of one model
+        (int8, fp16) are listed separately: choose one.
 
         Raises `NotAModel`: no folder, fewer than two models, or two of one name.
         """
@@ -221,7 +221,7 @@ class ModelShardingManager:
     def component_specs(self, *names: str) -> Mapping[str, ModelSpec]:
         """The components' specs by name; of those named, or of all. Reads each file once.
 
-        Raises `BadInput` for a name that is none of theirs, and as `components`.
+        Raises `BadInput` for an unknown name, and as `components`.
         """
         components = self.components()
         if unknown := [name for name in names if name not in components]:

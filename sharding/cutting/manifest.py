@@ -1,7 +1,7 @@
-"""The manifest of a cut model: which shard has which layers, takes what, and sends what.
+"""The manifest of a cut model: the layers, inputs and outputs of each shard.
 
-Plain data and its JSON, and the check that the files are those that were cut: no more is
-needed to load the shards, so this module must not import onnx, and must not cut.
+Plain data and its JSON, and the check that the files are those that were cut. It is all that
+loading shards needs, so this module must not import onnx, and must not cut.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _spec(data: dict[str, Any]) -> TensorSpec:
 
 def _file_name(value: Any) -> str:
     name = _text(value)
-    # Files lie beside the manifest; one that names another place is not ours.
+    # Files lie beside the manifest; a name with a path is refused.
     if name in ("", ".", "..") or PurePosixPath(name).name != name or set("\\:\0") & set(name):
         raise ValueError(f"a file name of {name!r}")
     return name

@@ -39,8 +39,8 @@ def partition(
     The search is exact, to a picosecond a layer. Above `HOSTS_EXACT` hosts a tie may go to a later
     but faster host, where layers take no time at all.
 
-    Raises `BadInput`, saying what was expected and what came: an unknown strategy, no layers or
-    hosts or too many of them, two hosts of one name, a number that is negative, no number or out
+    Raises `BadInput`, saying what was expected and what was given: an unknown strategy, no layers
+    or hosts or too many of them, two hosts of one name, a number that is negative, no number or out
     of range, `shards` below 1 or above the number of layers or hosts, layers that don't fit, and
     (only above `HOSTS_EXACT`) too many different hosts to search.
     """
@@ -62,7 +62,7 @@ def partition(
     counts = task.counts(rule, shards)
     for count in counts:
         if shards is None and not task.may_fit(count):
-            continue  # so that most often only one count has to be searched
+            continue  # so usually only one count has to be searched
         search = task.search(count, rule)
         search.check_states()
         if (found := search.best()) is not None:

@@ -1,4 +1,4 @@
-"""What a task of cutting must be before it is searched: known strategy, sound numbers, bounds.
+"""Validation of a partition's arguments before the search: strategy, numbers, bounds.
 
 This module must not search, nor know what fits.
 """
@@ -28,7 +28,7 @@ def check_task(
     shards: int | None,
     strategy: str,
 ) -> None:
-    """Raises `BadInput` for what cannot be right, saying what was expected and what came."""
+    """Raises `BadInput` for invalid arguments, saying what was expected and what was given."""
     if strategy == "component_based":
         raise BadInput(
             f"component_based cuts between models, see {_COMPONENTS_CUT_BY}; here one model is cut "
@@ -79,17 +79,17 @@ def _check_shards(layers: int, hosts: int, shards: int | None, strategy: str) ->
     if wanted is None:
         return
     if wanted > layers:
-        what = "one for each host" if shards is None else "as told"
+        what = "one for each host" if shards is None else "as requested"
         raise BadInput(
             f"{shards_in_words(wanted)} ({what}) are more than the {layers} layers: each needs at "
-            f"least one layer, so say shards={min(layers, hosts)} or less.",
+            f"least one layer, so pass shards={min(layers, hosts)} or less.",
             expected=[1, min(layers, hosts)],
             got=wanted,
         )
     if wanted > hosts:
         raise BadInput(
             f"{shards_in_words(wanted)} are more than the {hosts} hosts: each needs a browser of "
-            f"its own, so add {wanted - hosts} browsers or say shards={hosts} or less.",
+            f"its own, so add {wanted - hosts} browsers or pass shards={hosts} or less.",
             expected=[1, hosts],
             got=wanted,
         )

@@ -1,7 +1,7 @@
-"""One task of cutting: these layers, for these hosts. Makes the search for it, and its spans.
+"""One partitioning task: layers and hosts. Sets up its search, and makes spans of the result.
 
-This module must not check what it is given (`partition_checks` does), nor say what is lacking where
-nothing fits (`refusals` does).
+This module must not validate its arguments (`partition_checks` does), nor explain why nothing fits
+(`refusals` does).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sharding.cutting.spans import Ends, Host, Partition, Span
 from sharding.cutting.strategies import Strategy
 from sharding.models.load_memory import room
 
-HOSTS_EXACT = 10  # with more, hosts are left out where others always do as well
+HOSTS_EXACT = 10  # with more, hosts that are never needed are left out
 
 # Time is counted in whole ticks, finer than any clock: sums of floats depend on their order, and
 # would decide between equals by chance.
@@ -25,8 +25,8 @@ _TICKS_PER_SECOND = 1e12
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be cut, and for whom. `weights` (bytes) and `seconds` are of the layers, the
-    ends being included in the first and the last."""
+    """The layers and hosts. `weights` (bytes) and `seconds` are of the layers, with the ends
+    included in the first and the last."""
 
     weights: tuple[int, ...]
     seconds: tuple[float, ...]
@@ -86,7 +86,7 @@ class Task:
         return [one for one in everyone if betters(one) < count]
 
     def result(self, cut: FoundCut, why: str) -> Partition:
-        """The cut as spans, with what they take."""
+        """The cut as spans, with their times and bytes."""
         spans = []
         for at, (start, end) in zip(cut[0], pairwise((0, *cut[1])), strict=True):
             host = self.hosts[at]
@@ -109,7 +109,7 @@ class Task:
         return replace(self, hosts=tuple(hosts))
 
     def fits(self, count: int, strategy: Strategy) -> bool:
-        """Whether it is known to fit: too many hosts to search are no help."""
+        """Whether it is known to fit; False if there are too many sets of hosts to search."""
         if not self.may_fit(count):
             return False
         search = self.search(count, strategy)

@@ -1,7 +1,7 @@
 """The narrow places of a graph: where to cut between two attentions.
 
-Those that every path from the embedding to the result passes. This module must not know what is
-said of the tensors there (`sharding.cutting.crossings` does).
+Those on every path from the embedding to the result. This module must not know the specs of the
+tensors there (`sharding.cutting.crossings` does).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CUT_TENSORS_MAX = 2  # live tensors that may cross a cut: the residual sum, and 
 def find_trunk(graph: Graph, live: Live) -> tuple[Node, ...]:
     """The nodes that every path from the seeds to the result passes, first to last.
 
-    A node is on all paths if the paths to it times the paths from it are all that there are.
+    A node is on all paths if the paths to it times the paths from it equal all paths.
     The result is the output that the most nodes lead to.
     """
     depth: dict[str, int] = {}
@@ -77,13 +77,13 @@ def find_place(
 
     That is before the last node on the trunk at which two live tensors become one: the residual
     sum with what is added to it. So a norm after the sum stays with it, in the later shard, and
-    the runtime can fuse the two as it does in the uncut model. Where there is none, before the
-    last with one input. Where there is no trunk (something goes round all layers), at the last
-    place in the order of the nodes where no more than two tensors are live.
+    the runtime can fuse the two as it does in the uncut model. Without one, before the
+    last node with one input. Without a trunk (a tensor bypasses all layers), at the last place in
+    the order of the nodes where no more than two tensors are live.
     """
-    here = [node for node in trunk if levels[node.index] == level]
-    joints = [node for node in here if joins(graph, live, trunk, node)]
-    singles = [node for node in here if len(live.inputs(node)) == 1]
+    candidates = [node for node in trunk if levels[node.index] == level]
+    joints = [node for node in candidates if joins(graph, live, trunk, node)]
+    singles = [node for node in candidates if len(live.inputs(node)) == 1]
     if joint := next(iter((joints or singles)[::-1]), None):
         names = tuple(_before_bias(graph, live, name) for name in live.inputs(joint))
         biases = {graph.producer[name].index for name in set(live.inputs(joint)) - set(names)}
@@ -92,7 +92,7 @@ def find_place(
 
 
 def joins(graph: Graph, live: Live, trunk: Sequence[Node], joint: Node) -> bool:
-    """Do two ways meet here, one of them through a matrix? In a norm they meet without one."""
+    """Whether two paths join at `joint`, one through a matrix (not so in a norm)."""
     if len(live.inputs(joint)) != CUT_TENSORS_MAX:
         return False
     on_trunk = {node.index for node in trunk}

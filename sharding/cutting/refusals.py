@@ -1,7 +1,7 @@
-"""What to say when no cut fits: the layer that no host can hold, or what memory is lacking.
+"""The error when no cut fits: names the layer that no host can hold, or the missing memory.
 
-And with which number of shards or strategy it would fit. This module must not decide that it does
-not fit.
+It also names a number of shards or a strategy that would fit. This module must not decide that
+nothing fits.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _memory_too_small(
     return BadInput(
         f"{_mib(sum(task.weights))} of weights don't fit ({strategy.name}, {count}). Loading takes "
         f"{PEAK_FACTOR:g} times a shard's bytes and {_mib(LOAD_OVERHEAD_BYTES)}. The hosts "
-        f"have: {', '.join(shown)}; {lacking} MiB more on each would do. "
+        f"have: {', '.join(shown)}; {lacking} MiB more on each would be enough. "
         f"{_remedy(task, strategy, shards)}",
         expected=f"{lacking} MiB more on each host",
         got=[host.capacity_bytes for host in task.hosts],

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from recovery.errors import BadInput
 
-STATES_MAX = 8192  # sets of hosts that are told apart; HOSTS_EXACT hosts have 1024
+STATES_MAX = 8192  # sets of hosts that are distinguished; HOSTS_EXACT hosts have 1024
 
 # Hosts of the shards, and where each shard ends.
 FoundCut: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
@@ -38,7 +38,7 @@ class Search:
     sizes: tuple[int, int]  # layers in a shard, at least and at most
 
     def states(self) -> int:
-        """How many sets of up to `shards` hosts there are to tell apart."""
+        """How many sets of up to `shards` hosts have to be distinguished."""
         if self.in_order:
             return self.shards + 1
         ways = [1] + [0] * self.shards  # [n]: sets of n hosts, of the classes so far

@@ -1,4 +1,4 @@
-"""What is to be cut and for whom, and the cut that was found: layers, hosts, spans.
+"""The input and result of a partition: layers, hosts, spans.
 
 Plain data, all of it picklable. This module must not know how a cut is found.
 """
@@ -18,10 +18,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Ends:
-    """What the first shard has besides its layers, and what the last one has.
+    """The embedding in the first shard and the head in the last one.
 
     Where embedding and head are tied, each end needs the table, so count its bytes in both.
-    (One shard with both ends holds it once, and is then overestimated by the table.)
+    (A single shard with both ends holds it once, and is overestimated by the table.)
     """
 
     embedding_bytes: int = 0

@@ -1,7 +1,8 @@
 """The strategies by which a model is cut between its layers, in one table.
 
-All are one exact search; they differ in which host may come next and in how many layers a shard
-may have. A new one is a function here and a row of `STRATEGY_RULES`. This module must not search.
+All use the same exact search; they differ in which host may come next and in how many layers a
+shard may have. A new one is a function here and a row of `STRATEGY_RULES`. This module must not
+search.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from sharding.cutting.spans import shards_in_words
 
 @dataclass(frozen=True)
 class Strategy:
-    """What a strategy allows, and what it goes by.
+    """The constraints of a strategy.
 
     `sizes`: of so many layers in so many shards, how many a shard has at least and at most.
     `in_order`: the hosts get a shard each in the order in which they are given, and without a
-    number of shards all do. `by_time`: measured times decide.
+    number of shards all do. `by_time`: it uses measured times.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Strategy:
     def why(self, shards: int | None, count: int) -> str:
         """Why there are `count` shards, for people."""
         if shards is not None:
-            return f"{self.name}, {shards_in_words(count)} as told"
+            return f"{self.name}, {shards_in_words(count)} as requested"
         if self.in_order:
             return f"{self.name}, {shards_in_words(count)}, one for each host"
         return f"{self.name}, {shards_in_words(count)}, the fewest that fit"

@@ -34,7 +34,7 @@ def weigh_parts(
         elif node.index in alive:
             part = owner[node.index]
         used.setdefault(part, set()).update(n for n in node.uses if n in graph.constants)
-    # A weight that is transposed or unpacked first is its user's.
+    # A weight that is transposed or unpacked first belongs to the node that uses the result.
     folded = folded_weights(graph)
     for node in graph.nodes:
         if node.index in alive:
@@ -44,16 +44,16 @@ def weigh_parts(
                 used.setdefault(part, set()).update(folded.get(name, ()))
     taken = set().union(*(names for part, names in used.items() if part != SHARED))
     used[SHARED] = used.get(SHARED, set()) - taken
-    # And one that several layers use is everybody's.
+    # A weight that several layers use is shared.
     layers_using: dict[str, int] = {}
     for layer in range(n_layers):
         for name in used.get(layer, ()):
             layers_using[name] = layers_using.get(name, 0) + 1
-    everybodys = {name for name, count in layers_using.items() if count > 1}
-    used[SHARED] |= everybodys
+    shared = {name for name, count in layers_using.items() if count > 1}
+    used[SHARED] |= shared
 
     def size(part: int | str) -> int:
-        names = used.get(part, set()) - (everybodys if part != SHARED else set())
+        names = used.get(part, set()) - (shared if part != SHARED else set())
         return sum(graph.constants[name].bytes for name in names)
 
     return {part: size(part) for part in (*range(n_layers), EMBEDDING, HEAD, SHARED)}

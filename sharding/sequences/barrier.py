@@ -1,6 +1,6 @@
-"""The meeting point of coordinated sequences: all wait between two tokens while one rebuilds.
+"""A barrier for coordinated sequences: all wait between two tokens while one rebuilds a stage.
 
-This module must not know what is rebuilt, nor who waits.
+This module must not know what is rebuilt, nor which sequences wait.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 
 class Barrier:
-    """Where the sequences of one model wait while a stage is rebuilt, if they are coordinated.
+    """Where coordinated sequences of one model wait while a stage is rebuilt.
 
-    All stages then stand at one position of every sequence, between two tokens.
+    All stages are then at the same position of every sequence, between two tokens.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
-"""One step of a sequence, and the rules by which a host takes it.
+"""The order for one step of a sequence, and the rules by which a host executes it.
 
 A stage's caches stay where it runs, by sequence, and are fenced: a step says which rebuild of the
-stage it belongs to (`fence`) and how many positions the caches must hold. What does not fit is
-refused, never computed. `SequenceCaches` holds state for hosts in Python, as
-`actors/page/worker.js` does in the page. This module must not run a graph.
+stage it belongs to (`fence`) and how many positions the caches must hold. A step that does not
+match is refused, not computed. `SequenceCaches` is this state for hosts in Python, as
+`actors/page/worker.js` is in the page. This module must not run a graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sharding.models.signature import CacheSpec
 from sharding.sequences.decoding import highest
 
 SEQUENCES_MAX = 64  # of one model on one host
-IDLE_SECONDS = 60.0  # a sequence that nobody has asked for so long makes room for another
+IDLE_SECONDS = 60.0  # after this long without a step, a sequence may be evicted
 LOGITS = "logits"
 DELTA = "delta/"  # + the name of a cache's `past`: the positions that a step added to it
 CHOICE_IDS, CHOICE_SCORES = "choice/ids", "choice/scores"
@@ -29,13 +29,13 @@ CHOICE_IDS, CHOICE_SCORES = "choice/ids", "choice/scores"
 
 @dataclass(frozen=True)
 class StepOrder:
-    """What a host is to do with the tensors that come with it.
+    """What a host is to do with the tensors sent along.
 
     `step` runs the graph on them and the sequence's caches, which must hold `position` positions.
-    `restore` makes the tensors the caches, of `position` positions. `forget` drops the sequence.
-    A `fence` counts how often the stage was rebuilt: an older one is refused, a newer one begins
-    anew. `choice`: of the last stage, how many of the highest scores to answer with (0: all).
-    `deltas`: answer with what was added to the caches, too.
+    `restore` replaces the caches by the tensors, of `position` positions. `forget` drops the
+    sequence. A `fence` counts how often the stage was rebuilt: an older one is refused, a newer one
+    begins with empty caches. `choice`: of the last stage, how many of the highest scores to answer
+    with (0: all). `deltas`: answer with what was added to the caches, too.
     """
 
     sequence: str
@@ -53,7 +53,7 @@ class _Kept:
     position: int = 0
     caches: dict[str, Array] = field(default_factory=dict)
     last: tuple[int, dict[str, Array]] | None = None  # position and answer of the last step
-    at: float = 0.0  # when it was last asked
+    at: float = 0.0  # time of the last step
 
 
 class SequenceCaches:
@@ -74,7 +74,7 @@ class SequenceCaches:
         return len(self._kept)
 
     def begin(self, order: StepOrder) -> tuple[dict[str, Array], dict[str, Array] | None]:
-        """The caches to run on, and the answer if this very step was taken already.
+        """The caches to run on, and the answer if this step was already executed.
 
         Raises `PageError`, whose `what` is `stale_step` (an older fence), `out_of_step` (the
         caches hold another number of positions), or `too_many_sequences`.
@@ -94,7 +94,7 @@ class SequenceCaches:
     def commit(
         self, order: StepOrder, outputs: Mapping[str, Array], sends: Sequence[str]
     ) -> dict[str, Array]:
-        """Keep what a step made of the caches; returns its answer (`sends` are what to hand on)."""
+        """Keep a step's new caches; returns its answer (`sends`: outputs for the next stage)."""
         presents = {cache.past: outputs[cache.present] for cache in self._caches}
         answer = {name: outputs[name] for name in sends}
         if order.choice is not None:
@@ -108,21 +108,27 @@ class SequenceCaches:
         return answer
 
     def restore(self, order: StepOrder, tensors: Mapping[str, Array]) -> None:
-        """Take caches from elsewhere. Raises as `begin`, and if they are not whole."""
+        """Take copied caches. Raises as `begin`, and if one is missing or has another shape."""
         kept = self._fenced(order)
         if kept is not None and order.fence == kept.fence:
             if kept.position == order.position and kept.last is None:
-                return  # these very ones: the answer was lost
+                return  # a repeat: the reply was lost
             raise _out_of_step(order, kept.position)
         for cache in self._caches:
             got = tensors.get(cache.past)
-            if got is None or got.shape != restored_shape(cache, order.position):
-                raise PageError(f"{cache.past} is not whole", what="out_of_step", expected=0)
-        whole = {cache.past: tensors[cache.past] for cache in self._caches}
-        self._keep(order.sequence, _Kept(order.fence, order.position, whole))
+            expected = restored_shape(cache, order.position)
+            if got is None or got.shape != expected:
+                found = "none" if got is None else got.shape
+                raise PageError(
+                    f"{cache.past}: expected a cache of shape {expected}, got {found}",
+                    what="out_of_step",
+                    expected=0,
+                )
+        restored = {cache.past: tensors[cache.past] for cache in self._caches}
+        self._keep(order.sequence, _Kept(order.fence, order.position, restored))
 
     def forget(self, order: StepOrder) -> None:
-        """Drop a sequence, unless it was rebuilt here since. An unknown one is no error."""
+        """Drop a sequence, unless it has been rebuilt here since. Unknown sequences are ignored."""
         kept = self._kept.get(order.sequence)
         if kept is not None and order.fence >= kept.fence:
             del self._kept[order.sequence]
@@ -141,11 +147,11 @@ class SequenceCaches:
             )
         if kept is None and len(self._kept) >= self._sequences_max:
             oldest, idle = next(iter(self._kept.items()))
-            if self._clock() - idle.at > IDLE_SECONDS:  # its caller is gone, or can build it again
+            if self._clock() - idle.at > IDLE_SECONDS:  # its caller has ended, or can rebuild it
                 del self._kept[oldest]
                 return kept
             raise PageError(
-                f"{self._sequences_max} sequences are kept here already",
+                f"this host already keeps {self._sequences_max} sequences, its limit",
                 what="too_many_sequences",
             )
         return kept

@@ -1,8 +1,8 @@
-"""A step that goes by the chain of workers: one order to the first stage, one answer from the last.
+"""A step along the chain of workers: one order to the first stage, one answer from the last.
 
-Only while every stage is in one browser and all stand at one position. A chain repairs nothing:
-when a step does not come through, it is left, and the caller asks stage by stage. This module must
-not do that itself, nor lay the way (`StageHosts.chain` does).
+Only while every stage is in one browser and all are at the same position. A chain repairs nothing:
+if a step fails, the chain is left and the caller runs the step stage by stage. This module must not
+do that itself, nor set the chain up (`StageHosts.chain` does).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from sharding.sequences.rules import PipelineRules
 from sharding.sequences.stage_worker import StageWorker
 from sharding.sequences.stages import inputs_of_stage
 
-_CHAIN_BREAKS_MAX = 3  # in a row, after which the caller asks stage by stage for good
-_CHAIN_PART = 0.25  # of the time for a step, after which the caller takes it over from a chain
-_CHAIN_MIN = 2  # stages: a single one is asked at once
+_CHAIN_BREAKS_MAX = 3  # in a row, after which the chain is not used again
+_CHAIN_PART = 0.25  # of the time for a step, after which the caller runs it stage by stage
+_CHAIN_MIN = 2  # stages: a single one is called directly
 
 
 class ChainedSteps:
-    """The way of one sequence of `model` through its stages' workers, as long as there is one."""
+    """The chain of one sequence of `model` through its stages' workers, while there is one."""
 
     def __init__(
         self,
@@ -44,15 +44,13 @@ class ChainedSteps:
         self._workers = workers
         self._chain: Chain | None = None
         self._breaks = 0  # in a row
-        self._places: list[StagePlacement] | None = (
-            None  # that the chain leads through, if there is one
-        )
+        self._places: list[StagePlacement] | None = None  # of the chain, if there is one
 
     async def take(
         self, inputs: Mapping[str, Array], position: int, tokens: int
     ) -> Mapping[str, Array] | None:
-        """The step's answer by the chain, while every stage is in one place; None: not so."""
-        chain = await self._laid(position)
+        """The step's answer by the chain; None if there is no chain, or it failed."""
+        chain = await self._current_chain(position)
         if chain is None:
             return None
         seconds, kind = self._rules.step_seconds * _CHAIN_PART, f"chain of {self._model}"
@@ -77,34 +75,34 @@ class ChainedSteps:
         return handed
 
     def leave(self) -> None:
-        """Go by it no more, until it is laid anew."""
+        """Stop using the chain, until it is set up again."""
         if self._chain is not None:
             self._chain.leave()
         self._chain = self._places = None
 
-    async def _laid(self, position: int) -> Chain | None:
-        """The chain through the places where the stages are now; None if there can be none."""
+    async def _current_chain(self, position: int) -> Chain | None:
+        """The chain through the stages' present places; None if there can be none."""
         places = [
             worker.place(position)
             for worker in (self._workers if QUORUM.get(self._rules.level, 1) == 1 else ())
         ]
         if len(places) < _CHAIN_MIN or self._breaks >= _CHAIN_BREAKS_MAX:
             return None
-        whole = [place for place in places if place is not None]
-        if len(whole) < len(places):
+        known = [place for place in places if place is not None]
+        if len(known) < len(places):
             self.leave()
             return None
-        if whole != self._places:
+        if known != self._places:
             self.leave()
             self._chain = await self._hosts.chain(
-                self._sequence, whole, copies=self._rules.keeping, seconds=self._rules.step_seconds
+                self._sequence, known, copies=self._rules.keeping, seconds=self._rules.step_seconds
             )
-            self._places = whole
+            self._places = known
         return self._chain
 
     def _interrupted(self, chain: Chain, position: int, began: float) -> None:
         self._breaks += 1
         why, failure = chain.trouble
         where = str(failure.ref) if failure is not None else ""
-        self._events.tell("interrupted", -1, where, position, began, why, failure)
+        self._events.record("interrupted", -1, where, position, began, why, failure)
         self.leave()

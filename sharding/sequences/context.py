@@ -1,4 +1,4 @@
-"""What all parts of one stage of one sequence know: whose they are, and to whom they speak.
+"""What all parts of one stage of one sequence share: its sequence, hosts, rules and events.
 
 This module must not hold anything that changes with a step.
 """
@@ -26,7 +26,7 @@ class StageContext:
     rules: PipelineRules
     events: Events
 
-    def tell(
+    def record(
         self,
         what: str,
         where: HostRef,
@@ -35,5 +35,5 @@ class StageContext:
         outcome: str,
         failure: Failure | None = None,
     ) -> None:
-        """As `Events.tell`, of this stage."""
-        self.events.tell(what, self.index, str(where), position, since, outcome, failure)
+        """As `Events.record`, for this stage."""
+        self.events.record(what, self.index, str(where), position, since, outcome, failure)

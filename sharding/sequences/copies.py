@@ -1,7 +1,7 @@
-"""The browsers at work on one stage of a sequence: chosen, fenced, let go.
+"""The browsers at work on one stage of a sequence: chosen, fenced, dropped.
 
-Each time the stage is built somewhere it gets a higher fence, so that what an older copy still does
-is refused. This module must not make caches (`sharding.sequences.rebuild` does) nor judge answers.
+Each time the stage is built on a browser it gets a higher fence, so that steps of older copies are
+refused. This module must not make caches (`sharding.sequences.rebuild` does) nor judge answers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sharding.sequences.context import StageContext
 
 @dataclass
 class Copy:
-    """A stage in one browser. `position`: how many the page is known to hold of this sequence."""
+    """A stage in one browser. `position`: how many positions its page's caches hold."""
 
     ref: HostRef
     numeric: NumericId
@@ -32,17 +32,17 @@ class Copy:
     position: int = 0
     built: bool = False  # whether it has answered a step
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # its steps go one after the other
-    behind: int = 0
-    asked: int = 0  # times in a row that it was asked in vain, and is asked again
-    gone: bool = False  # let go: what is still said of it means nothing
+    lag: int = 0  # steps that it has been given and has not answered
+    retries: int = 0  # in a row, without an answer
+    dropped: bool = False  # no longer used: its answers are ignored
 
 
 @dataclass(frozen=True)
 class StageStatus:
     """Where a stage is now: the browsers at work on it, first the one whose answer was last taken.
 
-    `position`: how many positions its caches hold there. `rebuilding`: it had answered, and no
-    copy of it that there is now has.
+    `position`: how many positions its caches hold there. `rebuilding`: it has answered before, but
+    no present copy has.
     """
 
     refs: tuple[HostRef, ...] = ()
@@ -51,7 +51,7 @@ class StageStatus:
 
 
 class Copies:
-    """Where a stage is at work. `load` counts the stages of the sequence by browser."""
+    """The copies of a stage. `load` counts the stages of the sequence by browser."""
 
     def __init__(self, context: StageContext, load: Counter[HostRef]) -> None:
         self._context = context
@@ -59,8 +59,8 @@ class Copies:
         self._copies: list[Copy] = []
         self._fence = 0
         self._background: set[asyncio.Task[None]] = set()
-        self._numeric: NumericId | None = None  # of the copy whose answers were taken
-        self.at: HostRef | None = None  # where the stage's last answer is from
+        self._numeric: NumericId | None = None  # of the copy whose answer was accepted last
+        self.at: HostRef | None = None  # the browser that gave the stage's last answer
 
     def __iter__(self) -> Iterator[Copy]:
         return iter(tuple(self._copies))
@@ -69,7 +69,7 @@ class Copies:
         return len(self._copies)
 
     def new(self, avoid: Collection[HostRef]) -> Copy | None:
-        """Another copy, still empty, where nobody is at work yet; None: nowhere."""
+        """A further, empty copy, on a browser without one; None if there is no such browser."""
         status = choose_stage_host(
             self._context.hosts.hosts(),
             self._context.stage.model,
@@ -94,73 +94,73 @@ class Copies:
     def _taken(self) -> list[HostRef]:
         return [copy.ref for copy in self._copies]
 
-    def believe(self, copy: Copy) -> None:
-        """This one's answer was taken: the numbers that others should have, too."""
+    def accept(self, copy: Copy) -> None:
+        """This copy's answer was accepted: further copies should have the same numeric id."""
         self._numeric, self.at = copy.numeric, copy.ref
 
     def only_at(self, position: int) -> Copy | None:
-        """The copy, if there is one alone, and it stands at `position`."""
+        """The copy, if it is the only one, and is at `position`."""
         if len(self._copies) != 1 or not self._copies[0].built:
             return None
         copy = self._copies[0]
-        return None if copy.position != position or copy.behind else copy
+        return None if copy.position != position or copy.lag else copy
 
     def moved(self, position: int) -> None:
-        """The only copy was brought to `position` by others."""
+        """The only copy has moved to `position`."""
         self._copies[0].position = position
 
     def status(self) -> StageStatus:
-        """For whoever looks on."""
+        """For monitoring."""
         refs = sorted(self._taken(), key=lambda ref: ref != self.at)
         position = max((copy.position for copy in self._copies), default=0)
-        whole = any(copy.built for copy in self._copies)
-        return StageStatus(tuple(refs), position, self.at is not None and not whole)
+        built = any(copy.built for copy in self._copies)
+        return StageStatus(tuple(refs), position, self.at is not None and not built)
 
-    # -- letting go --------------------------------------------------------------------------------
+    # -- dropping ----------------------------------------------------------------------------------
 
     def drop(self, copy: Copy, *, forget: bool) -> None:
-        """Work with it no more. `forget`: its browser is told."""
-        copy.gone = True
+        """Stop using a copy. `forget`: have its browser forget the sequence."""
+        copy.dropped = True
         if copy in self._copies:
             self._copies.remove(copy)
             self._load[copy.ref] -= 1
             if forget:
-                self._let_go(copy)
+                self._send_forget(copy)
 
     def end(self) -> None:
-        """Have every browser forget the sequence; nobody waits for that."""
+        """Have every browser forget the sequence, in the background."""
         for copy in self._copies:
-            self._let_go(copy)
+            self._send_forget(copy)
         self._copies = []
 
     def in_background(self, work: Coroutine[None, None, None], name: str) -> None:
-        """Have something done for which no step waits."""
+        """Run `work` in the background; no step waits for it."""
         task = asyncio.create_task(work, name=name)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    def _let_go(self, copy: Copy) -> None:
-        copy.gone = True
+    def _send_forget(self, copy: Copy) -> None:
+        copy.dropped = True
         self.in_background(self._forget(copy), "forget")
 
     async def _forget(self, copy: Copy) -> None:
-        """Tell a page until it has heard; one that never does forgets by itself, in time."""
+        """Send "forget" until a page confirms it; else the page evicts the idle sequence."""
         context = self._context
         order = StepOrder(context.sequence, "forget", copy.fence)
         with contextlib.suppress(RetryError):
             async for attempt in AsyncRetrying(
-                retry=retry_if_result(lambda heard: not heard), **SEQUENCE_FORGOTTEN
+                retry=retry_if_result(lambda confirmed: not confirmed), **SEQUENCE_FORGOTTEN
             ):
                 with attempt:
                     reply = await context.hosts.take(
                         copy.ref, context.stage.model, order, {}, context.rules.step_seconds
                     )
-                # After the block: its end sets a result of its own.
+                # After the block, whose end sets its own result.
                 attempt.retry_state.set_result(not (reply.busy or _is_cut_off(reply.failure)))
 
 
 def _is_cut_off(failure: Failure | None) -> bool:
-    """Whether the page may be back, with all that it had."""
+    """Whether the page may reconnect with its caches."""
     if failure is None or failure.evidence.get("what") in MISADDRESSED:
         return False
     return failure.category is Category.CONNECTION_FAILURE

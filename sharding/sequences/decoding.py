@@ -1,8 +1,8 @@
-"""Which token comes next: greedy or sampled, from the last position's scores.
+"""Decoding: the choice of the next token, greedy or sampled, from the last position's scores.
 
-The same scores, options and position give the same token wherever and whenever it is chosen, so
-that a sequence that is resumed goes on as it would have: the random number is made from seed and
-position alone. Pure; this module must not know where scores come from.
+The same scores, options and position always give the same token, so that a resumed sequence
+continues unchanged: the random number depends on seed and position only. Pure; this module must not
+know where scores come from.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from recovery.errors import BadInput, PageError
 from sharding.models.frames import Array
 
 NEW_TOKENS_MAX = 32_768
-TOP_K_MAX = 1024  # candidates of one choice that a page hands over; more, and it sends all scores
+TOP_K_MAX = 1024  # most candidates that a page sends; for more it sends all scores
 _SEED_MAX = 2**64 - 1
 
 
@@ -28,8 +28,8 @@ class Decoding:
     `temperature` 0 is greedy: the highest score, of equals the lowest id. Above it, scores are
     divided by it, the `top_k` highest kept (0: all), of these the fewest whose probabilities sum
     to `top_p`, and one drawn: the order in which Hugging Face's warpers work. `stop` are ids
-    after which the sequence ends (they are part of it), the model's own end among them unless
-    `ignore_eos`.
+    after which the sequence ends (they are part of it), including the model's end of sequence
+    unless `ignore_eos`.
     """
 
     max_new_tokens: int = 64
@@ -47,7 +47,7 @@ class Decoding:
 
     @property
     def candidates(self) -> int:
-        """How many of the highest scores a choice needs; 0: all."""
+        """How many of the highest scores the choice needs; 0: all."""
         if self.logits:
             return 0
         if self.greedy:

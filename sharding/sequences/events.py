@@ -1,7 +1,6 @@
-"""The account of a sequence: what it has cost, and what happened to it besides its steps.
+"""The statistics of a sequence, and its events: failures, repairs, hedges.
 
-`Events` writes by the sequence's own clock, which began with it. This module must not decide
-anything.
+Times are in seconds since the sequence began. This module must not decide anything.
 """
 
 from __future__ import annotations
@@ -12,15 +11,15 @@ from dataclasses import dataclass, field
 
 from recovery.failures import Failure
 
-_EVENTS_MAX = 1000  # of what is told of one sequence
+_EVENTS_MAX = 1000  # events kept for one sequence
 
 
 @dataclass(frozen=True)
 class SequenceStep:
-    """Something that happened to a sequence besides its steps; `at` and `seconds` since it began.
+    """An event of a sequence; `at`: seconds since the sequence began, `seconds`: its duration.
 
-    `what`: "failed", "interrupted" (a step that went from browser to browser, which the caller then
-    takes over; of no stage, -1), "restored" (from copies), "replayed" (from inputs), "hedged",
+    `what`: "failed", "interrupted" (a step along the chain, which the caller then runs stage by
+    stage; its `stage` is -1), "restored" (from copies), "replayed" (from inputs), "hedged",
     "outvoted".
     """
 
@@ -36,7 +35,7 @@ class SequenceStep:
 
 @dataclass
 class SequenceStatistics:
-    """What a sequence has cost so far, in milliseconds and bytes; and what happened to it."""
+    """What a sequence has used so far, in milliseconds and bytes; and its events."""
 
     in_page_ms: float = 0.0
     steps: int = 0
@@ -46,20 +45,20 @@ class SequenceStatistics:
 
     @property
     def first_failure(self) -> Failure | None:
-        """The earliest failure that the sequence has met, whatever stage it struck."""
-        met = [step.failure for step in self.events if step.failure is not None]
-        return met[0] if met else None
+        """The earliest failure of any stage of the sequence."""
+        failures = [step.failure for step in self.events if step.failure is not None]
+        return failures[0] if failures else None
 
 
 class Events:
-    """Tells what happens, in the order in which it is over."""
+    """Records the events of a sequence, in the order in which they end."""
 
     def __init__(self, statistics: SequenceStatistics, clock: Callable[[], float]) -> None:
         self.statistics = statistics
         self.clock = clock
         self._began = clock()
 
-    def tell(
+    def record(
         self,
         what: str,
         stage: int,

@@ -1,7 +1,7 @@
-"""When a step is late, so that another browser is asked for it, too.
+"""When a step is late enough to be hedged: sent to another browser, too.
 
-At the levels that keep another browser ready, once for each step. This module must not look at a
-clock by itself, nor ask anybody.
+At the levels that keep another browser ready, once for each step. This module must not read a
+clock by itself, nor send anything.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from recovery.levels import REDUNDANT
 
 
 class Hedge:
-    """The patience with one step, which `began` by `clock` and is late after `late_seconds`."""
+    """Whether one step, which `began` by `clock`, is late: after `late_seconds`."""
 
     def __init__(
         self, level: Level, began: float, late_seconds: float, clock: Callable[[], float]
@@ -23,15 +23,15 @@ class Hedge:
         self._began = began
         self._late_seconds = late_seconds
         self._clock = clock
-        self.taken = False  # whether another was asked because the step was late
+        self.taken = False  # whether the step has been hedged
 
     @property
     def late(self) -> bool:
-        """By the time; a new copy, which has to be built first, is given as long again."""
+        """Whether the step is late, or has been hedged."""
         return self.taken or self.until_late() <= 0
 
     def until_late(self) -> float:
-        """Seconds until another should be asked; infinite if none ever will be."""
+        """Seconds until the hedge is due; infinite if there will be none."""
         if self.taken or self._level not in REDUNDANT:
             return math.inf
         return self._began + self._late_seconds - self._clock()

@@ -1,6 +1,6 @@
-"""What a caller keeps of one sequence's stage, so that its caches can be made again elsewhere.
+"""The history of one stage of a sequence, from which its caches can be rebuilt elsewhere.
 
-Inputs in their original steps, or copies of what each step added to the caches. Plain state; this
+The inputs of each original step, or copies of what each step added to the caches. Plain state; this
 module must not know where the stage runs, nor send anything.
 """
 
@@ -21,7 +21,7 @@ from sharding.sequences.stages import Stage
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """One step as it was taken: the same inputs again, in the same steps, give the same caches."""
+    """One step as it was executed: replaying the same steps gives the same caches."""
 
     position: int
     tokens: int
@@ -29,10 +29,10 @@ class RecordedStep:
 
 
 class StageHistory:
-    """What a caller keeps of one sequence's stage, to make its caches again: inputs and copies.
+    """What a caller keeps of one sequence's stage to rebuild its caches: inputs and copies.
 
-    Copies are of the caches themselves, put together from what each step added; they stand for
-    the steps that they cover, whose inputs are then let go. Without copies (or once they would be
+    Copies are of the caches, joined from what each step added; the inputs of the steps that they
+    cover are dropped. Without copies (or once they would be
     larger than `copy_bytes_max`) the inputs of all steps are kept.
     """
 
@@ -63,7 +63,7 @@ class StageHistory:
             return
         step = self._steps[-1]
         deltas = {
-            # Copied: it is a view of the whole message, which would live as long.
+            # Copied: a view would keep the whole message in memory.
             cache.past: np.array(answer[DELTA + cache.past])
             for cache in self._stage.caches
             if DELTA + cache.past in answer
@@ -101,7 +101,9 @@ class BoundedStageHistory:
         self._history = history
         self._rules = rules
         self._statistics = statistics
-        self._held = self._copied = 0  # bytes in the history, as last added to the statistics
+        self._step_bytes = self._copy_bytes = (
+            0  # bytes in the history, as last added to the statistics
+        )
 
     @property
     def copying(self) -> bool:
@@ -127,10 +129,10 @@ class BoundedStageHistory:
             self._tally()
 
     def _tally(self) -> None:
-        held, copied = self._history.step_bytes, self._history.copy_bytes
-        self._statistics.history_bytes += held - self._held
-        self._statistics.copied_bytes += copied - self._copied
-        self._held, self._copied = held, copied
+        step_bytes, copy_bytes = self._history.step_bytes, self._history.copy_bytes
+        self._statistics.history_bytes += step_bytes - self._step_bytes
+        self._statistics.copied_bytes += copy_bytes - self._copy_bytes
+        self._step_bytes, self._copy_bytes = step_bytes, copy_bytes
 
 
 def _bytes(tensors: Mapping[str, Array]) -> int:

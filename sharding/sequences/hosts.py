@@ -1,7 +1,7 @@
-"""The browsers as a sequence sees them: what is asked of them, and what they answer.
+"""The interface between a sequence and the browsers: orders and replies.
 
-Protocols and plain data. This module must not know how a browser is reached (whoever implements
-`StageHosts` does), nor what an answer is used for.
+Protocols and plain data. This module must not know how a browser is reached (implementations of
+`StageHosts` do), nor what a reply is used for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sharding.sequences.stages import Stage
 
 @dataclass(frozen=True)
 class StepReply:
-    """A host's answer to an order: tensors, or why there are none. `busy`: ask again."""
+    """A host's answer to an order: tensors, or why there are none. `busy`: retry."""
 
     tensors: Mapping[str, Array] | None = None
     failure: Failure | None = None
@@ -29,7 +29,7 @@ class StepReply:
 
 @dataclass(frozen=True)
 class StagePlacement:
-    """Where a stage is, for a chain: what `StepOrder` says of it but the position."""
+    """Where a stage is, for a chain: the fields of its `StepOrder`, except the position."""
 
     stage: Stage
     ref: HostRef
@@ -39,7 +39,7 @@ class StagePlacement:
 
 
 class Chain(Protocol):
-    """A way through all stages that a step goes by itself, from browser to browser."""
+    """A route through all stages, along which a step passes from browser to browser."""
 
     async def step(
         self, position: int, tokens: int, tensors: Mapping[str, Array], seconds: float
@@ -51,14 +51,14 @@ class Chain(Protocol):
         """Why the last step was not answered, in words, and the failure if there was one."""
 
     def leave(self) -> None:
-        """It is not used any more."""
+        """Release it: it is not used any more."""
 
 
 class StageHosts(Protocol):
     """The browsers, as a sequence sees them."""
 
     def hosts(self) -> Sequence[HostStatus]:
-        """All that are known of."""
+        """All known hosts."""
 
     async def take(
         self,
@@ -74,7 +74,7 @@ class StageHosts(Protocol):
         """Return when something about the hosts may have changed, or after `seconds`."""
 
     async def exclude(self, ref: HostRef) -> None:
-        """This incarnation failed; it is not to be chosen until it is replaced."""
+        """This incarnation failed: don't choose it again until it is replaced."""
 
     def outvoted(self, ref: HostRef, failure: Failure) -> None:
         """This incarnation gave a wrong answer."""
@@ -82,10 +82,10 @@ class StageHosts(Protocol):
     async def chain(
         self, sequence: str, placements: Sequence[StagePlacement], *, copies: bool, seconds: float
     ) -> Chain | None:
-        """A way through these places; None if there is none. `copies`: all answers are wanted."""
+        """A chain through these places; None if there is none. `copies`: return all answers."""
 
     def took(self, model: str, tokens: int, seconds: float) -> None:
-        """A step of so many tokens was answered within `seconds`, by the first that was asked."""
+        """Record that a host took `seconds` for a step of so many tokens."""
 
     def late_after(self, model: str, tokens: int) -> float:
-        """Seconds after which a step of so many tokens is begun elsewhere, too."""
+        """Seconds after which a step of so many tokens is hedged on another browser."""

@@ -1,6 +1,6 @@
 """Stages in the native runtime: the reference for stages in browsers, and a host for tests.
 
-Takes the same orders by the same rules. Blocks while a graph runs.
+Executes the same orders by the same rules. Blocks while a graph runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sharding.sequences.stages import Stage
 
 
 class NativeStage:
-    """One stage. `open`, any number of `take`, `close`."""
+    """One stage. Call `open`, `take` any number of times, then `close`."""
 
     def __init__(self, stage: Stage, spec: ModelSpec) -> None:
         self._stage = stage

@@ -1,8 +1,8 @@
-"""A sequence at work over the stages of a model: step by step, whatever becomes of the browsers.
+"""The generation of one sequence over the stages of a model, step by step, despite failures.
 
-`Generation` is the coordinator of one sequence. It lives in the caller and holds all that is needed
-to go on, in parts: a worker for each stage (`stage_worker`), the chain that a step may go by
-(`chain`), the account of what happened (`events`). This module must not know how a browser is
+`Generation` is the coordinator of one sequence. It runs in the caller and holds all that is needed
+to continue: a worker for each stage (`stage_worker`), the chain that a step may take (`chain`), and
+the statistics and events (`events`). This module must not know how a browser is
 reached (`StageHosts` does), and must not repair one.
 """
 
@@ -38,7 +38,7 @@ class Token:
     id: int
     position: int
     scores: Array | None = None
-    step_ms: float = 0.0  # from the step's begin to its answer
+    step_ms: float = 0.0  # from the start of the step to its answer
     in_page_ms: float = 0.0  # of these, in all pages
 
 
@@ -77,7 +77,7 @@ class Generation:
     async def tokens(self, prompt: Sequence[int]) -> AsyncGenerator[Token]:
         """The new tokens, each as soon as it is chosen. Raises `SequenceLost`.
 
-        Ends after `max_new_tokens`, or with the first token of `decoding.stop`. However it ends,
+        Ends after `max_new_tokens`, or with the first token of `decoding.stop`. In any case
         the browsers are told to forget the sequence.
         """
         ids, position = list(prompt), 0
@@ -107,16 +107,16 @@ class Generation:
             raise SequenceLost(f"position {position}: {error}") from error
 
     def where(self) -> list[HostRef]:
-        """The browser of each stage, as far as the sequence has come."""
+        """The browser of each stage that has answered."""
         return [worker.at for worker in self._workers if worker.at is not None]
 
     def statuses(self) -> list[StageStatus]:
-        """Where every stage is now, for whoever looks on."""
+        """Where every stage is now, for monitoring."""
         return [worker.status() for worker in self._workers]
 
     @property
     def first_failure(self) -> Failure | None:
-        """The earliest failure that the sequence has met, whatever stage it struck."""
+        """The earliest failure of any stage of the sequence."""
         return self.statistics.first_failure
 
     async def _step(self, ids: Sequence[int], position: int) -> Mapping[str, Array]:
@@ -130,9 +130,9 @@ class Generation:
     async def _stage_by_stage(
         self, inputs: Mapping[str, Array], position: int, tokens: int
     ) -> Mapping[str, Array]:
-        """Each stage is asked by the caller, and repaired if it must be.
+        """The caller runs each stage in turn, and rebuilds it if necessary.
 
-        A page that has taken this step already answers it again, and computes nothing.
+        A page that has already executed this step repeats its answer without computing.
         """
         handed: Mapping[str, Array] = {}
         for worker in self._workers:

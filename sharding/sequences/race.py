@@ -1,7 +1,7 @@
-"""One step of a stage, in as many browsers as it takes to have an answer that may be believed.
+"""One step of a stage, on as many browsers as needed for an answer that can be accepted.
 
-Browsers that fail are asked again or let go, one that is late is hedged, replicas are compared.
-This module must not know what a step computes, nor how a copy is brought to where it begins.
+Browsers that fail are retried or dropped, a late step is hedged, the answers of replicas are
+compared. This module must not know what a step computes, nor how a copy catches up with it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from sharding.sequences.history import RecordedStep
 from sharding.sequences.hosts import StepReply
 from sharding.sequences.votes import Votes
 
-_ASK_AGAIN_SECONDS = 0.05  # before the same page is asked again
-_LAG_MAX = 4  # steps that a copy of a stage may be behind the others, before it is let go
+_RETRY_SECONDS = 0.05  # before the same page is retried
+_LAG_MAX = 4  # steps that a copy may be behind the others before it is dropped
 
 # A copy's answer to the step: within so many seconds, after a pause of so many.
 Advance: TypeAlias = Callable[[Copy, float, float], Coroutine[None, None, StepReply]]
 
 
 class Race:
-    """One step of one stage. `run`, and in any case `release`."""
+    """One step of one stage. Call `run`, then always `release`."""
 
     def __init__(
         self, context: StageContext, copies: Copies, step: RecordedStep, advance: Advance
@@ -53,27 +53,27 @@ class Race:
         self._hedge = Hedge(context.rules.level, self._began, late_seconds, self._clock)
 
     async def run(self) -> Mapping[str, Array]:
-        """The answer that may be believed. Raises `SequenceLost`."""
+        """The accepted answer. Raises `SequenceLost`."""
         end = self._began + self._rules.step_seconds
         for copy in self._copies:
             self._send(copy, end)
         while True:
-            answer = self._settled()
+            answer = self._accepted_answer()
             if answer is not None:
                 return answer
-            short = not self._reinforce(end)
+            short = not self._add_copies(end)
             left = end - self._clock()
             if left <= 0:
-                raise self._lost(self._why_late())
+                raise self._sequence_lost(self._why_late())
             if not self._tasks and self._readmitted():
-                await asyncio.sleep(_ASK_AGAIN_SECONDS)
+                await asyncio.sleep(_RETRY_SECONDS)
                 continue
             await self._wait(left, short=short)
             for task in [task for task in self._tasks if task.done()]:
-                await self._take_in(self._tasks.pop(task), task.result(), end)
+                await self._handle_reply(self._tasks.pop(task), task.result(), end)
 
     async def _wait(self, left: float, *, short: bool) -> None:
-        """Until an answer is here, another browser should be asked, or (if `short`) may be."""
+        """Wait for an answer, until a hedge is due, or (if `short`) until the hosts change."""
         waiting: set[asyncio.Future[Any]] = set(self._tasks)
         changes = None
         if short or not self._tasks:
@@ -92,21 +92,21 @@ class Race:
                 await asyncio.gather(changes, return_exceptions=True)
 
     def release(self) -> None:
-        """Stop what is still under way: those copies are in no known state."""
+        """Cancel what is still under way, and drop those copies: their state is unknown."""
         for task, copy in self._tasks.items():
             task.cancel()
             self._copies.drop(copy, forget=True)
         self._tasks = {}
 
-    # -- who is asked ------------------------------------------------------------------------------
+    # -- sending -----------------------------------------------------------------------------------
 
     def _send(self, copy: Copy, end: float, pause: float = 0.0) -> None:
         seconds = max(end - self._clock(), 0.0)
         work = self._advance(copy, seconds, pause)
         self._tasks[asyncio.create_task(work, name="stage")] = copy
 
-    def _reinforce(self, end: float) -> bool:
-        """Have the step taken by as many browsers as it should be; whether there are so many."""
+    def _add_copies(self, end: float) -> bool:
+        """Start the step on as many browsers as wanted; False if there are too short_of_quorum."""
         late = self._hedge.late
         wanted = copies_of_stage(self._rules.level, len(self._votes), len(self._tasks), late=late)
         while len(self._votes) + len(self._tasks) < wanted:
@@ -118,71 +118,72 @@ class Race:
                 self._hedge.taken = True
                 began = self._began
                 why = f"no answer of {waited_for[0]} within {self._clock() - began:.3f} s"
-                self._context.tell("hedged", copy.ref, self._step.position, began, why)
+                self._context.record("hedged", copy.ref, self._step.position, began, why)
             self._send(copy, end)
         return True
 
-    async def _take_in(self, copy: Copy, reply: StepReply, end: float) -> None:
-        if copy.gone:
+    async def _handle_reply(self, copy: Copy, reply: StepReply, end: float) -> None:
+        if copy.dropped:
             return
         if reply.tensors is not None:
-            copy.asked = 0
+            copy.retries = 0
             self._context.events.statistics.in_page_ms += reply.in_page_ms
             self._votes.add(copy, reply.tensors)
         elif reply.failure is None:
-            self._send(copy, end, _ASK_AGAIN_SECONDS)
+            self._send(copy, end, _RETRY_SECONDS)
         else:
             await self._failed(copy, reply.failure, end)
 
-    # -- who failed --------------------------------------------------------------------------------
+    # -- failures ----------------------------------------------------------------------------------
 
     async def _failed(self, copy: Copy, failure: Failure, end: float) -> None:
-        elsewhere = failure.evidence.get("what") in MISADDRESSED
-        self._failures += not elsewhere
+        misaddressed = failure.evidence.get("what") in MISADDRESSED
+        self._failures += not misaddressed
         self._first = self._first or failure
         rules = self._rules
         decision = recovery_action(
-            rules.level, failure, self._failures, rules.failures_max, copy.asked
+            rules.level, failure, self._failures, rules.failures_max, copy.retries
         )
-        self._context.tell(
+        self._context.record(
             "failed", copy.ref, self._step.position, self._began, str(failure.category), failure
         )
         if decision is RecoveryAction.ASK_AGAIN:
-            copy.asked += 1
-            self._send(copy, end, _ASK_AGAIN_SECONDS)
+            copy.retries += 1
+            self._send(copy, end, _RETRY_SECONDS)
             return
-        lives = elsewhere or failure.scope is Scope.OPERATION
-        # One that is cut off may be back, and would keep what nobody needs.
-        self._copies.drop(copy, forget=lives or failure.category is Category.CONNECTION_FAILURE)
+        alive = misaddressed or failure.scope is Scope.OPERATION
+        # A browser that is cut off may reconnect, and would keep caches that nobody needs.
+        self._copies.drop(copy, forget=alive or failure.category is Category.CONNECTION_FAILURE)
         self._avoid.add(copy.ref)
-        if not lives:
+        if not alive:
             await self._context.hosts.exclude(copy.ref)
         if decision is RecoveryAction.GIVE_UP and not self._tasks and not self._votes:
-            often = self._failures > rules.failures_max
-            why = f"{self._failures} attempts failed" if often else "does not survive that"
-            raise self._lost(why if often else f"level {rules.level} {why}")
+            why = f"level {rules.level} does not recover from this failure"
+            if self._failures > rules.failures_max:
+                why = f"{self._failures} attempts failed"
+            raise self._sequence_lost(why)
 
     def _readmitted(self) -> bool:
-        """With nobody at work: whether somebody who failed may be tried again.
+        """With no copy at work: whether browsers that failed may be tried again.
 
         Raises `SequenceLost` if there is nothing to wait for.
         """
         if len(self._votes) >= COPIES_MAX:
-            raise self._lost(self._why_undecided())
+            raise self._sequence_lost(self._why_undecided())
         if self._failures > self._rules.failures_max:
-            raise self._lost(f"{self._failures} attempts failed")
+            raise self._sequence_lost(f"{self._failures} attempts failed")
         readmitted, self._avoid = bool(self._avoid), set()
         return readmitted
 
     def _why_late(self) -> str:
-        if not self._votes.few:
+        if not self._votes.short_of_quorum:
             return self._why_undecided()
         return f"no answer within {self._rules.step_seconds:g} s"
 
     def _why_undecided(self) -> str:
         return f"no two of {len(self._votes)} answers agree: {self._votes.spread()}"
 
-    def _lost(self, why: str) -> SequenceLost:
+    def _sequence_lost(self, why: str) -> SequenceLost:
         context = self._context
         return SequenceLost(
             f"stage {context.index} of {context.stage.model} had no answer at position "
@@ -191,22 +192,22 @@ class Race:
             failure=self._first,
         )
 
-    # -- what is believed --------------------------------------------------------------------------
+    # -- accepting an answer -----------------------------------------------------------------------
 
-    def _settled(self) -> Mapping[str, Array] | None:
+    def _accepted_answer(self) -> Mapping[str, Array] | None:
         more = self._rules.strict or not self._votes or self._tasks
-        if self._votes.few and (more or self._copies.elsewhere(self._avoid)):
+        if self._votes.short_of_quorum and (more or self._copies.elsewhere(self._avoid)):
             return None
         if len(self._votes) == 1:
-            return self._won_alone()
+            return self._accept_first()
         verdict = self._votes.count()
         if isinstance(verdict, Undecided):
             return None
-        self._charge(verdict)
-        winner, answer = self._votes.of(verdict.winner.voter)
-        self._copies.believe(winner)
+        self._report_outvoted(verdict)
+        winner, answer = self._votes.answer_of(verdict.winner.voter)
+        self._copies.accept(winner)
         for task, copy in self._tasks.items():
-            if copy.behind > _LAG_MAX:
+            if copy.lag > _LAG_MAX:
                 task.cancel()
                 self._copies.drop(copy, forget=True)
             else:
@@ -214,8 +215,8 @@ class Race:
         self._tasks = {}
         return answer
 
-    def _won_alone(self) -> Mapping[str, Array]:
-        """By the first answer: nobody else is needed any more."""
+    def _accept_first(self) -> Mapping[str, Array]:
+        """Accept the first answer; the other copies are dropped."""
         winner, answer = self._votes.first
         for copy in self._copies:
             if copy is not winner:
@@ -223,28 +224,28 @@ class Race:
         for task in self._tasks:
             task.cancel()
         self._tasks = {}
-        self._copies.believe(winner)
+        self._copies.accept(winner)
         return answer
 
-    def _charge(self, verdict: Elected) -> None:
+    def _report_outvoted(self, verdict: Elected) -> None:
         context = self._context
-        wrong = self._votes.by(verdict.outvoted)
-        for copy in [copy for copy in wrong if not copy.gone]:  # each is charged once
+        wrong = self._votes.copies_of(verdict.outvoted)
+        for copy in [copy for copy in wrong if not copy.dropped]:  # each is reported once
             failure = categorize_browser_failure(
-                f"{copy.ref} was outvoted: its answer is not that of {verdict.winner.voter} and "
-                "another",
+                f"{copy.ref} was outvoted: its answer differs from that of "
+                f"{verdict.winner.voter} and another host",
                 {"what": "wrong_answer", "ref": copy.ref, "model": context.stage.model},
             )
-            context.tell(
+            context.record(
                 "outvoted", copy.ref, self._step.position, self._began, "wrong_answer", failure
             )
             self._copies.drop(copy, forget=True)
             context.hosts.outvoted(copy.ref, failure)
 
     async def _audit(self, task: asyncio.Task[StepReply], copy: Copy) -> None:
-        """Compare an answer that came after the vote; without one, the copy is let go."""
+        """Compare an answer that came after the vote; without one, the copy is dropped."""
         reply = await task
-        if copy.gone:
+        if copy.dropped:
             return
         if reply.tensors is None:
             self._copies.drop(copy, forget=True)
@@ -252,4 +253,4 @@ class Race:
         self._votes.add(copy, reply.tensors)
         verdict = self._votes.count()
         if isinstance(verdict, Elected) and copy.ref in verdict.outvoted:
-            self._charge(Elected(verdict.winner, (), (copy.ref,)))
+            self._report_outvoted(Elected(verdict.winner, (), (copy.ref,)))

@@ -1,7 +1,7 @@
-"""A stage that is lost is built again: its caches are restored from copies, or made by replaying.
+"""Rebuilding a lost stage: its caches are restored from copies, or made by replaying steps.
 
-The steps are replayed as they were taken at first, since other steps give other bits. This module
-must not choose the browser (`sharding.sequences.copies` does) nor say that a stage is lost.
+The steps are replayed as they were first run, since other steps give other bits. This module must
+not choose the browser (`sharding.sequences.copies` does) nor decide that a stage is lost.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sharding.sequences.hosts import StepReply
 
 
 class Rebuild:
-    """Brings copies of one stage to where the others are, by what is kept in `memory`."""
+    """Brings copies of one stage to the current position, from the kept `history`."""
 
     def __init__(
         self, context: StageContext, history: StageHistory, barrier: Barrier | None
@@ -50,5 +50,5 @@ class Rebuild:
                 copy.position = step.position + step.tokens
         what = "restored" if covered else "replayed"
         outcome = f"{covered} positions copied, {len(rest)} steps replayed"
-        context.tell(what, copy.ref, position, began, outcome)
+        context.record(what, copy.ref, position, began, outcome)
         return None

@@ -1,6 +1,6 @@
-"""How a sequence is to be kept alive: the level and the bounds that all its parts go by.
+"""The recovery rules of a sequence: its level and limits.
 
-Plain data; this module must not know how the rules are kept.
+Plain data; this module must not know how the rules are applied.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from recovery.voting import Tolerance
 
 @dataclass(frozen=True)
 class PipelineRules:
-    """How a sequence is to be kept alive.
+    """The recovery rules of a sequence.
 
-    `step_seconds`: within which each step must have an answer, repairs included.
+    `step_seconds`: the time limit of each step, repairs included.
     `copy_bytes_max`: of the caches of one stage that are copied out of the browser (`high` and
     above); beyond it, inputs are kept instead. `history_bytes_max`: of the inputs kept for one
     sequence.
@@ -31,5 +31,5 @@ class PipelineRules:
 
     @property
     def keeping(self) -> bool:
-        """Whether the caller keeps what would make a lost stage's caches again."""
+        """Whether the caller keeps what is needed to rebuild a lost stage's caches."""
         return self.level not in (Level.NONE, Level.LOW)

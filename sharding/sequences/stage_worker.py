@@ -1,7 +1,7 @@
-"""One stage of one sequence: what it takes to have its answer to every step, wherever it runs.
+"""One stage of one sequence: gets its answer to every step, wherever it runs.
 
-A face that holds parts: the browsers at work (`copies`), what is kept (`history`), how a copy is
-brought to a step (`rebuild`), and the race of each step. This module must not know of the other
+It joins four parts: the browsers at work (`copies`), the kept inputs and caches (`history`), the
+rebuilding of a copy (`rebuild`), and the `race` of each step. This module must not know of other
 stages.
 """
 
@@ -47,13 +47,13 @@ class StageWorker:
 
     @property
     def at(self) -> HostRef | None:
-        """Where its last answer is from."""
+        """The browser that gave its last answer."""
         return self._copies.at
 
     async def take(self, step: RecordedStep) -> Mapping[str, Array]:
         """The answer to a step: what the stage sends on, or its choice. Raises `SequenceLost`."""
         self._history.note(step)
-        deltas = self._history.copying  # of every copy in the same form
+        deltas = self._history.copying  # the same for every copy
 
         async def advance(copy: Copy, seconds: float, pause: float) -> StepReply:
             return await self._advance(copy, step, deltas, seconds, pause)
@@ -67,7 +67,7 @@ class StageWorker:
         return answer
 
     def place(self, position: int) -> StagePlacement | None:
-        """Where the stage is, if it is in one browser that stands at `position`."""
+        """Where the stage is, if it is in one browser only, at `position`."""
         copy = self._copies.only_at(position)
         if copy is None:
             return None
@@ -79,28 +79,28 @@ class StageWorker:
         self._history.copy(answer)
 
     def moved(self, position: int) -> None:
-        """The chain has brought the stage to `position`."""
+        """The chain has moved the stage to `position`."""
         self._copies.moved(position)
 
     def end(self) -> None:
-        """Have every browser forget the sequence; nobody waits for that."""
+        """Have every browser forget the sequence, in the background."""
         self._copies.end()
 
     def status(self) -> StageStatus:
-        """Where it is now, for whoever looks on."""
+        """Where it is now, for monitoring."""
         return self._copies.status()
 
     async def _advance(
         self, copy: Copy, step: RecordedStep, deltas: bool, seconds: float, pause: float
     ) -> StepReply:
-        """The copy's answer to a step, after it was brought to where the step begins."""
+        """The copy's answer to a step, after it has caught up with the step's position."""
         hosts, model, clock = self._context.hosts, self.stage.model, self._context.events.clock
-        copy.behind += 1
+        copy.lag += 1
         try:
-            async with copy.lock:  # also while it pauses: the next step must not overtake this one
+            async with copy.lock:  # also during the pause: the next step must not overtake this one
                 await asyncio.sleep(pause)
-                if copy.gone:
-                    return StepReply(busy=True)  # nobody listens
+                if copy.dropped:
+                    return StepReply(busy=True)  # the reply is not used
                 if copy.position < step.position:
                     lost = await self._rebuild.catch_up(copy, step.position, seconds)
                     if lost is not None:
@@ -121,4 +121,4 @@ class StageWorker:
                     hosts.took(model, step.tokens, clock() - began)
                 return reply
         finally:
-            copy.behind -= 1
+            copy.lag -= 1

@@ -1,8 +1,8 @@
-"""A model as a pipeline of stages: what each takes and hands on in one step of a sequence.
+"""A model as a pipeline of stages: the inputs and outputs of each in one step of a sequence.
 
-A stage is one shard (or a whole decoder, the only one of its pipeline). Plain data and pure
-functions; by which rules a host takes a step is `sharding.sequences.caches`. This module must not
-run a graph.
+A stage is one shard (or an uncut decoder, the only one of its pipeline). Plain data and pure
+functions; the rules by which a host executes a step are in `sharding.sequences.caches`. This module
+must not run a graph.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _EXAMPLE_TOKENS = 4
 
 
 def stage_name(model: str, index: int) -> str:
-    """What a stage of a cut model is called where models are loaded."""
+    """The name under which a stage of a cut model is loaded."""
     return f"{model}{STAGE_MARK}{index}"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. `model` is its name where it is loaded; the rest as in `manifest.Shard`."""
+    """One stage. `model` is the name under which it is loaded; the rest as in `manifest.Shard`."""
 
     model: str
     receives: tuple[TensorSpec, ...]
@@ -65,11 +65,11 @@ class StagePipeline:
 
     @property
     def decoder(self) -> bool:
-        """Whether it keeps caches, and so goes step by step."""
+        """Whether it keeps caches, and so runs step by step."""
         return any(stage.caches for stage in self.stages)
 
     def check_generates(self) -> None:
-        """Raises `NotAModel` if no text can be made with it: no decoder, or no known inputs."""
+        """Raises `NotAModel` if it can't generate text: no decoder, or unknown inputs."""
         if not self.decoder:
             raise _no_decoder(self.model, "caches", "none")
         names = [spec.name for spec in self.inputs]
@@ -90,7 +90,7 @@ class StagePipeline:
 def inputs_of_step(
     inputs: Sequence[TensorSpec], ids: Sequence[int], position: int
 ) -> dict[str, Array]:
-    """Token ids and what follows from their place: mask over all so far, positions, types 0."""
+    """Token ids, and the mask, positions and type ids (0) that follow from `position`."""
     count = len(ids)
     made = {
         _IDS: np.asarray(ids).reshape(1, count),
@@ -107,7 +107,7 @@ def inputs_of_step(
 def inputs_of_stage(
     stage: Stage, inputs: Mapping[str, Array], handed: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """A stage's inputs, caches left out: of the model's, and of what the stage before sent."""
+    """A stage's inputs, without caches: from `inputs`, and `handed` on by the stage before."""
     shared = {spec.name: inputs[spec.name] for spec in stage.shared}
     return shared | {spec.name: handed[spec.name] for spec in stage.receives}
 
@@ -146,7 +146,7 @@ def _cache(cache: Cache) -> CacheSpec:
     shape = cache.past.shape
     if shape is None:
         raise _no_decoder(cache.past.name, "a cache of known rank", "none")
-    # The first dimension is the batch; of the others the one that is not fixed grows.
+    # The first dimension is the batch; the other one that is not fixed grows.
     growing = [axis for axis, dim in enumerate(shape) if axis and not isinstance(dim, int)]
     if len(growing) != 1:
         raise _no_decoder(cache.past.name, "a cache that grows along one dimension", shape)
@@ -172,7 +172,7 @@ def stage_specs(model: str, folder: Path, manifest: Manifest) -> tuple[ModelSpec
 
 
 def decoder_pipeline(model: str, path: str | Path) -> StagePipeline | None:
-    """The ONNX file at `path` as a pipeline of one stage; None if nothing can be made with it."""
+    """The ONNX file at `path` as a pipeline of one stage; None if it can't generate text."""
     try:
         pipeline = pipeline_of_map(model, find_boundaries(path))
         pipeline.check_generates()
@@ -182,7 +182,7 @@ def decoder_pipeline(model: str, path: str | Path) -> StagePipeline | None:
 
 
 def example(stage: Stage) -> dict[str, Array]:
-    """Inputs that a stage can be tried with: a few tokens after an empty cache, not all zeros."""
+    """Example inputs of a stage: a few tokens after an empty cache, not all zeros."""
     chance = np.random.default_rng(_EXAMPLE_TOKENS)
     tensors = inputs_of_step(stage.shared, range(1, _EXAMPLE_TOKENS + 1), 0)
     for spec in stage.receives:
@@ -197,7 +197,11 @@ def example(stage: Stage) -> dict[str, Array]:
 def check_length(prompt: int, new: int, limit: int | None) -> None:
     """Raises `BadInput` if prompt and new tokens are more than the model has positions for."""
     if prompt < 1:
-        raise BadInput("The prompt holds no token.", expected="at least one token", got=prompt)
+        raise BadInput(
+            "The prompt is empty: pass at least one token.",
+            expected="at least one token",
+            got=prompt,
+        )
     if limit is not None and prompt + new > limit:
         fewer = f"max_new_tokens={limit - prompt} or less, or " if prompt < limit else ""
         raise BadInput(

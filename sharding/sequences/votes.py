@@ -1,7 +1,7 @@
-"""The answers to one step of a stage, and which of them may be believed.
+"""The answers to one step of a stage, and which of them is accepted.
 
-Where replicas answer (`critical`), two that agree elect one. This module must not ask for an answer
-nor let go of whoever gave a wrong one.
+Where replicas answer (`critical`), two must agree. This module must not request an answer, nor drop
+a copy that gave a wrong one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sharding.sequences.rules import PipelineRules
 
 
 class Votes:
-    """What each copy answered to one step, in the order in which it came."""
+    """Each copy's answer to one step, in order of arrival."""
 
     def __init__(self, rules: PipelineRules) -> None:
         self._quorum = QUORUM.get(rules.level, 1)
@@ -32,33 +32,33 @@ class Votes:
         self._answers.append((copy, answer))
 
     @property
-    def few(self) -> bool:
-        """Fewer than the level believes."""
+    def short_of_quorum(self) -> bool:
+        """Whether there are fewer answers than the level requires."""
         return len(self._answers) < self._quorum
 
     @property
     def first(self) -> tuple[Copy, Mapping[str, Array]]:
-        """The copy that answered first, and what."""
+        """The copy that answered first, and its answer."""
         return self._answers[0]
 
     def voters(self) -> set[HostRef]:
-        """Who has answered."""
+        """The hosts that have answered."""
         return {copy.ref for copy, _ in self._answers}
 
     def count(self) -> Elected | Undecided:
-        """What the answers so far come to."""
+        """The verdict on the answers so far."""
         ballots = [Ballot(copy.ref, copy.numeric, answer) for copy, answer in self._answers]
         return count_votes(ballots, self._tolerance)
 
     def spread(self) -> str:
-        """How far the answers are apart, in words; nothing if some agree."""
+        """How far the answers are apart, in words; empty if some agree."""
         verdict = self.count()
         return verdict.spread if isinstance(verdict, Undecided) else ""
 
-    def of(self, voter: HostRef) -> tuple[Copy, Mapping[str, Array]]:
-        """Whose answer this voter's is, and the answer."""
+    def answer_of(self, voter: HostRef) -> tuple[Copy, Mapping[str, Array]]:
+        """This voter's copy and its answer."""
         return next((copy, answer) for copy, answer in self._answers if copy.ref == voter)
 
-    def by(self, voters: Collection[HostRef]) -> list[Copy]:
+    def copies_of(self, voters: Collection[HostRef]) -> list[Copy]:
         """The copies of these voters."""
         return [copy for copy, _ in self._answers if copy.ref in voters]

@@ -259,7 +259,7 @@ async def test_low_goes_on_with_a_page_that_has_kept_its_caches(tmp_path: Path) 
                 struck.append(where[1])
                 kill_process(launches[where[1]], "browser")
 
-        with pytest.raises(SequenceLost, match="level low does not survive"):
+        with pytest.raises(SequenceLost, match="level low does not recover from this"):
             await ask_and(pool, strike)
         await repaired(pool, struck[0])
 

@@ -180,7 +180,7 @@ def test_layer_based_needs_no_times(unmeasurable):
     plan = ModelShardingAnalyzer(LLAMA).plan(3)
     assert spans(plan) == [(0, 1), (1, 2), (2, 3)]
     assert [span.host for span in plan.spans] == ["browser-0", "browser-1", "browser-2"]
-    assert plan.reason.endswith("(reckoned from bytes at 10 GB/s, not measured)")
+    assert plan.reason.endswith("(estimated from bytes at 10 GB/s, not measured)")
 
 
 @pytest.mark.parametrize("strategy", ["optimal", "browser_based"])
@@ -250,7 +250,7 @@ def test_hosts_are_taken_as_they_are():
         ({"capacity_bytes": "512MiB"}, "got '512MiB'"),
         ({"hosts": [Host("a", "much")]}, "hosts.0..capacity_bytes: expected a whole number"),
         ({"shards": 0}, "shards: expected a whole number from 1"),
-        ({"shards": 4}, "more than the 3 layers.*say shards=3 or less"),
+        ({"shards": 4}, "more than the 3 layers.*pass shards=3 or less"),
         ({"shards": 2, "strategy": "component_based"}, "see ModelShardingManager"),
         ({"strategy": "best"}, "expected one of layer_based"),
     ],

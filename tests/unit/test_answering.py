@@ -140,7 +140,7 @@ def test_same_error_from_two_browsers_is_the_inputs_fault():
     hosts = [host_status(name) for name in "abc"]
     verdict = decide(attempts=[reported(A), reported(B)], hosts=hosts)
     assert isinstance(verdict, GiveUp)
-    assert "input or model" in verdict.why
+    assert "the input and the model" in verdict.why
 
 
 def test_different_errors_from_two_browsers_go_on_to_a_third():

@@ -84,7 +84,7 @@ def test_what_was_seen_decides_the_category(what, expected):
 
 
 def test_every_fact_and_every_category_is_in_the_table_above():
-    assert FACTS.keys() == failures._SEEN.keys()
+    assert FACTS.keys() == failures._FACTS.keys()
     assert {line.split()[0] for line in FACTS.values()} == set(Category)
 
 
@@ -326,7 +326,7 @@ def test_what_the_page_says_refines_what_it_reported(what, message, fact):
 
 
 def test_every_row_of_what_is_said_is_tried():
-    assert {fact for _, fact in SAID} == failures._SAID.keys()
+    assert {fact for _, fact in SAID} == failures._MESSAGES.keys()
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ _VALUES = st.recursive(
     | st.text()
     | st.binary()
     | st.just(object())
-    | st.sampled_from([*failures._SEEN, *failures._WEBDRIVER, *(m for m, _ in SAID), REF]),
+    | st.sampled_from([*failures._FACTS, *failures._WEBDRIVER, *(m for m, _ in SAID), REF]),
     lambda inner: (
         st.lists(inner)
         | st.lists(inner).map(tuple)
@@ -458,7 +458,7 @@ _ERRORS = _MESSAGES | st.builds(
 def test_any_error_in_any_context_makes_a_failure_that_crosses_a_pickle(error, context):
     seen = categorize_browser_failure(error, context)
     assert repr(pickle.loads(pickle.dumps(seen))) == repr(seen)
-    assert (seen.category, seen.severity, seen.scope) in {*failures._SEEN.values(), _OTHER} or (
+    assert (seen.category, seen.severity, seen.scope) in {*failures._FACTS.values(), _OTHER} or (
         seen.category is Category.RESOURCE_EXHAUSTION and seen.severity is Severity.SEVERE
     )
     assert str(seen.fingerprint).count("/") == 5

@@ -30,6 +30,8 @@ def test_what_is_put_back_gives_way_as_the_oldest():
 def test_only_the_first_refusal_is_told():
     buffer = SampleBuffer(10)
     assert buffer.add([op(1)]) == ""
-    assert "no measurement" in buffer.add([replace(OPERATION, duration_ms=math.nan), op(2)])
+    assert "expected a finite number" in buffer.add(
+        [replace(OPERATION, duration_ms=math.nan), op(2)]
+    )
     assert buffer.add([replace(OPERATION, duration_ms=math.nan)]) == ""
     assert (len(buffer), buffer.refused) == (2, 2)

@@ -138,7 +138,7 @@ def test_a_trend_of_nothing_claims_nothing(tracker):
     trend = tracker().analyze_performance_trends()
     assert (trend["samples"], trend["success_rate"], trend["direction"]) == (0, None, "stable")
     assert trend["slope_ms_per_operation"] is None
-    assert "10 are needed" in trend["reason"]
+    assert "at least 10 needed" in trend["reason"]
     trend = tracker(*timed(range(1, 21))).analyze_performance_trends(op="embed")
     assert (trend["avg_oldest_duration_ms"], trend["avg_recent_duration_ms"]) == (5.5, 15.5)
 

@@ -32,11 +32,14 @@ from tests.partitions import (
         ({"shards": 2.0}, r"got 2\.0"),
         ({"shards": True}, "got True"),
         ({"shards": math.nan}, "got nan"),
-        ({"shards": 5}, r"5 shards \(as told\) are more than the 4 layers.*say shards=2 or less"),
-        ({"shards": 3}, "3 shards are more than the 2 hosts.*add 1 browsers or say shards=2"),
+        (
+            {"shards": 5},
+            r"5 shards \(as requested\) are more than the 4 layers.*pass shards=2 or less",
+        ),
+        ({"shards": 3}, "3 shards are more than the 2 hosts.*add 1 browsers or pass shards=2"),
         (
             {"layers": FOUR[:1], "strategy": "browser_based", "shards": None},
-            r"2 shards \(one for each host\) are more than the 1 layers.*say shards=1",
+            r"2 shards \(one for each host\) are more than the 1 layers.*pass shards=1",
         ),
         ({"layers": [Layer(-1.0, 1)]}, r"layers\[0\]\.seconds: expected a number from 0 to 86400"),
         ({"layers": [*FOUR, Layer(math.nan, 1)]}, r"layers\[4\]\.seconds: .*got nan"),

@@ -177,7 +177,7 @@ async def test_death_is_not_survived_below_medium_and_the_error_says_so(three, l
     pipeline, specs, _ = three
     hosts = NativeHosts(pipeline, specs)
     hosts.script("a", 3, fault)
-    with pytest.raises(SequenceLost, match=f"level {level} does not survive"):
+    with pytest.raises(SequenceLost, match=f"level {level} does not recover from this"):
         await generate(pipeline, hosts, level)
 
 

@@ -37,7 +37,7 @@ class Match:
         self.asked: list[HostRef] = []
 
     async def advance(self, copy: Copy, seconds: float, pause: float) -> StepReply:
-        copy.behind += 1
+        copy.lag += 1
         try:
             await asyncio.sleep(pause)
             self.asked.append(copy.ref)
@@ -47,7 +47,7 @@ class Match:
                 reply = says(reply)
             return reply
         finally:
-            copy.behind -= 1
+            copy.lag -= 1
 
     async def run(self) -> float:
         race = Race(self.context, self.copies, STEP, self.advance)
@@ -86,7 +86,7 @@ async def test_page_that_was_cut_off_is_asked_again():
     assert await match.run() == 1
     assert match.asked == [A, A]
     assert match.hosts.excluded == []
-    assert [copy.asked for copy in match.copies] == [0]
+    assert [copy.retries for copy in match.copies] == [0]
 
 
 async def test_busy_page_is_asked_again_and_nothing_told():
@@ -100,7 +100,9 @@ async def test_busy_page_is_asked_again_and_nothing_told():
 async def test_level_that_survives_nothing_says_so():
     match = Match(PaperHosts(A, B), Level.NONE)
     match.replies[A].append(fails("browser_exited"))
-    with pytest.raises(SequenceLost, match=r"position 7: level none does not survive that.*first"):
+    with pytest.raises(
+        SequenceLost, match=r"position 7: level none does not recover from this.*first"
+    ):
         await match.run()
     assert match.asked == [A]
 
@@ -174,10 +176,10 @@ async def test_copy_that_is_too_far_behind_is_let_go():
     for _ in range(3):
         match.copies.new(set())
     *_, last = match.copies
-    last.behind = 5
+    last.lag = 5
     match.replies[C].append(1.0)
     assert await match.run() == 1
-    assert last.gone
+    assert last.dropped
     assert [copy.ref for copy in match.copies] == [A, B]
 
 

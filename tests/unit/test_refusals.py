@@ -21,7 +21,7 @@ def test_memory_said_to_be_lacking_is_just_enough(case, strategy):
         case.run(strategy)
         return
     except BadInput as error:
-        if "would do" not in str(error):
+        if "would be enough" not in str(error):
             return
         lacking = int(re.match(r"(\d+) MiB more on each host", error.fields["expected"])[1])
 
@@ -88,7 +88,7 @@ def test_only_the_first_of_many_browsers_are_named_in_a_refusal():
             (
                 "80 MiB of weights don't fit (optimal, any number of shards). Loading takes 2 "
                 "times a shard's bytes and 64 MiB. The hosts have: b0 104 MiB, b1 104 MiB; 40 MiB "
-                "more on each would do. Add browsers or memory, or use a model with smaller "
+                "more on each would be enough. Add browsers or memory, or use a model with smaller "
                 "weights (int8 or q4)."
             ),
         ),
@@ -98,7 +98,7 @@ def test_only_the_first_of_many_browsers_are_named_in_a_refusal():
             hosts_for(20, 20, 20, 20),
             2,
             "optimal",
-            "40 MiB more on each would do. It fits with strategy='optimal', shards=4.",
+            "40 MiB more on each would be enough. It fits with strategy='optimal', shards=4.",
         ),
         (
             evenly(8),
@@ -106,7 +106,7 @@ def test_only_the_first_of_many_browsers_are_named_in_a_refusal():
             hosts_for(20, 60),
             2,
             "layer_based",
-            "40 MiB more on each would do. It fits with strategy='optimal', shards=2.",
+            "40 MiB more on each would be enough. It fits with strategy='optimal', shards=2.",
         ),
         (
             evenly(8),
@@ -115,8 +115,8 @@ def test_only_the_first_of_many_browsers_are_named_in_a_refusal():
             None,
             "browser_based",
             (
-                "10 MiB more on each would do. It fits with strategy='browser_based', shards=1 or "
-                "with strategy='optimal', shards=1."
+                "10 MiB more on each would be enough. It fits with strategy='browser_based', "
+                "shards=1 or with strategy='optimal', shards=1."
             ),
         ),
     ],

@@ -204,7 +204,7 @@ def test_parallel_race_goes_on_until_all_have_failed():
 def test_slot_is_filled_again_at_levels_that_recover_nothing(level):
     story = serving_with(level=level)
     assert story.failed(0) == (Launch("b", CHROME, 1),)
-    assert story.state.repairs[0].outcome == "filled again, not recovered"
+    assert story.state.repairs[0].outcome == "slot refilled, operation not recovered"
 
 
 def test_open_breaker_goes_to_another_browser(serving):

@@ -234,7 +234,7 @@ def test_load_that_leaves_too_little_is_refused_with_numbers_and_a_remedy():
     why = refuse_load(LIMITS, [SHORT], pool(400, 400), 150 * MIB)
     assert why == (
         "node n: 300 MiB would be needed at the peak (2 x 150 MiB), 1000 MiB of 10000 MiB are "
-        "available and 800 MiB must stay so, which is 100 MiB too little. Use fewer browsers, "
+        "available and 800 MiB must stay free, which is 100 MiB too little. Use fewer browsers, "
         "unload a model or give the node more memory."
     )
 

@@ -60,7 +60,7 @@ def test_the_table_shows_what_each_shard_is(out):
         "2 x float32[batch_size, sequence_length, 32]",
     ]
     assert "logits" in text
-    assert "layer_based, 2 shards as told" in text
+    assert "layer_based, 2 shards as requested" in text
     assert f"written: {out}" in text
     assert f"found: {out}" in shown(LLAMA, "--shards", 2, "--out", out)
 
@@ -137,7 +137,7 @@ def test_components_are_shown_and_nothing_is_cut(tmp_path):
     [
         ((), "give --shards, or --capacity"),
         (("--strategy", "browser_based", "--capacity", "1GiB"), "give --shards"),
-        (("--shards", 4), "say shards=3 or less"),
+        (("--shards", 4), "pass shards=3 or less"),
         (("--capacity", "50MiB"), "takes 64 MiB while it loads"),
         (("--capacity", "much"), "expected a size such as 512MiB or 2GiB, got 'much'"),
         (("--strategy", "best"), "--strategy: expected one of layer_based, "),

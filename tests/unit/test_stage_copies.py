@@ -45,9 +45,9 @@ async def test_chain_is_only_for_one_copy_that_stands_there_and_owes_nothing():
     assert copies.only_at(5) is None
     copies.moved(5)
     assert copies.only_at(5) is copy
-    copy.behind = 1
+    copy.lag = 1
     assert copies.only_at(5) is None
-    copy.behind = 0
+    copy.lag = 0
     copies.new(set())
     assert copies.only_at(5) is None
 
@@ -57,12 +57,12 @@ async def test_standing_names_first_who_was_believed():
     assert copies.status() == StageStatus()
     first, second = copies.new(set()), copies.new(set())
     second.built, second.position = True, 3
-    copies.believe(second)
+    copies.accept(second)
     assert copies.at == B
     assert copies.status() == StageStatus((B, A), 3, False)
     copies.drop(second, forget=False)
     assert copies.status() == StageStatus((A,), 0, True)
-    assert not first.gone
+    assert not first.dropped
 
 
 async def test_dropped_copy_is_told_to_forget_once_and_only_if_it_should():
@@ -74,8 +74,8 @@ async def test_dropped_copy_is_told_to_forget_once_and_only_if_it_should():
     copies.drop(second, forget=False)
     await asyncio.sleep(0.01)
     assert hosts.asked("forget") == [(A, 1, 0)]
-    assert first.gone
-    assert second.gone
+    assert first.dropped
+    assert second.dropped
     assert load == {A: 0, B: 0}
 
 

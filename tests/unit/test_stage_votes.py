@@ -19,19 +19,19 @@ def votes(level: Level, **answers: float) -> Votes:
 
 
 def test_one_answer_is_few_at_critical_only():
-    assert not votes(Level.HIGH, a=1).few
-    assert votes(Level.HIGH).few
-    assert votes(Level.CRITICAL, a=1).few
-    assert not votes(Level.CRITICAL, a=1, b=1).few
+    assert not votes(Level.HIGH, a=1).short_of_quorum
+    assert votes(Level.HIGH).short_of_quorum
+    assert votes(Level.CRITICAL, a=1).short_of_quorum
+    assert not votes(Level.CRITICAL, a=1, b=1).short_of_quorum
 
 
 def test_two_that_agree_elect_and_outvote_a_third():
     three = votes(Level.CRITICAL, a=2, b=1, c=1)
     verdict = three.count()
     assert isinstance(verdict, Elected)
-    winner, answer = three.of(verdict.winner.voter)
+    winner, answer = three.answer_of(verdict.winner.voter)
     assert (winner.ref, answer["sent"].tolist()) == (B, [1])
-    assert [copy.ref for copy in three.by(verdict.outvoted)] == [A]
+    assert [copy.ref for copy in three.copies_of(verdict.outvoted)] == [A]
     assert three.spread() == ""
 
 

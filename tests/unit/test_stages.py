@@ -171,7 +171,7 @@ def test_length_within_the_models_positions_is_fine():
 
 def test_empty_prompt_is_refused_whatever_the_limit():
     for limit in (None, 8):
-        with pytest.raises(BadInput, match="holds no token"):
+        with pytest.raises(BadInput, match="prompt is empty"):
             check_length(0, 3, limit)
 
 

@@ -40,7 +40,7 @@ def test_counts_are_those_told_or_the_hosts_or_all_from_the_fewest():
 
 def test_why_names_the_strategy():
     in_order, free = STRATEGY_RULES["browser_based"], STRATEGY_RULES["optimal"]
-    assert free.why(2, 2) == "optimal, 2 shards as told"
+    assert free.why(2, 2) == "optimal, 2 shards as requested"
     assert free.why(None, 1) == "optimal, 1 shard, the fewest that fit"
     assert in_order.why(None, 3) == "browser_based, 3 shards, one for each host"
 
