@@ -17,7 +17,7 @@ setup:  ## install everything the project needs, as locked
 	@bash scripts/setup
 
 demo: setup  ## run a model in real browsers and kill one of them
-	$(PYTHON) -m pool.demo
+	@$(PYTHON) -m pool.demo
 
 test: setup  ## run the whole test suite
 	$(PYTHON) -m pytest $(ARGS)

@@ -20,40 +20,40 @@ from sharding.sequences.caches import StepOrder
 
 @dataclass(frozen=True)
 class HostConfig:
-    """What every browser of a pool is set to."""
+    """The configuration of every browser of a pool."""
 
     headless: bool = True
     gpu: Gpu = Gpu.OFF
     threads: int = 1  # wasm threads of a session
-    queue_max: int = 16  # operations admitted and not yet answered
+    queue_max: int = 16  # operations queued or running
     message_bytes_max: int = 256 << 20
     launch_seconds: float = 60.0  # from the order to a page that is ready
     load_seconds: float = 120.0  # one model, warm-up included
-    hang_seconds: float = 30.0  # a page that works on one operation for longer hangs
-    ping_seconds: float = 20.0  # a main thread that is silent for longer is hung
+    hang_seconds: float = 30.0  # a page that takes longer for one operation counts as hung
+    ping_seconds: float = 20.0  # a main thread that does not answer for longer counts as hung
     ping_interval_seconds: float = 2.0
-    lease_seconds: float = 15.0  # without its supervisor for longer, the browser ends itself
-    reconnect_seconds: float = 2.0  # that a page whose sockets closed has to open them again
+    lease_seconds: float = 15.0  # a browser not contacted by its supervisor for longer ends itself
+    reconnect_seconds: float = 2.0  # within which a page must reopen closed sockets
     breaker: BreakerConfig = field(default_factory=BreakerConfig)  # of the browser
     model_breaker: BreakerConfig | None = None  # of each model on it; None: as the browser's
-    circuits: RegistryConfig = field(default_factory=RegistryConfig)  # how many may be open
-    answers_kept_max: int = 64  # answered operations remembered, so that a repeat is not run again
+    circuits: RegistryConfig = field(default_factory=RegistryConfig)  # limits on open breakers
+    answers_kept_max: int = 64  # cached answers, returned for repeated operation ids
     answers_kept_bytes_max: int = 64 << 20
-    probe_seconds: float = 60.0  # an idle browser is asked a known answer so often; 0: never
+    probe_seconds: float = 60.0  # interval of known-answer probes of an idle browser; 0: never
     faults: bool = False  # whether faults may be injected into the page, for tests
-    warm_runs: int = 5  # of each model as it is loaded, within
+    warm_runs: int = 5  # at each load of a model, at most, within
     warm_ms: float = 1500.0
 
 
 @dataclass(frozen=True)
 class LaunchOrder:
-    """Start, or start again, as this incarnation. `port`: the slot's, 0 for any.
+    """Start or restart as this incarnation. `port`: the slot's, 0 for any.
 
-    `warm`: touch the runtime before the browser counts as ready. A repair leaves that out: its
-    profile holds compiled code, and somebody may be waiting. `breakers`: where the circuit
-    breakers of the slot (by model; the empty name is the browser's own) were when another worker
-    had it, and `death`, what ended that worker: the breakers have not heard of it yet. `repair`
-    names what this launch is to repair the browser by, for their metrics; empty: nothing is broken.
+    `warm`: warm up the runtime before the browser counts as ready. Repairs skip that: their
+    profile holds compiled code. `breakers`: the state of the slot's circuit breakers (by model; the
+    empty name is the browser's own) in the previous worker, and `death`, the failure that ended
+    that worker, which the breakers have not counted yet. `repair` names the recovery action of this
+    launch, for their metrics; empty: it is no repair.
     """
 
     ref: HostRef
@@ -84,14 +84,14 @@ class LaunchReport:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """One operation for one incarnation. `seconds` is what is left until its deadline."""
+    """One operation for one incarnation. `seconds` is the time left until its deadline."""
 
     op_id: str
     ref: HostRef
     model: str
     seconds: float
-    digest: str = ""  # of the model that is meant; empty: whichever has the name
-    last: bool = False  # the caller will not try again: should this fail, the operation has
+    digest: str = ""  # of the model; empty: any model of that name
+    last: bool = False  # the last attempt: if it fails, the operation fails
     stage: StepOrder | None = None  # a step of a sequence; None: one run without caches
 
 
@@ -120,7 +120,7 @@ class RunReply:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a host and its machine carry, for the decisions of `recovery.resources`."""
+    """Load of a host and its machine, for the decisions of `recovery.resources`."""
 
     browser: BrowserLoad
     node: NodeLoad
@@ -128,9 +128,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class HostEvent:
-    """News from a host: an incarnation failed, or circuit breakers moved. Exactly one is set.
+    """An event of a host: an incarnation failed, or circuit breakers changed state. Exactly one is
+    set.
 
-    A connection failure whose scope is the page leaves the incarnation alive (it can be told to
+    A connection failure whose scope is the page leaves the incarnation running (it may
     `reconnect`); every other failure ends it. `seq` numbers a worker's events from 1 on.
     """
 
@@ -142,8 +143,8 @@ class HostEvent:
 
 @dataclass(frozen=True)
 class PageDiagnostics:
-    """What a worker knows of its page, for whoever looks into a failure. `screenshot` is a PNG,
-    empty if the page can't be seen any more; `frames` are headers, `actors.bridge.FrameSeen`."""
+    """Diagnostics of a worker's page. `screenshot` is a PNG, empty if none can be
+    taken; `frames` are headers, `actors.bridge.FrameSeen`."""
 
     ref: HostRef
     readiness: Readiness
@@ -156,10 +157,10 @@ class PageDiagnostics:
 
 @dataclass(frozen=True)
 class HostReport:
-    """What a worker has, for a supervisor that has just begun its term.
+    """The state of a worker, for a supervisor at the start of its term.
 
     `digests` are those of the loaded models. `launch` is set while the incarnation is ready,
-    `cause` when it is over or its page out of touch. Events up to `seq` are included.
+    `cause` when it has ended or its page is disconnected. Events up to `seq` are included.
     """
 
     ref: HostRef

@@ -1,4 +1,4 @@
-"""tabpool's front door.
+"""The public API of tabpool.
 
 from pool import BrowserPool
 """

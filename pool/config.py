@@ -1,4 +1,4 @@
-"""What a pool can be set to. Checking it touches nothing."""
+"""The options of a pool, and their validation. Validation has no side effects."""
 
 from __future__ import annotations
 
@@ -63,46 +63,50 @@ class PoolConfig:
     """Every option of `BrowserPool`. Durations are seconds unless the name says otherwise."""
 
     browsers: Mapping[str, int] = field(default_factory=lambda: {"chrome": 1})
-    name: str = ""  # "": one is made up; give one to `attach` to
-    level: str = "medium"  # what is kept ready before anything fails
+    name: str = ""  # "": generated; set one to `attach` to the pool
+    level: str = "medium"  # recovery level: none, low, medium, high, critical
     strategy: str = "progressive"  # the order of recovery actions, see `recovery.plan`
-    strict: bool = True  # refuse to start rather than run below `level`
-    max_connections: int = 32  # browsers at most, over all types
-    max_recovery_attempts: int = 3  # failed attempts; of lost connections and workers 4 times that
+    strict: bool = True  # refuse to start if `level` can't be met
+    max_connections: int = 32  # maximum number of browsers, over all types
+    max_recovery_attempts: int = 3  # per operation; 4 times that for lost connections and workers
     headless: bool = True  # False shows the browsers' windows
-    backend: str = "auto"  # or "wasm", "webgpu", "webnn": forced for every model
-    threads: int = 1  # wasm threads of each session; more helps few browsers on many cores
-    deadline: float = 60.0  # of an operation, unless the call says otherwise
-    queue_max: int = 16  # operations that one browser admits and has not answered
-    when_full: Literal["wait", "error"] = "wait"  # what a full pool does with the next one
-    waiting_max: int = 1024  # operations in flight in one client; one more is `PoolBusy`
+    backend: str = "auto"  # or "wasm", "webgpu", "webnn", forced for every model
+    threads: int = 1  # wasm threads per session; more helps with few browsers on many cores
+    deadline: float = 60.0  # default deadline of an operation
+    queue_max: int = 16  # operations queued or running in one browser
+    when_full: Literal["wait", "error"] = (
+        "wait"  # what happens to an operation when all queues are full
+    )
+    waiting_max: int = 1024  # operations in flight per client; beyond, `PoolBusy` is raised
     message_bytes_max: int = 256 << 20  # of one request or answer
-    launch_seconds: float = 60.0  # one browser, from the order to a page that is ready
+    launch_seconds: float = 60.0  # one browser, until its page is ready
     load_seconds: float = 120.0  # one model on one browser
-    hang_seconds: float = 30.0  # a browser at one operation for longer hangs, and is replaced
-    hedge_quantile: float = 0.95  # of recent durations; past it a second browser is asked (`high`)
-    hedge_seconds: float = 1.0  # the same, until 20 operations of a kind have been seen
+    hang_seconds: float = 30.0  # a browser that takes longer for one operation is replaced
+    hedge_quantile: float = 0.95  # of recent durations, then a second browser is asked (`high`)
+    hedge_seconds: float = 1.0  # used instead, until 20 operations of a kind are done
     simulation: bool = False  # whether native onnxruntime may answer when no browser can
-    probe_seconds: float = 60.0  # an idle browser is asked a known answer so often; 0: never
-    faults: bool = False  # whether faults may be injected into pages: for tests only
-    reconnect_seconds: float = 2.0  # that a page which is out of touch has to come back
+    probe_seconds: float = 60.0  # interval of known-answer probes of idle browsers; 0: never
+    faults: bool = False  # whether faults may be injected; for tests only
+    reconnect_seconds: float = 2.0  # within which a disconnected page must reconnect
     breaker: BreakerConfig = field(default_factory=BreakerConfig)  # of each browser
     model_breaker: BreakerConfig | None = None  # of each model on a browser; None: as `breaker`
-    circuits: RegistryConfig = field(default_factory=RegistryConfig)  # how many may be open at once
-    adaptive_scaling: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # least and most
-    resources: ResourceLimits = field(default_factory=ResourceLimits)  # memory and wear
+    circuits: RegistryConfig = field(
+        default_factory=RegistryConfig
+    )  # limits on breakers open at once
+    adaptive_scaling: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # (min, max)
+    resources: ResourceLimits = field(default_factory=ResourceLimits)  # memory and recycling
     checkpoint_interval: float = 60.0  # between checkpoints of the control log
     history: bool = True  # keep a sample of each operation and recovery step
     history_limits: HistoryConfig = field(default_factory=HistoryConfig)  # rows, buffer, queries
-    state_dir: str = ""  # of log and history; "": $TABPOOL_STATE, or the user's state directory
-    lease: float = 15.0  # whoever is out of touch for longer is given up
-    persistent: bool = False  # outlive the process that made the pool
+    state_dir: str = ""  # for log and history; "": $TABPOOL_STATE, or the user's state directory
+    lease: float = 15.0  # a client, worker or supervisor silent for longer is given up
+    persistent: bool = False  # outlive the process that created the pool
     address: str | None = None  # a Ray cluster to join ("auto"); None starts one here
-    dashboard: bool = True  # of the Ray that is started here
+    dashboard: bool = True  # start Ray's dashboard, if Ray is started here
     restart_limit: RestartLimit = field(default_factory=RestartLimit)
 
     def checked(self) -> PoolConfig:
-        """This configuration, if it can work. Raises `BadInput` or `LevelUnavailable`."""
+        """This configuration, if it is valid. Raises `BadInput` or `LevelUnavailable`."""
         own_name: Any = self.name
         if not isinstance(own_name, str) or (own_name and not _NAME.fullmatch(own_name)):
             raise _bad("name", "1 to 48 letters, digits, '.', '_' or '-'", own_name)
@@ -132,9 +136,7 @@ class PoolConfig:
             if not isinstance(value, kind) and not (name in _OPTIONAL and value is None):
                 raise _bad(name, f"a pool.{kind.__name__}", value)
         if self.persistent and self.address is None:
-            raise _bad(
-                "persistent", "an `address`: the Ray that is started here ends with its maker", True
-            )
+            raise _bad("persistent", "an `address`: Ray started here ends with this process", True)
         quantile: Any = self.hedge_quantile
         if not isinstance(quantile, float) or not 0.5 <= quantile < 1:
             raise _bad("hedge_quantile", "a number from 0.5 to below 1", quantile)
@@ -148,15 +150,15 @@ class PoolConfig:
         if self.strict and self.level_effective is not Level(self.level):
             needed = BROWSERS_NEEDED[Level(self.level)]
             raise LevelUnavailable(
-                f"level {self.level!r} takes at least {needed} browsers, and browsers= asks for "
-                f"{total}. Ask for more, choose level {self.level_effective!s}, or pass "
-                "strict=False to run at that and have results say so.",
+                f"level {self.level!r} needs at least {needed} browsers, got browsers= with "
+                f"{total}. Add browsers, choose level {self.level_effective!s}, or pass "
+                "strict=False to run at that level (results report it as level_effective).",
                 level=self.level,
             )
         return self
 
     def kinds(self) -> dict[BrowserType, int]:
-        """How many of each browser. Raises `BadInput`."""
+        """Number of browsers by type. Raises `BadInput`."""
         found: dict[BrowserType, int] = {}
         wanted: Any = self.browsers
         if not isinstance(wanted, Mapping):
@@ -169,7 +171,7 @@ class PoolConfig:
         return found
 
     def scaling(self) -> dict[BrowserType, ScalingLimits]:
-        """Between which numbers of each type the pool may move by itself. Raises `BadInput`."""
+        """Minimum and maximum by type for adaptive scaling. Raises `BadInput`."""
         found: dict[BrowserType, ScalingLimits] = {}
         wanted: Any = self.adaptive_scaling
         if not isinstance(wanted, Mapping):
@@ -182,7 +184,7 @@ class PoolConfig:
         return found
 
     def _bounds(self) -> tuple[int, int]:
-        """The least and the most browsers that there may be."""
+        """Minimum and maximum total number of browsers."""
         kinds, scaled = self.kinds(), self.scaling()
         least = most = 0
         for kind in kinds.keys() | scaled.keys():
@@ -193,14 +195,14 @@ class PoolConfig:
 
     @property
     def level_effective(self) -> Level:
-        """The level that this many browsers can hold."""
+        """The highest level, up to `level`, that this many browsers allow."""
         return effective_level(Level(self.level), sum(self.kinds().values()))
 
     def hosts(self) -> HostConfig:
-        """What every browser is told."""
+        """The configuration of every browser."""
         gpu = Gpu.OFF if self.backend == "wasm" else Gpu.AUTO
         if self.backend in ("webgpu", "webnn") and not has_gpu():
-            gpu = Gpu.SOFTWARE  # slow, but what was asked for
+            gpu = Gpu.SOFTWARE  # slow, but requested
         return HostConfig(
             headless=self.headless,
             gpu=gpu,
@@ -226,9 +228,9 @@ def has_gpu() -> bool:
 
 
 def backend_order(wanted: str) -> tuple[Backend, ...]:
-    """The back ends to try for a model: the one that is forced, or all, the fastest kept.
+    """The back ends to try for a model: the forced one, or all, of which the fastest is used.
 
-    Raises `BadInput` for a word that names none.
+    Raises `BadInput` for an unknown back end.
     """
     if wanted not in BACKENDS:
         raise _bad("backend", f"one of {', '.join(BACKENDS)}", wanted)

@@ -1,8 +1,7 @@
-"""`BrowserPool`: the front door, a face that delegates.
+"""`BrowserPool`: the public API, which delegates to its parts.
 
-What it is given is checked and done by its parts: the connection, the model catalog, the runner of
-operations, the browsers, the diagnosis. Nothing here starts, stops or repairs a browser: that is
-the supervisor's business.
+The parts are the connection, the model catalog, the operation runner, the browsers, the breakers
+and the diagnosis. This module must not start, stop or repair a browser: the supervisor does.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ _CHANGE_SECONDS_MAX = 5.0
 
 
 class BrowserPool:
-    """A pool of browsers that answers operations.
+    """A pool of browsers that runs operations.
 
     Options are the fields of `PoolConfig`. Use it as an async context manager, or call `open`
     and `close`; `.blocking()` gives the same without `await`.
@@ -56,7 +55,7 @@ class BrowserPool:
         unknown = sorted(options.keys() - known)
         if unknown:
             raise BadInput(
-                f"BrowserPool has no option {', '.join(unknown)}; it has "
+                f"BrowserPool has no option {', '.join(unknown)}; expected any of "
                 f"{', '.join(sorted(known))}.",
                 expected=sorted(known),
                 got=unknown,
@@ -78,12 +77,12 @@ class BrowserPool:
 
     @property
     def name(self) -> str:
-        """What `BrowserPool.attach` takes."""
+        """The pool's name, as `BrowserPool.attach` takes it."""
         return self._connection.config.name
 
     @property
     def config(self) -> PoolConfig:
-        """What the pool is set to; of one that was joined, with what its maker has fixed."""
+        """The pool's configuration; after `attach`, with the settings that its creator fixed."""
         return self._connection.config
 
     def __repr__(self) -> str:
@@ -100,7 +99,7 @@ class BrowserPool:
         any browser can't be started, or when none can.
         """
         if self._connection.is_open:
-            raise PoolClosed("this pool is open already")
+            raise PoolClosed("this pool is already open")
         try:
             await self._connection.open()
             await self._runner.start_recording(await self._connection.open_stores())
@@ -110,14 +109,14 @@ class BrowserPool:
         return self
 
     async def close(self) -> None:
-        """Stop the pool; nothing of it is left behind. Leave it, if attached or `persistent`.
+        """Stop the pool and all its processes. If attached or `persistent`, only disconnect.
 
-        Operations under way end as failed.
+        Operations in flight end as failed.
         """
         await self._leave(stop=self._connection.ends_the_pool)
 
     async def shutdown(self) -> None:
-        """Stop the pool for everybody, also from an attached client."""
+        """Stop the pool for all clients, also from an attached one."""
         await self._leave(stop=True)
 
     async def _leave(self, *, stop: bool) -> None:
@@ -139,9 +138,9 @@ class BrowserPool:
 
     @classmethod
     def attach(cls, name: str, *, address: str = "auto", **options: Any) -> BrowserPool:
-        """A pool that another process made under `name` on the Ray cluster at `address`.
+        """A pool that another process created as `name` on the Ray cluster at `address`.
 
-        Open it as usual. Closing it leaves the pool running; its models are known here.
+        Open it as usual. Closing it leaves the pool running. The pool's models can be used.
         """
         return cls(name=name, address=address, _owner=False, **options)
 
@@ -164,15 +163,15 @@ class BrowserPool:
     ) -> ModelEntry:
         """Load the model at `path` (a folder or an .onnx file) on every browser, as `name`.
 
-        `type` overrides what is detected, `backend` the pool's. `example` are inputs that suit
-        the model: it is warmed with them, and probes compare what it makes of them; without,
-        inputs are made up. With `shards` the model is cut by layer as `strategy` says (by default
-        `layer_based`, see `sharding.cutting.partition`), and each browser loads a part; `path` may
-        also be a folder that `tabpool shard` made. With `strategy="component_based"` it is a
-        folder of several models that work together: each is loaded as `name@ITS_NAME` on a
-        browser of its own, and can be asked by that name, too. Returns when every browser has
-        what it should, warm. Raises `NotAModel` or `BadInput` before any browser is touched,
-        `PageError` when no browser can load it, and `LevelUnavailable` when too few can.
+        `type` overrides the detected type, `backend` the pool's. `example` are valid inputs of
+        the model, used for warm-up and for probes; without, inputs are generated. With `shards`
+        the model is cut by layer as `strategy` says (by default `layer_based`, see
+        `sharding.cutting.partition`), and each browser loads a part; `path` may also be a folder
+        that `tabpool shard` wrote. With `strategy="component_based"` it is a folder of several
+        models that work together: each is loaded as `name@ITS_NAME` on a browser of its own, and
+        can also be called by that name. Returns when every browser has loaded and warmed up its
+        models. Raises `NotAModel` or `BadInput` before any browser is used, `PageError` when no
+        browser can load it, and `LevelUnavailable` when too few can.
         """
         return await self._catalog.load(
             name,
@@ -185,14 +184,14 @@ class BrowserPool:
         )
 
     async def order_again(self, name: str) -> None:
-        """Have the supervisor see that a loaded model is where it should be; usually it is.
+        """Repeat the order to load a model; changes nothing where it is loaded.
 
         Raises `UnknownModel`, and `PoolError` while the order can't be logged.
         """
         await self._catalog.order_again(name)
 
     async def unload(self, name: str) -> None:
-        """Take a model out of every browser. Raises `UnknownModel`."""
+        """Unload a model from every browser. Raises `UnknownModel`."""
         await self._catalog.unload(name)
 
     def models(self) -> tuple[str, ...]:
@@ -212,10 +211,10 @@ class BrowserPool:
         level: str | None = None,
         simulation: bool | None = None,
     ) -> Result:
-        """Run one operation and return its one answer, whatever fails on the way.
+        """Run one operation and return its result, recovering from failures.
 
-        `deadline` is in seconds from now. `op_id` names the operation in logs and results; one
-        is made up if it is not given. `level` is that of the pool or a lower one; `simulation`
+        `deadline` is in seconds from now. `op_id` names the operation in logs and results; by
+        default it is generated. `level` is that of the pool or a lower one; `simulation`
         False forbids a native answer where the pool allows one. Bad input raises a `CallerError`
         before any browser is touched, a pool that is full `PoolBusy`; every other failure is a
         `Result` with `success=False`, whose `outputs` raise `OperationFailed`.
@@ -235,14 +234,14 @@ class BrowserPool:
         on_result: Callable[[Result], None] | None = None,
         on_begin: Callable[[Callable[[], SequenceView]], None] | None = None,
     ) -> AsyncGenerator[GeneratedToken]:
-        """The tokens of `generate`, each as soon as there is one, whatever fails on the way.
+        """The tokens of `generate` as they are generated, recovering from failures.
 
         `inputs` as for `run_with_recovery(model, "generate", inputs)`: `text` or `input_ids`, and
         any of max_new_tokens, temperature, top_k, top_p, seed, stop, ignore_eos, logits. Stop the
         iteration (`aclose`, or leave an `async with aclosing(...)`) to cancel. `on_result` gets
-        the result when it ends, `on_begin` a function that tells how it is. `op` names another
-        operation that streams. Raises `SequenceLost` if it can't go on; it can be resumed with the
-        prompt's tokens and those that came as `input_ids`, and the same seed.
+        the result at the end, `on_begin` a function that returns the current `SequenceView`. `op`
+        names another streaming operation. Raises `SequenceLost` if it can't continue; resume it
+        with the prompt's and the received tokens as `input_ids`, and the same seed.
         """
         sequence = self._runner.stream(
             model,
@@ -260,30 +259,30 @@ class BrowserPool:
     # -- browsers ---------------------------------------------------------------------------------
 
     def hosts(self) -> tuple[HostStatus, ...]:
-        """What this client knows of each browser, without asking anybody."""
+        """The last known status of each browser; sends no request."""
         return self._browsers.hosts()
 
     async def changed(self, seconds: float = _CHANGE_SECONDS_MAX) -> None:
-        """Return when something about the pool has changed, or after `seconds`."""
+        """Return when the pool's state has changed, or after `seconds`."""
         await self._connection.routing.change(seconds)
 
     async def drain(self, browser_id: str) -> None:
-        """Take a browser out of service: it finishes what it has and is stopped."""
+        """Take a browser out of service: it finishes its operations and is stopped."""
         await self._browsers.drain(browser_id)
 
     async def scale(self, browsers: Mapping[str, int]) -> None:
-        """Have this many of each type named: start what is missing, drain what is too many.
+        """Scale each named type to this many browsers: start missing ones, drain surplus ones.
 
-        Types that are not named stay as they are. Returns when it is so.
+        Types that are not named stay as they are. Returns when done.
         """
         await self._browsers.scale(browsers)
 
     async def repair(
         self, browser_id: str, failure: Failure, *, start: RecoveryLevel | None = None
     ) -> Repair:
-        """Recover a browser from a failure that only the caller knows of; see `recover_browser`.
+        """Recover a browser from a failure that the caller detected; see `recover_browser`.
 
-        `start` is the rung to begin with, if not the usual one. Returns the repair as it ended.
+        `start` is the first rung, if not the usual one. Returns the completed repair.
         Raises `BadInput` if the browser is not in service.
         """
         return await self._browsers.repair(browser_id, failure, start)
@@ -291,11 +290,11 @@ class BrowserPool:
     # -- circuit breakers -------------------------------------------------------------------------
 
     async def breakers(self) -> dict[str, Any]:
-        """What the circuit breakers have counted: sums over all, and each one's own figures.
+        """Metrics of the circuit breakers: totals, and those of each breaker.
 
         `circuits` holds, for each browser and each model on it, what
-        `recovery.breaker.CircuitBreaker.get_metrics` says; `recovery_history` there names what
-        each outage was ended by. A browser that is being replaced is left out.
+        `recovery.breaker.CircuitBreaker.get_metrics` returns; its `recovery_history` names what
+        ended each outage. A browser that is being replaced is left out.
         """
         return await self._breakers.metrics()
 
@@ -303,12 +302,12 @@ class BrowserPool:
         """Set a browser's circuit breaker by hand, or that of `model` on it.
 
         `to`: "force_open" (refuse everything), "disable" (admit everything, still counting), or
-        "reset" (close it, and start afresh). It stays so over restarts of the browser. Raises
-        `BadInput` for another word, a browser that is not in service, a model it does not have.
+        "reset" (close it and clear its counts). The setting survives restarts of the browser.
+        Raises `BadInput` for another word, a browser not in service, a model it does not have.
         """
         await self._breakers.switch(browser_id, to, model)
 
-    # -- what is known of it ----------------------------------------------------------------------
+    # -- state and history ------------------------------------------------------------------------
 
     async def state(self) -> PoolView:
         """Browsers, models, repairs, queues and memory, as they are now."""
@@ -328,26 +327,26 @@ class BrowserPool:
         )
 
     async def control(self) -> PoolState:
-        """The supervisor's state as it is now: browsers, repairs under way and done, tallies."""
+        """The supervisor's state as it is now: browsers, repairs, success counts of the rungs."""
         return await self._browsers.control()
 
     async def get_recovery_statistics(self, since: float | None = None) -> dict[str, Any]:
-        """What the history holds: operations and recovery steps, by strategy, rung, category.
+        """Statistics of operations and recovery steps, by strategy, rung and category.
 
-        `since` is wall time in seconds. Simulation is counted apart. Raises `PoolClosed` if this
-        pool keeps no history.
+        `since` is wall time in seconds. Simulation is counted separately. Raises `PoolClosed` if
+        this pool keeps no history.
         """
         statistics: dict[str, Any] = await self.history("statistics", since=since)
         return statistics
 
     async def history(self, question: str, **options: Any) -> Any:
-        """Ask the history, by a method of `recovery.history.tracker.PerformanceHistoryTracker`, or
-        for the rows of a view.
+        """Query the history: a method of `recovery.history.tracker.PerformanceHistoryTracker`, or
+        a view, whose rows are returned.
 
         The views (`recovery_performance`, `strategy_scores`, `adaptive_timeouts`,
         `progressive_recovery`) take `limit=` and columns that must equal a value:
-        `await pool.history("strategy_scores", error_type="crash")`. Raises `BadInput` for a
-        question or an option that there is not, `PoolClosed` if this pool keeps no history.
+        `await pool.history("strategy_scores", error_type="crash")`. Raises `BadInput` for
+        an unknown question or option, `PoolClosed` if this pool keeps no history.
         """
         self._connection.require()
         if self._connection.history is None:
@@ -355,7 +354,7 @@ class BrowserPool:
         return await self._connection.history.ask(question, **options)
 
     async def export_telemetry(self) -> dict[str, Any]:
-        """Everything known of the pool now, as plain JSON: for a monitor, or a bug report.
+        """A snapshot of the pool as plain JSON, for monitoring or a bug report.
 
         Browsers with their circuits and memory, models, repairs, this client's counts, the
         machine, and (where there is one) the history's statistics.
@@ -368,10 +367,10 @@ class BrowserPool:
 
     @property
     def log_folder(self) -> Path | None:
-        """Where the control log is, if this client made the pool and it keeps one."""
+        """The folder of the control log, if this client created the pool and it keeps one."""
         return self._connection.log_folder
 
-    # -- looking into it, and breaking it ---------------------------------------------------------
+    # -- diagnosis and fault injection ------------------------------------------------------------
 
     async def bundle(
         self,
@@ -383,10 +382,10 @@ class BrowserPool:
         why: str = "failed",
         chaos: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write all that is known about an operation now to one file, for `tabpool replay`.
+        """Write a failure bundle of an operation to one file, for `tabpool replay`.
 
-        `inputs` are what was asked: of them only names, shapes and hashes are kept, unless
-        `with_data`. What can't be had any more (a dead page's screenshot) is left out. Raises
+        `inputs` are those of the operation: only names, shapes and hashes are kept, unless
+        `with_data`. What is no longer available (a dead page's screenshot) is left out. Raises
         `UnknownModel`, and `OSError` if the file can't be written.
         """
         found = await collect(
@@ -402,28 +401,28 @@ class BrowserPool:
         return await asyncio.to_thread(write_bundle, found, Path(path))
 
     async def diagnose(self, browser_id: str, *, screenshot: bool = True) -> PageDiagnostics:
-        """What is known of a browser's page: console, last frames' headers, a screenshot.
+        """Diagnostics of a browser's page: console, last frames' headers, a screenshot.
 
-        Raises `BadInput` for a browser that is not in service, `BrowserLost` for one that is gone.
+        Raises `BadInput` for a browser that is not in service, `BrowserLost` for one that died.
         """
         return await self._diagnosis.diagnose(browser_id, screenshot=screenshot)
 
     async def control_pids(self) -> Mapping[str, int]:
-        """The processes of the pool's supervisor and history, on the head node."""
+        """Process ids of the pool's supervisor and history, on the head node."""
         return await self._diagnosis.control_pids()
 
     async def inject(self, browser_id: str, fault: Mapping[str, Any]) -> None:
-        """Have a browser's page fail in an exact way (see `actors.faults`), if `faults=True`.
+        """Inject a fault into a browser's page (see `actors.faults`), if `faults=True`.
 
-        Raises `BadInput` for a browser that is not in service, `PageError` if it may not.
+        Raises `BadInput` for a browser that is not in service, `PageError` without `faults=True`.
         """
         await self._diagnosis.inject(browser_id, fault)
 
     async def inject_fault(self, fault: Fault, *, gated: bool = True) -> Injected:
-        """Break a browser or the supervisor on purpose, if this pool was made with `faults=True`.
+        """Inject a fault into a browser or the supervisor, if the pool has `faults=True`.
 
-        What each fault does, and what this pool's level promises of it, is in `recovery.faults`.
-        A target that has been replaced stands for its stand-in. `gated`: leave a browser alone
-        whose circuit is open. Raises `FaultRefused`, or `BadInput` for a target not in service.
+        `recovery.faults` says what each fault does, and which level survives it. For a target that
+        has been replaced, its replacement is hit. `gated`: refuse a browser whose circuit breaker
+        is open. Raises `FaultRefused`, or `BadInput` for a target not in service.
         """
         return await self._diagnosis.inject_fault(fault, gated=gated)

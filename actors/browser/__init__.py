@@ -1,1 +1,1 @@
-"""One browser: launched, served, watched, reported."""
+"""One browser: launching, serving, monitoring and reporting it."""

@@ -1,4 +1,4 @@
-"""Operations that a browser has answered: a repeat of an id gets the same answer again.
+"""Cache of a browser's answers: a repeated operation id gets the same answer.
 
 Bounded by number and by bytes. This module must not run anything.
 """
@@ -16,7 +16,7 @@ from actors.messages import RunReply
 
 
 class AnswerCache:
-    """The latest answers, by the key of their operation."""
+    """The latest answers, by operation key."""
 
     def __init__(self, answers_max: int, bytes_max: int) -> None:
         self._answers_max = answers_max
@@ -28,7 +28,7 @@ class AnswerCache:
         return self._answers.get(key)
 
     def put(self, key: str, reply: RunReply) -> None:
-        """Keep an answer, unless it alone is over the limit; the oldest ones go."""
+        """Cache an answer, unless it alone exceeds the limit; evicts the oldest ones."""
         if reply.bytes > self._bytes_max:
             return
         self._answers[key] = reply
@@ -38,7 +38,7 @@ class AnswerCache:
 
 
 def fingerprint(tensors: Mapping[str, np.ndarray[Any, Any]]) -> int:
-    """Tells two questions apart that came under one operation id (CRC-32 of names and values)."""
+    """CRC-32 of names and values, to tell apart different inputs with one operation id."""
     total = 0
     for name, array in sorted(tensors.items()):
         total = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), total)

@@ -1,8 +1,8 @@
 """The circuit breakers of one browser: its own, and one for each model on it.
 
-What fails within one operation counts against the model. What reaches further (the browser died,
-its connection broke) is told to the browser's breaker once, by whoever noticed it, and not again
-by each operation that it took along. This module must not act on a failure, nor wait.
+A failure of one operation counts against the model. A failure with a wider scope (the browser
+died, its connection broke) is counted once by the browser's breaker, and not again for each
+operation that it interrupted. This module must not act on a failure, nor wait.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from recovery.breaker import (
 )
 from recovery.failures import Failure
 
-_FOR_EVER_SECONDS = 1e9  # until somebody switches it: statuses cross as JSON, without infinity
+_FOR_EVER_SECONDS = 1e9  # until switched by hand: statuses are sent as JSON, without infinity
 _REFUSING = frozenset({CircuitState.OPEN, CircuitState.HALF_OPEN, CircuitState.FORCED_OPEN})
 
 
 class _OwnRegistry(CircuitBreakerRegistry):
-    """A registry of one browser, with what it was told of its peers.
+    """A registry of one browser, with the states of its peers.
 
-    A browser that was never told of any (it has no supervisor) has no pool to be capped for.
+    Without peers (no supervisor has reported any) the cap on open breakers does not apply.
     """
 
-    told = False
+    has_peers = False
 
     def may_open(self, key: BreakerKey) -> bool:
-        return not self.told or super().may_open(key)
+        return not self.has_peers or super().may_open(key)
 
 
 class Admission:
-    """Leave for one operation by both breakers. Report it once, in one of three ways."""
+    """Permits of both breakers for one operation. Report its outcome once."""
 
     __slots__ = ("_browser", "_browser_permit", "_model", "_model_permit")
 
@@ -70,18 +70,18 @@ class Admission:
         self._browser.success(self._browser_permit)
 
     def failed(self, failure: Failure, *, retried: bool) -> None:
-        """The operation itself failed. `retried`: it will be tried again elsewhere."""
+        """The operation failed. `retried`: it will be retried on another browser."""
         self._model.failure(self._model_permit, failure, retried=retried)
-        self._browser.abandon(self._browser_permit)  # neither its fault nor a sign that it is well
+        self._browser.abandon(self._browser_permit)  # counts neither for nor against the browser
 
     def abandoned(self) -> None:
-        """It ended without a verdict on the model: cancelled, say, or taken along by a death."""
+        """It ended without saying anything about the model: cancelled, or the browser died."""
         self._model.abandon(self._model_permit)
         self._browser.abandon(self._browser_permit)
 
 
 class HostBreakers:
-    """`on_change` hears of a breaker that changed its state, as `{model or "": snapshot}`."""
+    """`on_change` is called with breakers that changed state, as `{model or "": snapshot}`."""
 
     def __init__(
         self,
@@ -105,10 +105,10 @@ class HostBreakers:
             wall=wall,
             on_change=self._changed,
         )
-        self._refusing: dict[str, CircuitBreaker] = {}  # those to look at for `blocked`
+        self._refusing: dict[str, CircuitBreaker] = {}  # those that `blocked` must check
 
     def admit(self, model: str) -> Admission | None:
-        """Leave for one operation on a model; None while either breaker refuses."""
+        """Admit one operation on a model; None while either breaker refuses."""
         registry, browser_id = self._registry, self._browser_id
         browser, own = registry.breaker(browser_id), registry.breaker(browser_id, model)
         try:
@@ -122,16 +122,16 @@ class HostBreakers:
             return None
 
     def observe(self, failure: Failure) -> None:
-        """Something failed that reaches further than one operation."""
+        """Count a failure with a wider scope than one operation."""
         self._registry.breaker(self._browser_id).observe(failure)
 
     def repaired(self, method: str) -> None:
-        """The browser was repaired by `method`: if its circuits close now, that is what did it."""
+        """The browser was repaired by `method`, which is credited if its breakers close now."""
         for key in self._registry.snapshot(self._browser_id):
             self._registry.breaker(*key).repaired(method)
 
     def metrics(self) -> dict[str, dict[str, Any]]:
-        """What each breaker has counted, by model ("" the browser's own)."""
+        """Metrics of each breaker, by model ("" the browser's own)."""
         kept = self._registry.snapshot(self._browser_id)
         return {key.model: self._registry.breaker(*key).get_metrics() for key in kept}
 
@@ -148,7 +148,7 @@ class HostBreakers:
 
     def blocked(self) -> dict[str, float]:
         """For how many seconds operations are refused: by model, or by "" for all."""
-        if not self._refusing:  # nearly always, and asked several times per operation
+        if not self._refusing:  # the usual case, on the hot path
             return {}
         seconds = {model: self._blocked_seconds(each) for model, each in self._refusing.items()}
         return {model: left for model, left in seconds.items() if left > 0.0}
@@ -164,8 +164,8 @@ class HostBreakers:
         return min(until - self._clock(), _FOR_EVER_SECONDS)
 
     def note_peers(self, states: Mapping[BreakerKey, CircuitState]) -> None:
-        """How the circuits of the pool's other browsers are: only so many may be open at once."""
-        self._registry.told = True
+        """Take the breaker states of the pool's other browsers, for the cap on open ones."""
+        self._registry.has_peers = True
         self._registry.note_elsewhere(states)
 
     def forget(self, model: str) -> None:
@@ -174,12 +174,12 @@ class HostBreakers:
         self._refusing.pop(model, None)
 
     def snapshots(self) -> dict[str, Snapshot]:
-        """By model ("" the browser's own), for another process to go on with."""
+        """By model ("" the browser's own), for `restore` in another process."""
         kept = self._registry.snapshot(self._browser_id)
         return {key.model: snapshot for key, snapshot in kept.items()}
 
     def restore(self, snapshots: Mapping[str, Snapshot]) -> None:
-        """Go on where another worker's breakers of this slot were. Tells of no change."""
+        """Restore the state of another worker's breakers of this slot, without `on_change`."""
         keys = {BreakerKey(self._browser_id, model): each for model, each in snapshots.items()}
         self._registry.restore(keys)
         for model in snapshots:
@@ -194,9 +194,9 @@ class HostBreakers:
 
     def _changed(self, change: Change) -> None:
         kept = self._registry.snapshot(self._browser_id)
-        # A report of an operation that outlived its model's breaker finds none, and is no news.
-        moved = {key.model: each for key, each in kept.items() if str(key) == change.name}
-        for model in moved:
+        # An operation that outlived its model's breaker finds none here.
+        changed = {key.model: each for key, each in kept.items() if str(key) == change.name}
+        for model in changed:
             self._sort(model)
-        if moved:
-            self._on_change(moved)
+        if changed:
+            self._on_change(changed)

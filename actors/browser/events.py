@@ -1,6 +1,6 @@
-"""What a host has to tell its supervisor: numbered, and kept until it is acknowledged.
+"""A host's events for its supervisor: numbered, and kept until acknowledged.
 
-So no news is lost with a supervisor. This module must not know what an event means.
+So no event is lost when a supervisor dies. This module must not interpret events.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _EVENTS_MAX = 256  # not yet acknowledged
 
 
 class HostEvents:
-    """The events of one worker, from 1 on. The oldest are dropped where they are too many."""
+    """The events of one worker, numbered from 1. Beyond a limit the oldest are dropped."""
 
     def __init__(self) -> None:
         self.seq = 0  # of the newest
@@ -39,9 +39,9 @@ class HostEvents:
         self._news = asyncio.Event()
 
     async def next(self, after: int, seconds: float) -> HostEvent | None:
-        """The first event that is newer than `after`, or None when there was none for `seconds`.
+        """The first event newer than `after`, or None after `seconds` without one.
 
-        Events up to `after` are acknowledged and forgotten. A number that this worker has not
+        Events up to `after` are acknowledged and dropped. A number that this worker has not
         reached is another worker's, and acknowledges nothing.
         """
         if after > self.seq:

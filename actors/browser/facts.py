@@ -1,4 +1,4 @@
-"""What a browser really is and has, from what its driver and its page say. Pure."""
+"""A browser's product, version and features, from its driver and its page. Pure."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_facts(
 
 
 def product(kind: BrowserType, binaries: Binaries | None, capabilities: Mapping[str, Any]) -> str:
-    """What the browser really is: neither Chromium nor WebKitGTK is passed off as another."""
+    """The actual product: Chromium and WebKitGTK are not reported as Chrome and Safari."""
     name = str(capabilities.get("browserName", kind))
     path = binaries.browser.lower() if binaries else ""
     if "chromium" in path:

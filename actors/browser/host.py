@@ -1,8 +1,8 @@
-"""One browser: the face of the parts that launch, watch, serve and report it.
+"""One browser: puts together the parts that launch, monitor, serve and report it.
 
 A plain class, wrapped as a Ray actor in `actors.ray.workers`. The parts share one `Incarnation`,
-the record of which browser is present and why it ended; here they are put together, and what ends
-with a browser is ended. It must not decide what follows from a failure: the supervisor does.
+the record of which browser is current and why it ended. This module must not decide how to recover
+from a failure: the supervisor does.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from sharding.models.signature import ModelSpec
 
 
 class BrowserHost:
-    """A slot of the pool, in all its incarnations while this process lives."""
+    """A slot of the pool, with all its incarnations in this process."""
 
     def __init__(
         self,
@@ -141,10 +141,10 @@ class BrowserHost:
     # -- launching --------------------------------------------------------------------------------
 
     async def launch(self, order: LaunchOrder) -> LaunchReport:
-        """Become the incarnation `order.ref`, with whatever was there before ended.
+        """Launch the incarnation `order.ref`, and end the previous one.
 
-        The launch goes on when this call is abandoned. The same order again joins it, or gets
-        what it came to. Raises `StaleTerm`, `SetupError` (something is not installed),
+        The launch continues if this call is cancelled. Repeating the order joins the launch, or
+        returns its result. Raises `StaleTerm`, `SetupError` (something is not installed),
         `LaunchFailed`, or `BrowserLost` if the incarnation was launched and has ended.
         """
         self._lease.accept(order.term)
@@ -153,7 +153,7 @@ class BrowserHost:
     def _launch_begins(self, order: LaunchOrder, first: bool) -> None:
         self._models.begin(warm=order.warm)
         self._reports.begin(self._server.served)
-        if first:  # else this worker's own breakers know better
+        if first:  # else this worker's own breakers are more recent
             self._breakers.restore(order.breakers)
             if order.death is not None:
                 self._breakers.observe(order.death)
@@ -184,24 +184,24 @@ class BrowserHost:
     # -- the end of a browser ---------------------------------------------------------------------
 
     def _context(self) -> Mapping[str, Any]:
-        """What a failure of the whole browser should tell: what the page said and was at."""
+        """Context for a failure of the whole browser: the console and the running model."""
         model = self._server.running or self._models.loading
         return {"console": self.page.console, **(self._models.facts_of(model) if model else {})}
 
     def _out_of_touch(self, failure: Failure) -> None:
-        """The page has no connection, and lives."""
+        """The page is disconnected, but runs."""
         self._breakers.observe(failure)
         self._events.put(failure.ref or self._incarnation.ref, failure=failure)
 
     def _ended(self, failure: Failure) -> None:
-        """The present incarnation is over; the supervisor shall know, once."""
+        """The current incarnation has ended: report it once to the supervisor."""
         if self._incarnation.readiness is not Readiness.STARTING:  # else `launch` reports it
-            self._breakers.observe(failure)  # once, whatever else ends with it
+            self._breakers.observe(failure)  # once, not for each interrupted operation
             self._events.put(self._incarnation.ref, failure=failure)
         self._retire()
 
     def _retire(self) -> None:
-        """Stop using the present browser and end it in the background. Does not wait."""
+        """Stop using the current browser and end it in the background. Does not wait."""
         self._incarnation.retire()
         self._reports.retired()
         self._launcher.cancel()
@@ -210,15 +210,15 @@ class BrowserHost:
         self.process.end(detached)
 
     def _forget(self) -> None:
-        """Take no more notice of the present browser: what it does now is no event."""
+        """Ignore the current browser from now on: it causes no more events."""
         self._watch.reset()
         self._prober.stop()
         self.page.end()
 
     async def stop(self) -> None:
-        """End the browser and everything that belongs to it; returns when all is gone.
+        """End the browser and everything that belongs to it; returns when all has ended.
 
-        The lease runs on: should nobody end this worker, it ends itself.
+        The lease keeps running: a worker that is not killed ends itself.
         """
         self._retire()
         await self._launcher.settled()
@@ -240,11 +240,11 @@ class BrowserHost:
         backends: tuple[Backend, ...],
         known: KnownAnswer | None = None,
     ) -> NumericId:
-        """Load a model and warm it up; returns what decides its numbers here.
+        """Load a model and warm it up; returns its `NumericId` in this browser.
 
-        With a `known` answer the warm-up asks for it, and so will probes later on. Raises
-        `BrowserLost` (also when `ref` is not the present incarnation) or `PageError`, whose `what`
-        is `wrong_answer` if the page computes something else.
+        The `known` answer, if given, is checked at warm-up and by later probes. Raises
+        `BrowserLost` (also when `ref` is not the current incarnation) or `PageError`, whose `what`
+        is `wrong_answer` if the page's answer differs.
         """
         self._lease.accept(term)
         return await self._models.load(ref, spec, backends, known)
@@ -257,24 +257,25 @@ class BrowserHost:
     async def run(
         self, request: RunRequest, tensors: Mapping[str, np.ndarray[Any, Any]]
     ) -> RunReply:
-        """Answer one operation, once: a repeat of an id gets the same answer again.
+        """Run one operation, once: a repeated id gets the same answer.
 
-        Never raises for what a browser does; raises `CallerError` (a message over the limit).
+        Failures of the browser are in the reply, never raised. Raises `CallerError` for a message
+        over the limit.
         """
         return await self._server.run(request, tensors)
 
     async def drain(self, term: int) -> None:
-        """Admit nothing more; returns when everything in flight is answered."""
+        """Stop admitting operations; returns when all in flight are answered."""
         self._lease.accept(term)
         if self._incarnation.readiness is Readiness.READY:
             self._incarnation.readiness = Readiness.DRAINING
         await self._server.finished()
 
     async def reconnect(self, ref: HostRef, term: int) -> None:
-        """Return when the page has its sockets again and answers; at once if it has them.
+        """Return when the page has reopened its sockets and answers; at once if they are open.
 
-        Raises `BrowserLost`: its `what` is `socket_closed` if the page did not come back within
-        `reconnect_seconds`. The browser is left as it is: what follows is the caller's to decide.
+        Raises `BrowserLost`: its `what` is `socket_closed` if the page did not reconnect within
+        `reconnect_seconds`. The browser is left as it is.
         """
         self._lease.accept(term)
         self._incarnation.require(ref)
@@ -284,19 +285,19 @@ class BrowserHost:
                 await answers(self.page.bridge)
         except TimeoutError as error:
             raise BrowserLost(
-                f"the page of {ref} did not open its sockets again within {limit:g} s",
+                f"the page of {ref} did not reconnect within {limit:g} s",
                 what="socket_closed",
             ) from error
         self._incarnation.require(ref)
         self._breakers.repaired("reconnect")
 
-    # -- what it says of itself -------------------------------------------------------------------
+    # -- status and events ------------------------------------------------------------------------
 
     def status(self) -> HostStatus:
         return self._reports.status(self._server)
 
     def usage(self) -> Usage:
-        """Age, use and memory (as last looked at) of the browser, and memory of the machine."""
+        """Age, use and last measured memory of the browser, and memory of the machine."""
         return self._reports.usage(self._server)
 
     async def memory_bytes(self) -> int:
@@ -304,7 +305,7 @@ class BrowserHost:
         return await self._reports.memory_bytes()
 
     async def hello(self, term: int) -> HostReport:
-        """What is here, for a supervisor whose term begins. Its events are kept as they were."""
+        """The state of this host, for a supervisor at the start of its term. Keeps the events."""
         self._lease.accept(term)
         return self._reports.hello()
 
@@ -315,9 +316,9 @@ class BrowserHost:
         after: int = 0,
         peers: Mapping[BreakerKey, CircuitState] | None = None,
     ) -> HostEvent | None:
-        """The first event that is newer than `after`, or None when there was none for `seconds`.
+        """The first event newer than `after`, or None after `seconds` without one.
 
-        Events up to `after` are acknowledged and forgotten; others are kept. `peers` are the
+        Events up to `after` are acknowledged and dropped; others are kept. `peers` are the
         circuits of the pool's other browsers, for the cap on how many may be open.
         """
         self._lease.accept(term)
@@ -326,11 +327,11 @@ class BrowserHost:
         return await self._events.next(after, seconds)
 
     async def diagnose(self, *, screenshot: bool = True) -> PageDiagnostics:
-        """What is known of the page now, or was last, for whoever looks into a failure."""
+        """Diagnostics of the current page, or the last one."""
         return await self._reports.diagnose(screenshot=screenshot)
 
     def breaker_metrics(self) -> Mapping[str, Mapping[str, Any]]:
-        """What each circuit breaker here has counted, by model ("" the browser's own)."""
+        """Metrics of each circuit breaker, by model ("" the browser's own)."""
         return self._breakers.metrics()
 
     def switch_breaker(self, model: str, to: BreakerSwitch) -> None:
@@ -340,18 +341,18 @@ class BrowserHost:
     async def inject(
         self, ref: HostRef, fault: Fault | Mapping[str, Any], *, gated: bool = True
     ) -> Injected | None:
-        """Break this browser on purpose, as `fault` says; or have the page fail in exactly the
-        way that a mapping says (see `actors.faults`).
+        """Inject a `Fault` into this browser, or a page fault given as a mapping (see
+        `actors.faults`).
 
         Raises `FaultRefused`, `BrowserLost` for another incarnation, or `PageError`.
         """
         self._incarnation.require(ref)
         if isinstance(fault, Fault):
-            return await self._injector.inject(self._victim(), fault, use_circuit_breaker=gated)
+            return await self._injector.inject(self._target(), fault, use_circuit_breaker=gated)
         await self.page.ask("fault", fault)
         return None
 
-    def _victim(self) -> InjectionTarget:
+    def _target(self) -> InjectionTarget:
         session, own = self.process.require_session(), self._breakers.snapshots().get("")
         return InjectionTarget(
             self._incarnation.ref,

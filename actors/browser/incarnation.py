@@ -1,7 +1,7 @@
-"""Which incarnation of a browser is present, how far its life has come, and why it ended.
+"""The current incarnation of a browser: its epoch, readiness, and why it ended.
 
-All parts of a host share this one record of it. It must not start or end a process: whoever
-made it hears of the end, once, and does the rest.
+All parts of a host share this record. It must not start or end a process: its owner is called
+once at the end of an incarnation, and does the rest.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from recovery.records import BrowserFacts, HostRef
 
 
 class Incarnation:
-    """The present one of a slot. `on_end` hears why it is over; `context` is what is known then."""
+    """The current one of a slot. `on_end` is called with the failure that ended it; `context`
+    returns facts to include in that failure."""
 
     def __init__(
         self,
@@ -33,11 +34,11 @@ class Incarnation:
         self.ref = HostRef(browser_id, -1)
         self.kind = kind
         self.readiness = Readiness.STARTING
-        self.facts: BrowserFacts | None = None  # as the latest launch found them
+        self.facts: BrowserFacts | None = None  # of the latest launch
         self.report: LaunchReport | None = None  # while the incarnation is ready
         self.ready_at = clock()
-        self.cause: Failure | None = None  # why it is over
-        self.ended_by: Category | None = None  # the incarnation before it
+        self.cause: Failure | None = None  # why it ended
+        self.ended_by: Category | None = None  # of the previous incarnation
         self.over = asyncio.Event()  # set once there is a cause
         self._clock = clock
         self._wall = wall
@@ -45,7 +46,7 @@ class Incarnation:
         self._context = context
 
     def begin(self, ref: HostRef) -> None:
-        """Another one begins. Raises `StaleTerm` if it is no newer than the present one."""
+        """Begin another one. Raises `StaleTerm` if it is no newer than the current one."""
         self.check_newer(ref)
         self.ended_by = self.cause.category if self.cause else None
         self.ref, self.cause, self.over = ref, None, asyncio.Event()
@@ -53,29 +54,29 @@ class Incarnation:
 
     def check_newer(self, ref: HostRef) -> None:
         if ref.epoch <= self.ref.epoch:
-            raise StaleTerm(f"{ref} was ordered, but {self.ref} has been here")
+            raise StaleTerm(f"{ref} was ordered, but {self.ref} is at least as new")
 
     def ready(self, report: LaunchReport) -> None:
         self.readiness, self.report, self.ready_at = Readiness.READY, report, self._clock()
 
     def retire(self) -> None:
-        """It is used no more, for whatever reason."""
+        """Mark it as no longer in use."""
         self.readiness, self.report = Readiness.DEAD, None
 
     def is_present(self, ref: HostRef) -> bool:
-        """Whether `ref` is the present incarnation, and not over."""
+        """Whether `ref` is the current incarnation, and has not ended."""
         return ref == self.ref and self.readiness is not Readiness.DEAD
 
     def is_ready(self, ref: HostRef) -> bool:
         return ref == self.ref and self.readiness is Readiness.READY
 
     def require(self, ref: HostRef) -> None:
-        """Raises `BrowserLost` for an incarnation that is not the present one, or over."""
+        """Raises `BrowserLost` for an incarnation that is not the current one, or has ended."""
         if not self.is_present(ref):
-            raise BrowserLost(f"{ref} is not here; {self.ref} is {self.readiness}")
+            raise BrowserLost(f"{ref} is not current; {self.ref} is {self.readiness}")
 
     def lost(self, ref: HostRef, what: str, message: str = "", **evidence: Any) -> None:
-        """`ref` is over. Only its first cause counts; the rest are its echoes."""
+        """`ref` has ended. Only the first cause counts; later ones are its consequences."""
         if ref != self.ref or self.cause is not None:
             return
         message = message or what.replace("_", " ")
@@ -83,7 +84,7 @@ class Incarnation:
         self.end(self.failure(message, what, "", ref, **known))
 
     def end(self, failure: Failure) -> None:
-        """The present incarnation is over because of `failure`, unless it was before."""
+        """The current incarnation has ended because of `failure`, unless it had ended before."""
         if failure.ref != self.ref or self.cause is not None:
             return
         self.cause = failure
@@ -93,7 +94,7 @@ class Incarnation:
     def failure(
         self, message: str, what: str, op_id: str, ref: HostRef | None = None, **evidence: Any
     ) -> Failure:
-        """A failure of `ref`, or of the present incarnation, with its category."""
+        """A failure of `ref`, or of the current incarnation, with its category."""
         context = {
             **evidence,
             "what": what,

@@ -1,7 +1,7 @@
-"""Launches that are ordered: each once, within its time, whoever asks and however often.
+"""Runs launch orders: each once, with a time limit, however often it is repeated.
 
-A launch goes on when the call that ordered it is abandoned; the same order again joins it. This
-module must not know how a browser is launched.
+A launch continues if its caller is cancelled; repeating the order joins it. This module must not
+know how a browser is launched.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from recovery.records import HostRef
 
 
 class Launcher:
-    """`work` does a launch, `retire` ends whatever is there, `on_begin` hears of each order (and
-    whether it is the first in this worker), `console` is what the page has said."""
+    """`work` does a launch, `retire` ends the current browser, `on_begin` is called with each order
+    and whether it is the first in this worker, `console` returns the page's console."""
 
     def __init__(
         self,
@@ -38,10 +38,12 @@ class Launcher:
         self._on_begin = on_begin
         self._console = console
         self._launching: asyncio.Task[LaunchReport] | None = None
-        self._launched: asyncio.Task[LaunchReport] | None = None  # the same, with its errors told
+        self._launched: asyncio.Task[LaunchReport] | None = (
+            None  # the same, with its errors converted
+        )
 
     async def launch(self, order: LaunchOrder) -> LaunchReport:
-        """Become the incarnation `order.ref`; see `BrowserHost.launch`."""
+        """Launch the incarnation `order.ref`; see `BrowserHost.launch`."""
         incarnation = self._incarnation
         if order.ref != incarnation.ref or self._launched is None:
             self._begin(order)
@@ -52,12 +54,12 @@ class Launcher:
         return report
 
     def cancel(self) -> None:
-        """Whatever is being launched is not wanted any more."""
+        """Cancel the launch in progress, if any."""
         if self._launching is not None:
             self._launching.cancel()
 
     async def settled(self) -> None:
-        """Return when no launch is under way."""
+        """Return when no launch is in progress."""
         if self._launched is not None:
             await asyncio.wait({self._launched})
 
@@ -104,7 +106,7 @@ class Launcher:
                 raise LaunchFailed(str(error), console=self._console()) from error
             raise
         if incarnation.ref != ref or incarnation.readiness is not Readiness.STARTING:
-            raise self._why_not_launched(ref)  # it ended in the moment it was ready
+            raise self._why_not_launched(ref)  # it ended just as it became ready
         incarnation.ready(report)
         return report
 
@@ -115,8 +117,8 @@ class Launcher:
     def _why_not_launched(self, ref: HostRef) -> BrowserError:
         cause = self._incarnation.cause
         if cause is not None and cause.ref == ref:
-            return LaunchFailed(f"{ref} ended while it launched: {cause.message}")
-        return BrowserLost(f"{ref} was stopped while it launched")
+            return LaunchFailed(f"{ref} ended during its launch: {cause.message}")
+        return BrowserLost(f"{ref} was stopped during its launch")
 
     def _why_ended(self, ref: HostRef) -> BrowserError:
         cause = self._incarnation.cause
@@ -128,4 +130,4 @@ class Launcher:
 
 def _note_error(task: asyncio.Task[LaunchReport]) -> None:
     if not task.cancelled():
-        task.exception()  # whoever ordered it may have gone; that is no unseen error
+        task.exception()  # its caller may be gone: mark the error as retrieved

@@ -1,7 +1,7 @@
-"""Whom a host obeys, and for how long without hearing from it.
+"""The lease of a host: which supervisor it accepts orders of, and for how long without any.
 
-A supervisor's term that is older than one that was heard is refused; any order of the newest
-extends the lease. This module must not stop anything itself: it says that the lease is over.
+Orders of an older term than the newest known are refused; any order of the newest extends the
+lease. This module must not stop anything itself: it reports the end of the lease.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from recovery.errors import StaleTerm
 
 
 class Lease:
-    """`on_over` is awaited when nobody extended the lease for `seconds`."""
+    """`on_over` is awaited when the lease was not extended for `seconds`."""
 
     def __init__(
         self, seconds: float, clock: Callable[[], float], on_over: Callable[[], Awaitable[None]]
@@ -26,7 +26,7 @@ class Lease:
         self._task: asyncio.Task[None] | None = None
 
     def accept(self, term: int) -> None:
-        """Obey the newest supervisor only. Raises `StaleTerm` for an older one."""
+        """Extend the lease for an order of `term`. Raises `StaleTerm` for an old term."""
         if term < self.term:
             raise StaleTerm(f"term {term} was superseded by {self.term}")
         self.term = term
@@ -35,7 +35,7 @@ class Lease:
             self._task = asyncio.create_task(self._wait(), name="lease")
 
     async def _wait(self) -> None:
-        # The lease is renewed far more often than it ends, so look only when it might have.
+        # The lease is renewed far more often than it ends: check only when it might have ended.
         while (left := self._until - self._clock()) > 0:  # noqa: ASYNC110
             await asyncio.sleep(left)
         self._task = None

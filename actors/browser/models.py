@@ -1,7 +1,7 @@
-"""The models that a browser has: loaded when ordered, checked, warmed up, and released.
+"""The models of a browser: loading, verifying, warming up and releasing them.
 
-What a model's file says is in its spec; the page gets it with its digest. This module must not
-run an operation.
+A model's files are described by its spec; the page gets their digests. This module must not run
+an operation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CHECKED_MAX = 1024  # files of models that are known to be unchanged
 
 
 class LoadedModels:
-    """The models of the present incarnation. One load or unload at a time, in the order asked."""
+    """The models of the current incarnation. Loads and unloads run one at a time, in order."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class LoadedModels:
         clock: Callable[[], float],
     ) -> None:
         self.probes = Probes()
-        self.numeric: dict[str, NumericId] = {}  # what decides each one's numbers here
+        self.numeric: dict[str, NumericId] = {}  # by model
         self.specs: dict[str, ModelSpec] = {}
         self._incarnation = incarnation
         self._page = page
@@ -57,10 +57,10 @@ class LoadedModels:
         self._used_at: dict[str, float] = {}
         self._checked: dict[tuple[str, str], tuple[int, ...]] = {}
         self._loading_spec: ModelSpec | None = None
-        self._turn = asyncio.Lock()  # an unload must not overtake the load before it
+        self._turn = asyncio.Lock()  # an unload must not overtake an earlier load
 
     def begin(self, *, warm: bool) -> None:
-        """A new incarnation, without models. `warm`: whether each is run often as it is loaded."""
+        """A new incarnation, without models. `warm`: whether to run each several times at load."""
         self._warm_runs = self._config.warm_runs if warm else 1
         self.numeric, self.specs = {}, {}
         self.probes.clear()
@@ -76,16 +76,16 @@ class LoadedModels:
         return self._turn.locked()
 
     def used(self, model: str) -> None:
-        """It was asked for something just now."""
+        """Note that an operation of the model has just ended."""
         self._used_at[model] = self._clock()
 
     def idle_seconds(self, since: float) -> dict[str, float]:
-        """For how long each model was not asked; `since` stands for those that never were."""
+        """Idle time of each model; since `since` for those never used."""
         now = self._clock()
         return {name: now - self._used_at.get(name, since) for name in self.numeric}
 
     def facts_of(self, model: str) -> dict[str, str]:
-        """What a failure of this model should tell of it, if it is loaded."""
+        """Facts of a model to include in its failures, if it is loaded."""
         facts = {"model": model}
         spec = self.specs.get(model) or self._loading_spec
         if spec is not None and spec.name == model:
@@ -133,17 +133,17 @@ class LoadedModels:
             ) from error
         numeric = self._numeric_id(reply.body)
         self._incarnation.require(ref)
-        warmed = not reply.body.get("warmError")  # else there is no answer to be judged
+        warmed = not reply.body.get("warmError")  # else there is no answer to compare
         if known is not None and warmed and (wrong := difference(known, reply.tensors)):
             await self._page.ask("unload", {"model": spec.name})
             raise PageError(
-                f"{spec.name} computes something else here than natively: {wrong}",
+                f"{spec.name} computes a different answer here than native onnxruntime: {wrong}",
                 what="wrong_answer",
                 model=spec.name,
             )
         self.probes.learn(spec, numeric, asked, reply.tensors if known and warmed else {})
         await self._injector.page_is_ready(partial(self._page.ask, "fault"))
-        # Whichever process loaded and warmed the model is the page's: its end is the page's.
+        # The process that loaded and warmed up the model serves the page.
         self._process.name(used)
         self.numeric[spec.name], self.specs[spec.name] = numeric, spec
         self.used(spec.name)
@@ -188,7 +188,7 @@ class LoadedModels:
 
 
 def worth_trying(backends: tuple[Backend, ...], facts: BrowserFacts | None) -> tuple[Backend, ...]:
-    """Of several back ends those that this page has; a forced one is tried in any case.
+    """The back ends that this page has; a single (forced) one is tried in any case.
 
     A software WebGPU adapter is 7 to 25 times slower than WASM, so it must be forced.
     """
@@ -205,15 +205,15 @@ def worth_trying(backends: tuple[Backend, ...], facts: BrowserFacts | None) -> t
 def check_unchanged(spec: ModelSpec, checked: dict[tuple[str, str], tuple[int, ...]]) -> None:
     """Raises `PageError` if a file of the model is no longer the one that was registered.
 
-    `checked` remembers files by path and digest, so that a repair need not read one again that
-    nobody has written to since.
+    `checked` caches verified files by path and digest, so that a repair need not read unchanged
+    files again.
     """
     for file in spec.files:
         for packed in (f"{file.path}.gz", f"{file.path}.br"):
             if os.path.exists(packed):
                 raise PageError(
-                    f"{packed} lies beside the model, and the server would send it instead: "
-                    "move it elsewhere",
+                    f"{packed} is beside the model, and the server would send it instead: "
+                    "move it to another folder",
                     what="load_failed",
                 )
         stat = os.stat(file.path)

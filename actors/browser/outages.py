@@ -1,8 +1,8 @@
-"""What it means that a socket of the page has closed: its death, or only a connection's.
+"""Classifies a closed socket of the page: the page died, or only its connection broke.
 
-An outage is judged by what comes next: a process's end (a death), the page's return, or a short
-while without either; the last two make it a lost connection, which the page may mend. This module
-must not end a browser: it says what the present incarnation died of.
+A process that ends next means that the page died; a reconnect, or a short time without either,
+means a lost connection, which the page may reopen. This module must not end a browser: it reports
+why the current incarnation ended.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from recovery.failures import Failure
 from recovery.kinds import Readiness
 from recovery.records import HostRef
 
-_JUDGED_SECONDS = 0.15  # after which an outage is one, and no death
-_SOCKET_TO_EXIT_SECONDS = 0.005  # a process's sockets close a moment before its exit is visible
-_PAGE_EXIT_SECONDS = 1.0  # a page process that ended within so much before a close explains it
+_JUDGED_SECONDS = 0.15  # after which it is a lost connection, not a death
+_SOCKET_TO_EXIT_SECONDS = 0.005  # sockets close before the process's exit is visible
+_PAGE_EXIT_SECONDS = 1.0  # a page process that ended this long before a close explains it
 
 
 class Outages:
-    """`on_outage` hears of a connection that was lost while the page lives."""
+    """`on_outage` is called for a connection that was lost while the page runs."""
 
     def __init__(
         self,
@@ -43,14 +43,14 @@ class Outages:
         self._process = process
         self._clock = clock
         self._on_outage = on_outage
-        self._outage: asyncio.Task[None] | None = None  # from a close to both sockets being open
+        self._outage: asyncio.Task[None] | None = None  # from a close until both sockets are open
         self._page_ended = asyncio.Event()
         self._page_ended_at = -math.inf
-        self._judged = asyncio.Event()  # clear while it isn't known what an outage is
+        self._judged = asyncio.Event()  # clear while an outage is not classified yet
         self._judged.set()
 
     def reset(self) -> None:
-        """Another browser: what becomes of this one's sockets is no event."""
+        """Ignore the sockets of the current browser from now on."""
         self._page_ended_at = -math.inf
         if self._outage is not None:
             self._outage.cancel()
@@ -58,14 +58,14 @@ class Outages:
         self._judged.set()
 
     async def judged(self, ref: HostRef) -> None:
-        """Return when it is known whether an error of a moment ago was the page's death."""
+        """Return when it is known whether a recent error was the page's death."""
         incarnation = self._incarnation
         if incarnation.ref == ref and incarnation.cause is None and self._judged.is_set():
             await asyncio.sleep(_SOCKET_TO_EXIT_SECONDS)
         await self._judged.wait()
 
     def note(self, event: BridgeEvent) -> None:
-        """The bridge has noticed something of the page of `event.epoch`."""
+        """Handle an event of the bridge about the page of `event.epoch`."""
         incarnation = self._incarnation
         if event.epoch != incarnation.ref.epoch or incarnation.readiness is Readiness.DEAD:
             return
@@ -83,23 +83,22 @@ class Outages:
         elif closed and (self._outage is None or self._outage.done()):
             self._judged = asyncio.Event()
             self._outage = asyncio.create_task(
-                self._bear(incarnation.ref, event, self._judged), name="outage"
+                self._classify(incarnation.ref, event, self._judged), name="outage"
             )
 
     def page_process_ended(self, ref: HostRef, pid: int) -> None:
-        """A spare one, perhaps: unless it is known to be the page's, alone it means nothing.
-
-        In an outage it was the page's.
+        """A page process ended. It may be a spare one: unless it is known to serve the page, that
+        counts as the page's end only during an outage.
         """
         if ref != self._incarnation.ref:
             return
         self._process.forget(pid)
         if pid == self._process.pid:
-            # What it said last may be waiting to be read, and tell why.
+            # Its last messages may still be unread, and contain the cause.
             self._gone_soon(ref, BridgeEvent("process_ended", ref.epoch))
             return
         if self._process.pid:
-            return  # a spare one: it says nothing about the page
+            return  # a spare process, unrelated to the page
         self._page_ended_at = self._clock()
         self._page_ended.set()
         if self._judged.is_set() and self._outage is not None and not self._outage.done():
@@ -110,11 +109,11 @@ class Outages:
         loop.call_later(_SOCKET_TO_EXIT_SECONDS, self._gone, ref, event)
 
     def _gone(self, ref: HostRef, event: BridgeEvent) -> None:
-        message = f"the page is gone ({event.what})"
+        message = f"the page ended ({event.what})"
         self._incarnation.lost(ref, "page_closed", message, page=dict(event.facts))
 
-    async def _bear(self, ref: HostRef, event: BridgeEvent, judged: asyncio.Event) -> None:
-        """Tell once what an outage is. Lasts until the page has both sockets again, or is ended."""
+    async def _classify(self, ref: HostRef, event: BridgeEvent, judged: asyncio.Event) -> None:
+        """Classify and report an outage. Runs until both sockets are open, or the page is ended."""
         bridge = self._page.bridge
         try:
             await self._either_back_or_dead(bridge)
@@ -136,10 +135,10 @@ class Outages:
             self.out_of_touch = None
 
     async def _either_back_or_dead(self, bridge: Bridge) -> None:
-        """Wait until an outage can be judged: the page is back, or a process has ended.
+        """Wait until an outage can be classified: the page reconnected, or a process ended.
 
         A large process that is killed closes its sockets up to 0.1 s before its end is visible.
-        The end of browser or driver ends the outage itself, and with it this wait.
+        The end of browser or driver cancels the outage, and with it this wait.
         """
         if self._page_ended_lately():
             return

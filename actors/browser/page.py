@@ -1,7 +1,7 @@
-"""The page of the present incarnation, as the parts of a host ask it.
+"""Requests to the page of the current incarnation.
 
-It numbers what is asked and gives it the incarnation's epoch; the bridge does the rest. This
-module must not know what is asked, nor judge a page that is gone.
+It numbers requests and adds the incarnation's epoch; the bridge does the rest. This module must
+not interpret requests, nor classify the end of a page.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from actors.messages import HostConfig
 from recovery.errors import BrowserLost
 from sharding.models.frames import Frame
 
-_NOBODY = "the browser is gone"
+_ENDED = "the browser has ended"
 
 
 class Page:
-    """`on_event` hears what the bridge notices of the page: sockets, a lost device."""
+    """`on_event` is called with the bridge's events: sockets, a lost device."""
 
     def __init__(
         self,
@@ -34,10 +34,10 @@ class Page:
         self._config = config
         self._on_event = on_event
         self._bridge: Bridge | None = None
-        self._asked = 0
+        self._requests = 0
 
     async def serve(self, port: int) -> Bridge:
-        """The server of this slot, started if it is not yet: its port survives restarts."""
+        """The server of this slot, started if necessary; its port survives restarts."""
         if self._bridge is None:
             bridge = Bridge(
                 PageConfig(
@@ -54,7 +54,7 @@ class Page:
 
     @property
     def bridge(self) -> Bridge:
-        """Raises `BrowserLost` if nothing was ever launched here, or all is stopped."""
+        """Raises `BrowserLost` if nothing was launched yet, or the host is stopped."""
         if self._bridge is None:
             raise BrowserLost(f"{self._incarnation.ref} was never launched, or is stopped")
         return self._bridge
@@ -69,7 +69,7 @@ class Page:
 
     @property
     def outstanding(self) -> int:
-        """What the page was asked and has not answered, abandoned operations among it."""
+        """The number of unanswered requests, abandoned operations included."""
         return self._bridge.outstanding if self._bridge else 0
 
     @property
@@ -77,12 +77,12 @@ class Page:
         return tuple(self._bridge.console) if self._bridge else ()
 
     def numbered(self, kind: str) -> str:
-        """A name for one request that no other has."""
-        self._asked += 1
-        return f"{kind}:{self._asked}"
+        """A unique name for one request."""
+        self._requests += 1
+        return f"{kind}:{self._requests}"
 
     async def request(self, frame: Frame) -> Frame:
-        """The page's answer. One that is at it for longer than `hang_seconds` is overdue."""
+        """The page's answer. It is overdue after `hang_seconds` of work on it."""
         return await self.bridge.request(frame, self._config.hang_seconds)
 
     async def ask(
@@ -91,15 +91,15 @@ class Page:
         body: Mapping[str, Any],
         tensors: Mapping[str, np.ndarray[Any, Any]] | None = None,
     ) -> Frame:
-        """Ask the worker for what is no operation: to load, to warm up, to tell of itself."""
+        """Send the worker a request other than an operation, such as load, warm or info."""
         epoch = self._incarnation.ref.epoch
         frame = Frame(kind, self.numbered(kind), epoch, body=body, tensors=tensors or {})
         return await self.bridge.request(frame, self._config.load_seconds)
 
     def end(self) -> None:
-        """Whatever the page is still asked has no answer any more."""
+        """Fail all pending requests."""
         if self._bridge is not None:
-            self._bridge.end_page(_NOBODY)
+            self._bridge.end_page(_ENDED)
 
     async def stop(self) -> None:
         if self._bridge is not None:

@@ -1,6 +1,6 @@
-"""Which of a browser's processes serves our page: the one that works when the page does.
+"""Finds the process that serves the page: the one that uses CPU time when the page works.
 
-Engines keep spare page processes, whose end means nothing. This module must not watch a process.
+Engines keep spare page processes, whose end is irrelevant. This module must not watch a process.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 
 from actors.driver.processes import busiest, cpu_seconds
 
-_AGAIN_SECONDS = 0.5  # between two looks at which process serves the page
+_AGAIN_SECONDS = 0.5  # between two attempts
 
 
 class PageProcess:
-    """`pid` is the process that serves the page, once it has shown by its work; else 0."""
+    """`pid` is the process that serves the page; 0 while unknown."""
 
     def __init__(
         self,
@@ -26,21 +26,21 @@ class PageProcess:
         self.reset()
 
     def reset(self) -> None:
-        """Another browser: nothing is known of it."""
+        """Start over, for another browser."""
         self.pid = 0
         self.candidates: tuple[int, ...] = ()  # that may serve the page
-        self._used: dict[int, float] = {}  # by each of them, when last looked at
+        self._used: dict[int, float] = {}  # CPU seconds of each at the last measurement
         self._looked_at = -math.inf
 
     def measure(self) -> dict[int, float]:
-        """CPU seconds of the candidates, to be compared after some work; {} once it is known."""
+        """CPU seconds of the candidates, to compare after some work; {} once `pid` is known."""
         return {} if self.pid else self._usage(self.candidates)
 
     def name(self, used: Mapping[int, float]) -> None:
-        """Find out which process serves the page: the one that has worked since `used`.
+        """Determine the process that serves the page: the one that has worked since `used`.
 
-        The first load is the best evidence, as it compiles the runtime, too; where another
-        process was busy meanwhile, the operations that follow tell.
+        The first load is the best evidence, as it also compiles the runtime; if another process
+        was busy meanwhile, later operations decide.
         """
         if self.pid or not self.candidates:
             return
@@ -49,10 +49,10 @@ class PageProcess:
         self._used, self._looked_at = now, self._clock()
 
     def worked(self) -> None:
-        """The page has answered an operation: it may show now, if it has not yet."""
+        """The page has answered an operation: try again if `pid` is unknown."""
         if not self.pid and self._clock() - self._looked_at > _AGAIN_SECONDS:
             self.name(self._used)
 
     def forget(self, pid: int) -> None:
-        """That one has ended; its number may be another's soon."""
+        """Drop a candidate that has ended; its pid may be reused."""
         self.candidates = tuple(other for other in self.candidates if other != pid)

@@ -1,7 +1,7 @@
-"""Asks a browser for known answers: while it is idle, and as the probe of a half-open breaker.
+"""Probes a browser with known answers: while idle, and for a half-open breaker.
 
-Only an answer that is wrong says anything: a page that is gone or hangs is noticed otherwise. This
-module must not judge an answer itself (`actors.browser.probes` does).
+Only a wrong answer counts: a page that ended or hangs is detected elsewhere. This module must not
+compare answers itself (`actors.browser.probes` does).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sharding.models.frames import Frame
 
 
 class Prober:
-    """Probes the present incarnation. `idle(seconds)`: whether nobody used it for so long."""
+    """Probes the current incarnation. `idle(seconds)`: whether it was unused for so long."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Prober:
         self._task: asyncio.Task[None] | None = None
 
     def start(self, ref: HostRef) -> None:
-        """Probe from time to time, if there is to be a pause between probes at all."""
+        """Probe periodically, unless `pause_seconds` is 0."""
         if self._pause:
             self._task = asyncio.create_task(self._loop(ref), name="probes")
 
@@ -47,7 +47,7 @@ class Prober:
         self._task = None
 
     async def probe(self, ref: HostRef, model: str) -> Failure | None:
-        """Ask for a known answer; why this incarnation is over, if it is not given."""
+        """Run a known-answer probe; returns the failure that ends this incarnation if it fails."""
         known = self._models.probes.of(model)
         if known is None:
             return None
@@ -62,7 +62,7 @@ class Prober:
         if not wrong or not self._incarnation.is_ready(ref):
             return None
         failure = self._incarnation.failure(
-            f"a known answer of {model} came out wrong: {wrong}",
+            f"known-answer probe of {model} failed: {wrong}",
             "wrong_answer",
             "",
             ref,
@@ -72,7 +72,7 @@ class Prober:
         return failure
 
     async def _loop(self, ref: HostRef) -> None:
-        """While nobody uses it, ask the browser what is known, one model after the other."""
+        """While the browser is idle, probe one model after the other."""
         while self._incarnation.is_present(ref):
             await asyncio.sleep(self._pause)
             idle = not self._models.busy and self._idle(self._pause / 2)

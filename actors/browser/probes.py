@@ -1,8 +1,7 @@
-"""What one browser is known to answer, so that it can be asked again and judged.
+"""Known answers of one browser, for probes.
 
-Its own first answer was compared with the native one when the model was loaded; from then on
-it must repeat itself: bit for bit where its back end computes the same way each time. This
-module must not ask anybody.
+Its first answer was compared with the native one when the model was loaded; later answers must
+equal that one: bit for bit on deterministic back ends. This module must not send requests.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """A question, and what was answered to it."""
+    """Inputs, and the answer to them."""
 
     model: str
     question: _Arrays
@@ -41,7 +40,7 @@ class Probes:
     def learn(
         self, spec: ModelSpec, numeric: NumericId, question: _Arrays, answer: _Arrays
     ) -> None:
-        """What the model has just answered, once that was found to be right."""
+        """Store the model's answer at load, after it was verified."""
         if not answer:
             self._known.pop(spec.name, None)
             return
@@ -55,11 +54,11 @@ class Probes:
         self._known.clear()
 
     def of(self, model: str) -> Known | None:
-        """What to ask, if an answer is known."""
+        """The known answer of a model, if there is one."""
         return self._known.get(model)
 
     def next_model(self) -> str:
-        """The model whose turn it is; empty if nothing is known."""
+        """The next model to probe; empty if there is none."""
         names = sorted(self._known)
         if not names:
             return ""
@@ -67,9 +66,9 @@ class Probes:
         return names[self._turn % len(names)]
 
     def judge(self, known: Known, answer: _Arrays) -> str:
-        """What is wrong with an answer, in words; empty if it is as it was.
+        """How an answer differs from the known one, in words; empty if it does not.
 
-        Empty, too, if the model has been loaded anew since it was asked: nothing can be said.
+        Also empty if the model has been reloaded since the probe was sent.
         """
         if self._known.get(known.model) is not known:
             return ""

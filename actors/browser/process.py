@@ -1,7 +1,7 @@
-"""The processes of the present incarnation: driver and browser below a reaper, and the session.
+"""The processes of the current incarnation: driver and browser below a reaper, and the session.
 
-Started on a fresh profile, let go of and ended as one. This module must not wait for the page,
-and must not decide when a browser ends.
+They are started on a fresh profile, detached and ended together. This module must not wait for
+the page, nor decide when to end a browser.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _XVFB_ARGUMENTS = ("-screen", "0", "1024x768x24", "-nolisten", "tcp", "-noreset"
 
 @dataclass(frozen=True)
 class Detached:
-    """A browser that nobody uses any more, and that is not ended yet."""
+    """A browser that is no longer used and not yet ended."""
 
     session: Session | None
     reaper: ProcessReaper | None
-    survivors: tuple[int, ...]  # to be killed by pid, should the reaper be dead
+    survivors: tuple[int, ...]  # to kill by pid if the reaper is dead
 
 
 class BrowserProcess:
@@ -76,7 +76,7 @@ class BrowserProcess:
         await reaper.start(order, self._on_exit(ref, reaper))
         started = self._injector.launched_with(binaries, Path(profile))
         session = self.session = Session(settings, started, Path(profile))
-        self.pids = {"driver": reaper.driver_pid}  # a driver that ends at once is noticed at once
+        self.pids = {"driver": reaper.driver_pid}  # so that a driver that ends at once is detected
         await session.start(port)
         self.pids = {
             "driver": reaper.driver_pid,
@@ -94,14 +94,14 @@ class BrowserProcess:
 
     def _on_exit(self, ref: HostRef, reaper: ProcessReaper) -> Callable[[int, int], None]:
         def on_exit(pid: int, status: int) -> None:
-            if pid == reaper.driver_pid and reaper is self._reaper:  # else it was let go
+            if pid == reaper.driver_pid and reaper is self._reaper:  # else it was detached
                 ended = f"the driver ended with {status}"
                 self._incarnation.lost(ref, "driver_exited", ended, status=status)
 
         return on_exit
 
     def detach(self) -> Detached:
-        """Let go of the browser: what becomes of it now is no event. It still runs."""
+        """Detach the browser: it still runs, but causes no more events."""
         survivors = tuple(self.pids[name] for name in ("driver", "browser") if self.pids.get(name))
         session, self.session = self.session, None
         reaper, self._reaper = self._reaper, None
@@ -118,7 +118,7 @@ class BrowserProcess:
             task.add_done_callback(self._endings.discard)
 
     async def all_ended(self) -> None:
-        """Return when everything that was to end has ended."""
+        """Return when all detached browsers have ended."""
         while self._endings:
             await asyncio.gather(*self._endings)
 
@@ -128,7 +128,7 @@ class BrowserProcess:
         return [process.pid for process in self.tree().pages() if process.pid not in own]
 
     def tree(self) -> BrowserProcesses:
-        """The processes as whoever breaks or examines them needs them."""
+        """The processes, for diagnosis and fault injection."""
         return BrowserProcesses(self._incarnation.kind, dict(self.pids), self.pids.get("reaper", 0))
 
     async def memory_bytes(self) -> int:
@@ -151,6 +151,6 @@ def _private_directories(binaries: Binaries, profile: Path) -> Mapping[str, str]
 
 
 def _only_child(reaper: ProcessReaper) -> int:
-    """The browser's pid where its driver does not tell: the driver's first child."""
+    """The browser's pid if its driver does not report it: the driver's first child."""
     children = [p for p in reaper.tree() if p.ppid() == reaper.driver_pid]
     return children[0].pid if children else 0

@@ -1,6 +1,6 @@
-"""What a host says of itself: to clients, to its supervisor, to whoever looks into a failure.
+"""Reports of a host: status for clients, state for its supervisor, diagnostics.
 
-This module must not change anything; it keeps the memory that was measured last.
+This module must not change anything; it caches the last memory measurement.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class HostReports:
         self._served_before = served
 
     def retired(self) -> None:
-        """Nothing runs, so nothing takes memory."""
+        """No browser runs, so it takes no memory."""
         self._memory_bytes = 0
 
     def status(self, server: OperationServer) -> HostStatus:
@@ -84,7 +84,7 @@ class HostReports:
         )
 
     def usage(self, server: OperationServer) -> Usage:
-        """Age, use and memory (as last looked at) of the browser, and memory of the machine."""
+        """Age, use and last measured memory of the browser, and memory of the machine."""
         incarnation, now, memory = self._incarnation, self._clock(), psutil.virtual_memory()
         used = max(server.used_at, incarnation.ready_at)
         return Usage(
@@ -113,7 +113,7 @@ class HostReports:
         return found
 
     def hello(self) -> HostReport:
-        """What is here, for a supervisor whose term begins. Its events are kept as they were."""
+        """The state of this host, for a supervisor at the start of its term. Keeps the events."""
         incarnation = self._incarnation
         return HostReport(
             incarnation.ref,
@@ -127,10 +127,10 @@ class HostReports:
         )
 
     async def diagnose(self, *, screenshot: bool) -> PageDiagnostics:
-        """What is known of the page now, or was last, for whoever looks into a failure."""
+        """Diagnostics of the current page, or the last one."""
         incarnation, bridge, session = self._incarnation, self._page.served, self._process.session
         picture = b""
-        # WebKitGTK's driver never answers to that, and would be deaf to all else meanwhile.
+        # WebKitGTK's driver never answers that, and blocks all other commands.
         seen = screenshot and incarnation.kind is not BrowserType.SAFARI
         if seen and session is not None and incarnation.readiness is not Readiness.DEAD:
             with contextlib.suppress(BrowserLost, TimeoutError):

@@ -1,7 +1,7 @@
-"""Operations on one browser: admitted or refused, run once each, answered, remembered.
+"""Operations on one browser: admits, runs, answers and caches them, each once.
 
 The queue is bounded here, breakers refuse here, and every failure becomes part of a reply. This
-module must not launch or end a browser: it says what the present incarnation died of.
+module must not launch or end a browser: it reports why the current incarnation ended.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from sharding.models.frames import Frame
 
 
 class OperationServer:
-    """What one browser is asked, by operation id.
+    """The operations of one browser, by operation id.
 
-    `judged(ref)` returns when it is known what a connection's error was, `probe` asks for a known
-    answer, `on_used` hears that the page has worked, `status` says how the browser is.
+    `judged(ref)` returns when a connection error has been classified, `probe` runs a known-answer
+    probe, `on_used` is called after each operation, `status` returns the browser's status.
     """
 
     def __init__(
@@ -62,34 +62,34 @@ class OperationServer:
         self._on_used = on_used
         self._status = status
         self._in_flight: OrderedDict[str, asyncio.Task[RunReply]] = OrderedDict()
-        self._steps: dict[str, asyncio.Future[None]] = {}  # of sequences, under way
-        self._running: dict[str, str] = {}  # models that the page is asked for, the oldest first
+        self._steps: dict[str, asyncio.Future[None]] = {}  # of sequences, in flight
+        self._running: dict[str, str] = {}  # model of each request at the page, oldest first
         self._answers = AnswerCache(config.answers_kept_max, config.answers_kept_bytes_max)
 
     def queued(self) -> int:
-        """Operations that are not answered, and abandoned ones that the page still computes."""
+        """Unanswered operations, and abandoned ones that the page still computes."""
         return max(len(self._in_flight) + len(self._steps), self._page.outstanding)
 
     @property
     def running(self) -> str:
-        """The model that the page is at, if any: it takes one operation after the other."""
+        """The model that the page is running, if any: it runs one operation at a time."""
         return next(iter(self._running.values()), "")
 
     def idle(self, seconds: float) -> bool:
-        """Whether nothing is under way, and was not for so long."""
+        """Whether nothing is in flight, nor was for so long."""
         free = not self._in_flight and not self._steps
         return free and self._clock() - self.used_at >= seconds
 
     async def finished(self) -> None:
-        """Return when everything that is in flight now is answered."""
-        under_way: list[asyncio.Future[Any]] = [*self._in_flight.values(), *self._steps.values()]
-        if under_way:
-            await asyncio.wait(under_way)
+        """Return when all operations now in flight are answered."""
+        in_flight: list[asyncio.Future[Any]] = [*self._in_flight.values(), *self._steps.values()]
+        if in_flight:
+            await asyncio.wait(in_flight)
 
     async def run(
         self, request: RunRequest, tensors: Mapping[str, np.ndarray[Any, Any]]
     ) -> RunReply:
-        """Answer one operation, once; see `BrowserHost.run`."""
+        """Run one operation, once; see `BrowserHost.run`."""
         if request.stage is not None:
             return await self._take_step(request, tensors)
         spec = self._models.specs.get(request.model)
@@ -114,8 +114,8 @@ class OperationServer:
     async def _take_step(
         self, request: RunRequest, tensors: Mapping[str, np.ndarray[Any, Any]]
     ) -> RunReply:
-        """A step of a sequence. Whether it was taken before, the page knows, which has the caches:
-        so nothing is remembered of it here, and each is asked under a name of its own."""
+        """A step of a sequence. The page, which has the KV caches, knows whether it was taken
+        before: so its answer is not cached here, and each request has a unique name."""
         refusal = self._refusal(request)
         if refusal is not None:
             return refusal
@@ -141,7 +141,7 @@ class OperationServer:
         incarnation = self._incarnation
         if not incarnation.is_ready(request.ref):
             failure = incarnation.failure(
-                f"{request.ref} is not here; {incarnation.ref} is {incarnation.readiness}",
+                f"{request.ref} is not current; {incarnation.ref} is {incarnation.readiness}",
                 "replaced",
                 request.op_id,
             )
@@ -210,7 +210,7 @@ class OperationServer:
         if self._page.connected:
             admission.failed(failure, retried=not request.last)
         else:
-            admission.abandoned()  # the model can't answer while its page is away
+            admission.abandoned()  # not the model's fault while the page is disconnected
         return failure
 
     def _page_failed(self, error: PageError, request: RunRequest, admission: Admission) -> Failure:
@@ -218,16 +218,16 @@ class OperationServer:
         facts = {**error.fields, **self._models.facts_of(request.model)}
         facts.pop("what", None)
         failure = self._incarnation.failure(str(error), what, request.op_id, request.ref, **facts)
-        if what in MISADDRESSED:  # it was unloaded meanwhile, say: nothing has failed
+        if what in MISADDRESSED:  # e.g. it was unloaded meanwhile: no failure
             admission.abandoned()
         else:
             admission.failed(failure, retried=not request.last)
         if failure.scope is Scope.PAGE:
-            self._incarnation.end(failure)  # out of memory, say: it would fail every other one, too
+            self._incarnation.end(failure)  # e.g. out of memory, which fails all operations
         return failure
 
     async def _failure_of(self, error: PoolError, ref: HostRef, request: RunRequest) -> Failure:
-        # The page is gone, or only its socket; what took it is known a moment later.
+        # The page or only its socket is gone; which of them is known a moment later.
         await self._judged(ref)
         cause = self._incarnation.cause
         if cause is not None and cause.ref == ref:

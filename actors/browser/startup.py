@@ -1,7 +1,7 @@
 """The steps of one launch: server, profile, driver, browser, page, warm-up, facts.
 
-A profile template that is missing is made first, by a launch of its own. This module must not
-decide what follows from a step that fails (`actors.browser.launch` does).
+A missing profile template is created first, by a separate launch. This module must not handle
+failed steps (`actors.browser.launch` does).
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ _TEMPLATE_SETTLE_SECONDS = 3.0
 
 
 class Startup:
-    """Launches the present incarnation.
+    """Launches the current incarnation.
 
-    `forget` has all parts take no more notice of a browser, `watch_page` has them notice when its
-    page ends.
+    `forget` makes all parts ignore a browser, `watch_page` makes them detect the end of its page.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class Startup:
         self._clock = clock
         self._forget = forget
         self._watch_page = watch_page
-        self._probed: LaunchSettings | None = None  # what the facts were found with
+        self._probed: LaunchSettings | None = None  # settings with which the facts were determined
 
     async def run(self, order: LaunchOrder) -> tuple[str, dict[str, float]]:
         """Launch until the page is ready and its facts are known.
@@ -121,7 +120,7 @@ class Startup:
         await self._page.ask("warm", {"backend": str(Backend.WASM), "seconds": seconds})
 
     async def _facts(self, order: LaunchOrder, settings: LaunchSettings) -> BrowserFacts:
-        """What the page has. Probing takes 0.3 s, which a repair of the same browser can save."""
+        """The page's facts. Probing takes 0.3 s, which a repair of the same browser skips."""
         known, was = self._incarnation.facts, self._incarnation.ended_by
         capabilities = self._process.require_session().capabilities
         version = str(capabilities.get("browserVersion", ""))
@@ -134,10 +133,10 @@ class Startup:
     async def _warm_template(
         self, binaries: Binaries, settings: LaunchSettings, template: Path
     ) -> None:
-        """Launch once on an empty profile, let caches fill, quit in order, keep the profile."""
+        """Launch once on an empty profile, let caches fill, quit cleanly, and keep the profile."""
         async with template_lock(template):
             if await asyncio.to_thread(template.is_dir):
-                return  # another browser has warmed it while we waited
+                return  # another process created it while we waited
             profile = await self._start(binaries, settings, None)
             await self._page_ready()
             await self._warm_page(_TEMPLATE_WARM_SECONDS)
@@ -152,7 +151,7 @@ class Startup:
                     async with asyncio.timeout(_QUIT_SECONDS):
                         await detached.session.quit()
             finally:
-                # Copied to its end, whatever happens meanwhile: the reaper removes the source.
+                # Finish copying even if cancelled: the reaper removes the source.
                 saving = asyncio.ensure_future(asyncio.to_thread(save_template, profile, template))
                 await asyncio.wait({saving})
                 detached.session.close()
@@ -181,7 +180,7 @@ def _shm_bytes() -> int:
 
 
 def _with_order(settings: LaunchSettings, order: LaunchOrder) -> LaunchSettings:
-    """What was ordered wins over what a healthy browser of this kind starts with."""
+    """The default settings, overridden by those of the order."""
     return replace(
         settings,
         arguments=merge_arguments(settings.arguments, order.arguments),

@@ -1,6 +1,6 @@
-"""How the present browser is watched: its processes, its page's sockets, its page's work.
+"""Monitors the current browser: its processes, its page's sockets, its page's progress.
 
-Each of the three has a module of its own; here they begin and end together.
+Each of the three has a module of its own; this one starts and stops them together.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from recovery.records import HostRef
 
 
 class Watch:
-    """Says of the present incarnation when it is lost, and `on_outage` when only its page is."""
+    """Detects when the current incarnation is lost; calls `on_outage` if only its page's connection
+    is."""
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class Watch:
 
     @property
     def out_of_touch(self) -> Failure | None:
-        """Why the page has no connection now, if it lives without."""
+        """Why the page is disconnected, while it still runs."""
         return self._outages.out_of_touch
 
     def process(self, pid: int, on_death: Callable[[], None]) -> None:
@@ -53,13 +54,13 @@ class Watch:
         self._outages.note(event)
 
     async def judged(self, ref: HostRef) -> None:
-        """Return when it is known whether an error of a moment ago was the page's death."""
+        """Return when it is known whether a recent error was the page's death."""
         await self._outages.judged(ref)
 
     async def page(self, ref: HostRef, process: BrowserProcess) -> None:
-        """Notice when a process ends that may be the page's. Whether it was, its sockets tell."""
+        """Watch the processes that may serve the page."""
         if sys.platform != "linux":
-            return  # elsewhere each watch costs a thread: there a reconnect that fails must do
+            return  # elsewhere each watch costs a thread: rely on failed reconnects
         pids = await asyncio.to_thread(process.page_pids)
         if self._incarnation.is_present(ref):
             self._page_process.candidates = tuple(pids)
@@ -67,11 +68,11 @@ class Watch:
                 self._deaths.add(pid, partial(self._outages.page_process_ended, ref, pid))
 
     def work(self, ref: HostRef) -> None:
-        """See from now on that the page works."""
+        """Start checking that the page makes progress."""
         self._watchdog.start(ref)
 
     def reset(self) -> None:
-        """Take no more notice of the present browser: what it does now is no event."""
+        """Ignore the current browser from now on: it causes no more events."""
         self._deaths.close()
         self._page_process.reset()
         self._outages.reset()

@@ -1,8 +1,8 @@
-"""Sees that a page works: its main thread answers pings, its worker ends what it began.
+"""Detects a hung page: its main thread must answer pings, its worker must finish operations.
 
-The main thread never computes, so silence there means that it hangs; a busy worker is only hung
-when it has been at one operation for longer than that may take. An idle one is asked now and then
-for nothing. This module must not restart what hangs: it says that the incarnation is lost.
+The main thread never computes, so a missing pong means that it hangs; a busy worker is hung when
+one operation exceeds its time limit. An idle worker is pinged. This module must not restart a hung
+page: it reports the incarnation as lost.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Watchdog:
         return task
 
     async def _ping_worker(self, bridge: Bridge) -> None:
-        """Ask a worker that has nothing to do for nothing: should it hang, that is overdue soon."""
+        """Ping an idle worker: if it hangs, the ping becomes overdue."""
         with contextlib.suppress(PoolError):
             frame = Frame("ping", self._page.numbered("ping"), self._incarnation.ref.epoch)
             await bridge.request(frame, self._config.hang_seconds)
@@ -75,7 +75,7 @@ class Watchdog:
             async with asyncio.timeout(limit):
                 await bridge.ping()
         except TimeoutError:
-            silent = f"the main thread was silent for {limit:g} s"
+            silent = f"the main thread did not answer a ping for {limit:g} s"
             self._incarnation.lost(ref, "page_hung", silent)
         except BrowserError:
-            pass  # its closing has been seen
+            pass  # the closed socket is handled elsewhere

@@ -1,6 +1,6 @@
-"""Asks the operations of a run, and writes down what became of each, as its caller saw it.
+"""Sends the operations of a chaos run and records the result of each, as its caller saw it.
 
-This module must not break anything, nor know why an operation failed.
+This module must not inject a fault, nor know why an operation failed.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pool.results import Result
 from recovery.errors import PoolBusy, PoolError, SequenceLost
 from recovery.levels import LEVELS_ASCENDING
 
-Tell = Callable[[int, Question, Result, str], None]
+OnBadResult = Callable[[int, Question, Result, str], None]
 
 _RAISED = (PoolError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 class Asker:
-    """The operations of one run: each is asked with `seconds` to its deadline and written down in
+    """Sends the operations of one run, each with a deadline of `seconds`, and records them in
     `progress`.
 
-    `elapsed` tells the seconds since the run began. `on_step` is awaited at each token of a
-    sequence. `tell` is called with each result that failed or was wrong, as it comes.
+    `elapsed` returns the seconds since the run began. `on_step` is awaited at each token of a
+    sequence. `on_bad_result` is called with each failed or wrong result.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Asker:
         seconds: float,
         elapsed: Callable[[], float],
         on_step: Callable[[], Awaitable[None]],
-        tell: Tell,
+        on_bad_result: OnBadResult,
     ) -> None:
         self._pool = pool
         self._workload = workload
@@ -48,17 +48,17 @@ class Asker:
         self._seconds = seconds
         self._elapsed = elapsed
         self._on_step = on_step
-        self._tell = tell
+        self._on_bad_result = on_bad_result
         self._answers: dict[str, int] = {}
         self._strikes: list[Strike] = []
 
     @property
     def strikes(self) -> Sequence[Strike]:
-        """The attempts that failed on the way, of all operations."""
+        """The failed attempts of all operations."""
         return self._strikes
 
     async def ask(self, number: int) -> None:
-        """Ask operation `number`, and see what comes."""
+        """Send operation `number` and record its result."""
         question, op_id = self._workload.of(number), f"chaos-{number}"
         began, refused = self._elapsed(), ""
         result: Result | None = None
@@ -66,7 +66,7 @@ class Asker:
             result = await self._answer(question, op_id)
         except PoolBusy as error:
             refused = str(error)
-        except _RAISED as error:  # whatever it is, an operation that raises has failed
+        except _RAISED as error:  # any operation that raises has failed
             result = _failed(error, op_id, question)
         took = self._elapsed() - began
         record = OpRecord(number, op_id, question.model, str(question.type), began, took)
@@ -92,7 +92,7 @@ class Asker:
         )
         self._progress.operations.append(record)
         if wrong or not result.success:
-            self._tell(number, question, result, "wrong" if wrong else "failed")
+            self._on_bad_result(number, question, result, "wrong" if wrong else "failed")
 
     async def _answer(self, question: Question, op_id: str) -> Result:
         if question.op != "generate":
@@ -111,7 +111,7 @@ class Asker:
 
 
 def strikes_of(number: int, result: Result) -> list[Strike]:
-    """The attempts that failed before an operation had this result, and where each was."""
+    """The failed attempts before this result, and the browser of each."""
     found = []
     for step in result.recovery:
         failure = step.failure
@@ -124,7 +124,7 @@ def strikes_of(number: int, result: Result) -> list[Strike]:
 
 
 def _failed(error: Exception, op_id: str, question: Question) -> Result:
-    said, none = repr(error), LEVELS_ASCENDING[0]
+    message, none = repr(error), LEVELS_ASCENDING[0]
     return Result(
-        op_id, question.model, question.op, success=False, level_effective=none, error=said
+        op_id, question.model, question.op, success=False, level_effective=none, error=message
     )

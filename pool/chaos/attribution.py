@@ -1,8 +1,8 @@
-"""Which of all that was seen in a run belongs to which fault: from records to finished records.
+"""Assigns the observations of a run to its faults.
 
-A fault is answered for by what is noticed of its target until the next fault hits the same one.
-What was noticed is told by the numbers of log events, since the supervisor's clock may be one of
-the things that were broken. Pure: nothing is looked at.
+A fault gets every failure detected at its target until the next fault hits the same target.
+Failures are ordered by the numbers of their log events, since a fault may have changed the
+supervisor's clock. Pure: no I/O.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from recovery.kinds import RecoveryLevel
 
 
 class Repaired(NamedTuple):
-    """A repair, its times by our clock."""
+    """A repair, with times of the client's clock."""
 
     began: float
     ready: float | None
@@ -30,7 +30,7 @@ class Repaired(NamedTuple):
 
 
 class Strike(NamedTuple):
-    """An attempt of an operation that failed, and where."""
+    """A failed attempt of an operation, and its browser."""
 
     number: int
     category: str
@@ -41,7 +41,7 @@ class Strike(NamedTuple):
 
 @dataclass(frozen=True)
 class Gathered:
-    """All that was seen in a run. `seen` and `marks` are by a fault's number; a mark is the number
+    """All observations of a run. `seen` and `marks` are by a fault's number; a mark is the number
     of the log's last event before that fault."""
 
     noticed: Sequence[Noticed]
@@ -53,7 +53,7 @@ class Gathered:
 
 
 def attributed(faults: Sequence[FaultRecord], gathered: Gathered) -> list[FaultRecord]:
-    """The faults, with what came of each that was made. To be asked when all of it is logged."""
+    """The faults with their outcomes. Call it when everything has been logged."""
     return [
         record if record.injected is None else _finished(record, record.injected, faults, gathered)
         for record in faults
@@ -64,7 +64,7 @@ def _finished(
     record: FaultRecord, injected: Injected, faults: Sequence[FaultRecord], gathered: Gathered
 ) -> FaultRecord:
     target = injected.target
-    after = _next_on(record, faults)  # what is noticed from then on is of that one
+    after = _next_on(record, faults)  # later failures belong to that one
     until = after.injected.at if after is not None and after.injected else math.inf
     last = gathered.marks[after.number] if after is not None else math.inf
     noticed = [
@@ -74,14 +74,14 @@ def _finished(
         and failure.epoch >= injected.epoch
         and gathered.marks[record.number] < failure.seq <= last
     ]
-    hit = [
+    strikes = [
         strike
         for strike in gathered.strikes
         if (strike.browser_id, strike.epoch) == (target, injected.epoch)
         and injected.at - SKEW_SECONDS <= strike.at < until
     ]
     wrong = [op for op in gathered.operations if op.wrong and op.browser_id == target]
-    answers = [strike.category for strike in hit] + ["wrong"] * len(wrong)
+    answers = [strike.category for strike in strikes] + ["wrong"] * len(wrong)
     seen = replace(gathered.seen.get(record.number, Seen()), noticed=noticed, answers=answers)
     shown = evidence(injected, seen)
     repair = _repair_of(injected, until, gathered.repairs)
@@ -95,12 +95,12 @@ def _finished(
         right=judged(injected, noticed) if aimed_at_browser else None,
         ladder=_ladder(repair.repair) if repair else (),
         repair_seconds=repair.ready - repair.began if repair and repair.ready else None,
-        struck=tuple(dict.fromkeys(strike.number for strike in hit)),
+        struck=tuple(dict.fromkeys(strike.number for strike in strikes)),
     )
 
 
 def _next_on(record: FaultRecord, faults: Sequence[FaultRecord]) -> FaultRecord | None:
-    """The next fault that was made on the same slot."""
+    """The next fault injected into the same slot."""
     made = record.injected
     for other in faults[record.number + 1 :]:
         if made and other.injected and other.injected.target == made.target:
@@ -109,7 +109,7 @@ def _next_on(record: FaultRecord, faults: Sequence[FaultRecord]) -> FaultRecord 
 
 
 def _repair_of(injected: Injected, until: float, repairs: Iterable[Repaired]) -> Repaired | None:
-    """The last repair that was begun because of a fault."""
+    """The last repair started because of a fault."""
     found = [
         repaired
         for repaired in repairs

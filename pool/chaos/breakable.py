@@ -1,6 +1,6 @@
-"""Pools that may be broken on purpose: quick to call a browser hung, slow to give one up.
+"""Pool settings for fault injection: short hang limits, and a high limit on restarts.
 
-This module must not open one.
+This module must not open a pool.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from pool.pool import BrowserPool
 from recovery.supervision import RestartLimit
 
 _LEASE_SECONDS = 10.0
-_HANG_SECONDS = 8.0  # with WASM these models take 0.5 s, and more while browsers restart ...
-_HANG_SECONDS_ELSEWHERE = 30.0  # ... but a WebGPU in software may take long to compile its shaders
+_HANG_SECONDS = 8.0  # with WASM these models take 0.5 s, more while browsers restart
+_HANG_SECONDS_ELSEWHERE = 30.0  # software WebGPU may take long to compile shaders
 _LAUNCH_SECONDS = 30.0
 _MESSAGE_BYTES = 16 << 20
-_RESTARTS_MAX = 1000  # of one browser in two minutes: it is we who break it, so go on
+_RESTARTS_MAX = 1000  # of one browser in two minutes: its failures are injected
 
 
 def chaos_pool(counts: Mapping[str, int], **options: Any) -> BrowserPool:
-    """A pool that may be broken on purpose. `options` as `BrowserPool` takes them win."""
+    """A pool for fault injection. `options` of `BrowserPool` override the defaults here."""
     wasm = options.get("backend") == "wasm"
     defaults = {
         "faults": True,

@@ -1,6 +1,6 @@
-"""A failure bundle for each operation of a chaos run that failed or was answered wrong.
+"""Writes a failure bundle for each failed or wrongly answered operation of a chaos run.
 
-This module must not hold the run up: what is known is gathered beside it.
+This module must not delay the run: bundles are written in background tasks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pool.results import Result
 from recovery.errors import PoolError
 from recovery.faults import Schedule
 
-BUNDLES_MAX = 20  # of one run: the first ones tell most
+BUNDLES_MAX = 20  # per run: the first ones are the most useful
 
 
 class BundleWriter:
@@ -38,12 +38,12 @@ class BundleWriter:
         self._pool: BrowserPool | None = None
         self._writing: list[asyncio.Task[None]] = []
 
-    def look_at(self, pool: BrowserPool) -> None:
-        """The pool that is being broken."""
+    def attach(self, pool: BrowserPool) -> None:
+        """Set the pool of the run."""
         self._pool = pool
 
-    def keep(self, number: int, question: Question, result: Result, why: str) -> None:
-        """Begin to write the bundle of operation `number`."""
+    def write(self, number: int, question: Question, result: Result, why: str) -> None:
+        """Start writing the bundle of operation `number`."""
         if self._folder is None or self._pool is None or len(self._writing) >= BUNDLES_MAX:
             return
         path = self._folder / "bundles" / f"operation-{number}.zip"
@@ -66,5 +66,5 @@ class BundleWriter:
             )
 
     async def done(self) -> None:
-        """Wait for what is being written."""
+        """Wait until all bundles are written."""
         await asyncio.gather(*self._writing)

@@ -1,6 +1,6 @@
-"""Charts of a chaos run, as PNG files. The only door to matplotlib, which is an optional extra.
+"""Charts of a chaos run, as PNG files. The only module that imports matplotlib, an optional extra.
 
-This module must not compute what `report` does not.
+This module must not compute figures: `report` does.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ _DPI = 100
 _WIDTH = 10.0  # inches
 _GOOD, _BAD, _MARK = "#2a7f62", "#c0392b", "#34495e"
 _NOTICE_GOAL_MS = 20.0
-_ROWS = 8  # of a chart that has none: as high as one with so many
+_ROWS = 8  # height of a chart without rows
 _OUTCOMES = {"passed": _GOOD, "failed": _BAD, "impossible": "#cccccc", "simulated": "#e0a030"}
 
 
 def draw_charts(
     run: ChaosRun, by_fault: Mapping[str, Mapping[str, Any]], folder: Path
 ) -> dict[str, str]:
-    """Draw what there is to draw; returns file names by title. `by_fault`: as `report.summary` has
-    it.
+    """Draw the charts that have data; returns file names by title. `by_fault` is that of
+    `report.summary`.
 
     Raises `SetupError` if matplotlib is not installed, and `OSError`.
     """
     drawn: dict[str, str] = {}
     drawings: Sequence[tuple[str, str, int, Callable[[Axes], bool]]] = (
         (
-            "Operations struck by a fault, answered right",
+            "Operations hit by a fault and answered correctly",
             "answered.png",
             max(len(by_fault), 3),
             partial(_answered, by_fault),
         ),
-        ("Repair", "repaired.png", max(len(by_fault), 3), partial(_repaired, run)),
-        ("Notice", "noticed.png", max(len(by_fault), 3), partial(_noticed, run)),
+        ("Repair time", "repaired.png", max(len(by_fault), 3), partial(_repaired, run)),
+        ("Detection time", "noticed.png", max(len(by_fault), 3), partial(_noticed, run)),
         ("Operations over time", "timeline.png", _ROWS, partial(_timeline, run)),
         ("Memory of the control plane", "memory.png", _ROWS, partial(_memory, run)),
     )
@@ -61,7 +61,7 @@ def draw_charts(
 def draw_grid(
     rows: Sequence[str], columns: Sequence[str], outcomes: Mapping[tuple[str, str], str], path: Path
 ) -> None:
-    """Draw what each cell of a table came to, as a coloured square with a legend.
+    """Draw the outcome of each cell of a table as a coloured square, with a legend.
 
     Raises `SetupError` if matplotlib is not installed, and `OSError`.
     """
@@ -131,32 +131,41 @@ def _answered(by_fault: Mapping[str, Mapping[str, Any]], axes: Axes) -> bool:
         range(len(rows)), [f"{kind} ({right['of']} of {right['n']})" for kind, right in rows]
     )
     axes.set_xlim(0, 101)
-    axes.set_xlabel("per cent of struck operations answered right; the line is the 95 % interval")
+    axes.set_xlabel(
+        "per cent of operations hit by a fault that were answered correctly; line: 95 % interval"
+    )
     return bool(rows)
 
 
 def _repaired(run: ChaosRun, axes: Axes) -> bool:
     values = _values(run, lambda fault: fault.repair_seconds)
-    return _dots(axes, values, "seconds until the browser, or another in its place, was back")
+    return _dots(axes, values, "seconds until the browser or its replacement was ready")
 
 
 def _noticed(run: ChaosRun, axes: Axes) -> bool:
     values = _values(run, lambda fault: fault.noticed_ms)
     axes.axvline(_NOTICE_GOAL_MS, color=_GOOD, lw=1, ls="--")
-    return _dots(axes, values, "milliseconds until it was noticed (dashed: 20 ms)")
+    return _dots(axes, values, "milliseconds until detected (dashed: 20 ms)")
 
 
 def _timeline(run: ChaosRun, axes: Axes) -> bool:
     for good, colour, size in ((True, _GOOD, 8), (False, _BAD, 30)):
         chosen = [op for op in run.operations if (op.success and not op.wrong) is good]
         at, took = [op.at for op in chosen], [max(op.seconds, 1e-3) for op in chosen]
-        axes.scatter(at, took, s=size, color=colour, alpha=0.6, label="right" if good else "not")
+        axes.scatter(
+            at,
+            took,
+            s=size,
+            color=colour,
+            alpha=0.6,
+            label="correct" if good else "failed or wrong",
+        )
     for fault in run.faults:
         if fault.injected is not None:
             axes.axvline(fault.injected.at - run.began, color="#bbbbbb", lw=0.6, zorder=0)
     axes.set_yscale("log")
     axes.set_xlabel("seconds since the run began; grey lines are faults")
-    axes.set_ylabel("seconds an operation took")
+    axes.set_ylabel("duration of an operation in seconds")
     if any(not op.success or op.wrong for op in run.operations):
         axes.legend(frameon=False)
     return bool(run.operations)

@@ -1,6 +1,6 @@
-"""The supervisor's clock, which a fault may have set forward or back, told by our own.
+"""Converts times of the supervisor's clock, which a fault may have stepped, to the client's.
 
-This module must not step any clock: it only remembers that one was stepped.
+This module must not step any clock: it only records steps.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ SKEW_SECONDS = 0.01  # between the clocks of processes of one machine
 
 
 class SupervisorClock:
-    """How far the supervisor's clock is, or was, ahead of ours. `now` is ours: wall time in s."""
+    """How far the supervisor's clock is ahead of the client's. `now`: the client's, in seconds."""
 
     def __init__(self, now: Callable[[], float] = time.time) -> None:
         self._now = now
-        self._steps = [0.0]  # how far it was ahead, one after the other; the last is how far it is
+        self._steps = [0.0]  # seconds ahead, after each step
 
     def note(self, fault: Fault) -> None:
-        """This fault was made, and may have been one of the clock."""
+        """Record an injected fault, in case it changes the clock."""
         if fault.kind is FaultKind.CLOCK_STEP:
             self._steps.append(self._steps[-1] + CLOCK_STEP_SECONDS[fault.intensity])
         elif fault.kind is FaultKind.SUPERVISOR_DEATH:
-            self._steps.append(0.0)  # the next one's clock is right again
+            self._steps.append(0.0)  # the next supervisor's clock is right
 
     def ours(self, at: float) -> float:
-        """A moment of the supervisor's clock, by our clock. It is one not long ago."""
+        """A recent time of the supervisor's clock, converted to the client's clock."""
         now = self._now()
         return min((at - ahead for ahead in self._steps), key=lambda t: abs(t - now))

@@ -1,7 +1,7 @@
-"""What the supervisor has logged since the run began: failures that it noticed, and its clock.
+"""Reads the supervisor's log during a run: failures that it detected, and its clock.
 
-The log is read while the supervisor writes it. This module must not write a log itself; at most
-it gives the supervisor something to log.
+The log is read while the supervisor writes it. This module must not write to the log; it may have
+the supervisor log an event.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pool.pool import BrowserPool
 from recovery.errors import PoolError
 from recovery.log import log
 
-_EVENTS_MAX = 200_000  # of the control log that are kept for the account
+_EVENTS_MAX = 200_000  # of the control log that are kept
 
 
 class ControlLogReader:
@@ -32,21 +32,21 @@ class ControlLogReader:
         self._clock = clock
         self._noticed: deque[Noticed] = deque(maxlen=_EVENTS_MAX)
         self._last_seq = 0
+        self._last_logged: tuple[float, float] = (0.0, 0.0)  # by its clock and the client's
         self._reading = asyncio.Lock()  # two reads at once would take the same events twice
-        self._last_logged: tuple[float, float] = (0.0, 0.0)  # its clock, and ours
 
     @property
     def noticed(self) -> Sequence[Noticed]:
-        """The failures that the supervisor has taken in, their times by our clock."""
+        """The failures that the supervisor detected, with times of the client's clock."""
         return self._noticed
 
     @property
     def last_seq(self) -> int:
-        """The number of the last event that was read."""
+        """The number of the last event read."""
         return self._last_seq
 
     async def read(self) -> None:
-        """Read what is new. A log that can't be read now is read the next time."""
+        """Read new events. If the log can't be read now, the next call reads them."""
         folder = self._pool.log_folder
         if folder is None:
             return
@@ -64,21 +64,21 @@ class ControlLogReader:
                 if (failure := noticed_in(event)) is not None:
                     self._noticed.append(replace(failure, at=self._clock.ours(failure.at)))
 
-    async def have_something_logged(self) -> None:
-        """Order what is so already: an event that changes nothing, but has to be logged."""
+    async def log_an_event(self) -> None:
+        """Repeat the order for a loaded model: it changes nothing, but must be logged."""
         for name in self._pool.models()[:1]:
             with contextlib.suppress(PoolError):
                 await self._pool.order_again(name)
 
     async def skew(self) -> float:
-        """How far the supervisor's clock is ahead of ours, by what it logs now."""
-        await self.have_something_logged()
+        """How far the supervisor's clock is ahead of the client's, by an event that it logs now."""
+        await self.log_an_event()
         await self.read()
         return self._last_logged[0] - self._last_logged[1]
 
 
 def noticed_in(event: Mapping[str, Any]) -> Noticed | None:
-    """The failure of a browser that a logged event tells of, by the supervisor's clock."""
+    """The failure in a logged event, if it has one; times of the supervisor's clock."""
     body = event["body"]
     failure = body.get("failure") if isinstance(body, Mapping) else None
     if not isinstance(failure, Mapping) or "browser_id" not in body:

@@ -1,7 +1,7 @@
-"""Has each fault of the schedule made when it is due, one at a time.
+"""Triggers each fault of the schedule when it is due, one at a time.
 
-This module must not choose faults (`recovery.faults` draws them), make them (`actors.injector`
-does), or say what one did (`watch` sees that).
+This module must not choose faults (`recovery.faults` does), inject them itself (`actors.injector`
+does), or observe their effects (`watch` does).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from recovery.faults import Clock, Due
 
 
 class Injections:
-    """The faults of one run. Each is written down in `progress` as soon as it was made or not."""
+    """The faults of one run. Each is recorded in `progress` once injected or refused."""
 
     def __init__(
         self,
@@ -46,47 +46,47 @@ class Injections:
         self._operations_due = deque(plan.due(Clock.OPERATIONS))
         self._steps_due = deque(plan.due(Clock.STEPS))
         self._steps = 0
-        self._striking = asyncio.Lock()
+        self._injecting = asyncio.Lock()
         self._marks: dict[int, int] = {}
 
     @property
     def marks(self) -> Mapping[int, int]:
-        """A fault's number -> the log's last event before it."""
+        """The number of the log's last event before each fault, by the fault's number."""
         return self._marks
 
     async def on_operation(self, begun: int) -> None:
-        """So many operations have begun: make what is due by that."""
-        await self._strike_due(self._operations_due, begun)
+        """Inject the faults due after `begun` operations."""
+        await self._inject_due(self._operations_due, begun)
 
     async def on_step(self) -> None:
-        """Another token has come: make what is due by that."""
+        """Count another token, and inject the faults due by then."""
         self._steps += 1
-        await self._strike_due(self._steps_due, self._steps)
+        await self._inject_due(self._steps_due, self._steps)
 
     async def in_time(self, elapsed: Callable[[], float]) -> None:
-        """Make what is due by the seconds that have `elapsed`, until there is no more of it."""
+        """Inject the faults that are due by time. `elapsed` returns seconds since the start."""
         for due in self._plan.due(Clock.SECONDS):
             await asyncio.sleep(max(due.when - elapsed(), 0.0))
-            async with self._striking:
-                await self._strike(due)
+            async with self._injecting:
+                await self._inject(due)
 
     async def until_noticed(self) -> None:
-        """Wait until the supervisor knows of the last fault, if it must come to know."""
-        made = [r.injected for r in self._progress.faults if r.injected is not None]
-        if made:
-            await self._observer.until_noticed(made[-1])
+        """Wait until the supervisor has detected the last fault, if it should."""
+        injected = [r.injected for r in self._progress.faults if r.injected is not None]
+        if injected:
+            await self._observer.until_noticed(injected[-1])
 
-    async def _strike_due(self, waiting: deque[Due], count: float) -> None:
-        async with self._striking:  # whoever comes meanwhile waits until it has happened
+    async def _inject_due(self, waiting: deque[Due], count: float) -> None:
+        async with self._injecting:  # other operations wait until the fault is injected
             while waiting and waiting[0].when <= count:
-                await self._strike(waiting.popleft())
+                await self._inject(waiting.popleft())
 
-    async def _strike(self, due: Due) -> None:
+    async def _inject(self, due: Due) -> None:
         progress = self._progress
         if self._plan.settle:
-            progress.waiting_for = "every browser to be back"
+            progress.waiting_for = "all browsers to be ready"
             await self.until_noticed()
-            await self._observer.until_whole()
+            await self._observer.until_repaired()
             progress.waiting_for = ""
         record = FaultRecord(len(progress.faults), due, "refused")
         try:

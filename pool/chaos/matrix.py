@@ -1,9 +1,9 @@
 """The test matrix: browsers x model types x platforms x failure types, a small run for each cell.
 
-One pool for each browser, platform and model; its cells follow one another in it, each with one
-fault at its beginning. A cell says what really happened: what can't be had here is "impossible",
-what native onnxruntime answered in place of a browser is "simulated" and no success. This module
-must not break anything itself: `runner` has it done.
+One pool per browser, platform and model runs its cells in turn, each with one fault at its
+beginning. A cell that can't run here is "impossible"; one answered by native onnxruntime in place
+of a browser is "simulated", which is no success. This module must not inject faults itself:
+`runner` does.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ _QUICK_KINDS = (
     FaultKind.API_ERROR,
 )
 _PICTURE = "matrix.png"
-_FAULT_AT = 2  # the operation of a cell before which it is broken
+_FAULT_AT = 2  # the fault is injected before this operation of a cell
 
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """What a matrix is asked for. Empty sequences: all there are (of kinds: break nothing)."""
+    """The parameters of a matrix. Empty sequences: all there are (of kinds: no faults)."""
 
     seed: int
     browsers: Sequence[str] = ()
@@ -69,7 +69,7 @@ class MatrixPlan:
     full: bool = False
 
     def checked(self) -> MatrixPlan:
-        """With what `quick` and `full` stand for filled in. Raises `BadInput`."""
+        """The plan with `quick` and `full` expanded. Raises `BadInput`."""
         kinds, models, hows = self.kinds, self.models, self.intensities
         browsers = [str(detect_browser_type(name.partition("=")[0])) for name in self.browsers]
         if self.quick:
@@ -85,12 +85,15 @@ class MatrixPlan:
         ):
             if word not in known:
                 raise BadInput(
-                    f"{option}: expected some of {', '.join(known)}, got {word!r}.",
+                    f"{option}: expected any of {', '.join(known)}, got {word!r}.",
                     expected=list(known),
                     got=word,
                 )
         if self.operations <= _FAULT_AT:
-            raise BadInput(f"--ops: a cell takes more than {_FAULT_AT}.", got=self.operations)
+            raise BadInput(
+                f"--ops: expected more than {_FAULT_AT} operations a cell, got {self.operations}.",
+                got=self.operations,
+            )
         return replace(
             self,
             browsers=tuple(dict.fromkeys(browsers)) or tuple(map(str, BrowserType)),
@@ -102,7 +105,7 @@ class MatrixPlan:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell and what came of it. `outcome`: "passed", "failed", "impossible" or "simulated"."""
+    """One cell and its result. `outcome`: "passed", "failed", "impossible" or "simulated"."""
 
     browser: str
     model: str
@@ -122,7 +125,7 @@ class Cell:
 
 
 def run(plan: MatrixPlan, console: Console, report: Path | None, *, as_json: bool) -> int:
-    """All of it; returns the exit code: 1 if any cell failed."""
+    """Run the matrix; returns the exit code: 1 if any cell failed."""
     plan = plan.checked()
     console.print(f"seed {plan.seed}", highlight=False)
     cells = asyncio.run(_matrix(plan, console))
@@ -161,7 +164,7 @@ async def _matrix(plan: MatrixPlan, console: Console) -> list[Cell]:
 
 
 def _failures(plan: MatrixPlan) -> list[tuple[FaultKind, Intensity] | None]:
-    """The failures of each browser and model; None: nothing is broken."""
+    """The failures of each browser and model; None: no fault."""
     pairs = list(itertools.product(plan.kinds, plan.intensities))
     return [*pairs] if pairs else [None]
 
@@ -179,18 +182,20 @@ def _all(plan: MatrixPlan, browser: str, platform: str, outcome: str, why: str) 
 
 
 async def _without(plan: MatrixPlan, browser: str, platform: str) -> list[Cell]:
-    """The cells of a browser that is not here."""
+    """The cells of a browser that is not installed."""
     if not plan.simulate:
-        why = f"{browser} is not installed (`tabpool doctor` says how)"
+        why = f"{browser} is not installed (`tabpool doctor` says how to install it)"
         return _all(plan, browser, platform, "impossible", why)
     sources = known_sources()
     cells = []
     for model in plan.models:
         asked = await asyncio.to_thread(_answered_natively, sources[model](), plan.operations)
-        why = "native onnxruntime answered; no browser ran, and nothing was broken"
+        why = "native onnxruntime answered; no browser ran, and no fault was injected"
         cell = Cell(browser, model, platform, "none", "simulated", why, asked, asked)
         if not asked:
-            cell = replace(cell, outcome="impossible", why="several models are not simulated")
+            cell = replace(
+                cell, outcome="impossible", why="models with several components can't be simulated"
+            )
         cells += [replace(cell, failure=_name(failure)) for failure in _failures(plan)]
     return cells
 
@@ -209,7 +214,7 @@ def _answered_natively(source: Source, operations: int) -> int:
 async def _column(
     plan: MatrixPlan, console: Console, browser: str, platform: str, model: str, done: list[Cell]
 ) -> None:
-    """All cells of one browser, platform and model, each added to `done` as it is."""
+    """Run all cells of one browser, platform and model; each is appended to `done`."""
     pool = chaos_pool(
         {browser: max(BROWSERS_NEEDED[Level(plan.level)], 1)},
         level=plan.level,
@@ -236,12 +241,12 @@ async def _cell(
 ) -> Cell:
     cell = Cell(browser, model, platform, _name(failure), "failed")
     if failure is not None and BrowserType(browser) not in FAULTS[failure[0]].engines:
-        return replace(cell, outcome="impossible", why=f"{browser} has none")
+        return replace(cell, outcome="impossible", why=f"{failure[0]} can't happen in {browser}")
     faults: tuple[Due, ...] = ()
     if failure is not None:
         faults = (Due(_FAULT_AT, Fault(*failure, f"{browser}-0"), Clock.OPERATIONS),)
     for attempt in range(1, plan.retries + 2):
-        asked = Plan(
+        cell_plan = Plan(
             Schedule(plan.seed, faults),
             plan.operations,
             plan.workers,
@@ -250,9 +255,9 @@ async def _cell(
         )
         try:
             async with asyncio.timeout(2 * plan.seconds):
-                done = await ChaosRunner(pool, workload, asked).run()
+                done = await ChaosRunner(pool, workload, cell_plan).run()
         except TimeoutError:
-            cell = replace(cell, why=f"not over within {2 * plan.seconds:g} s", tries=attempt)
+            cell = replace(cell, why=f"timed out after {2 * plan.seconds:g} s", tries=attempt)
             continue
         cell = replace(judged(cell, done, failure, Level(plan.level)), tries=attempt)
         if cell.outcome != "failed":
@@ -263,7 +268,7 @@ async def _cell(
 def judged(
     cell: Cell, done: ChaosRun, failure: tuple[FaultKind, Intensity] | None, level: Level
 ) -> Cell:
-    """What the run of a cell came to."""
+    """The cell with the result of its run."""
     operations = done.operations
     cell = replace(
         cell,
@@ -284,21 +289,21 @@ def judged(
         if record.outcome == "impossible":
             return replace(cell, outcome="impossible", why=record.why)
         if record.outcome != "happened":
-            why.append(f"the fault was {record.outcome}: {record.why or 'nothing shows it'}")
+            why.append(f"the fault was {record.outcome}: {record.why or 'no evidence of it'}")
         if record.right is False:
-            why.append(f"noticed as {cell.noticed or 'nothing'}")
+            why.append(f"detected as {cell.noticed or 'nothing'}")
     if cell.answered < cell.asked:
         why.append(f"{cell.asked - cell.answered} operations failed")
-    lies = failure is not None and failure[0] is FaultKind.WRONG_ANSWER
-    if cell.wrong and not (lies and level is not Level.CRITICAL):
+    corrupts = failure is not None and failure[0] is FaultKind.WRONG_ANSWER
+    if cell.wrong and not (corrupts and level is not Level.CRITICAL):
         why.append(f"{cell.wrong} answers were wrong")
     if not done.repaired:
-        why.append("not every browser was back in the end")
+        why.append("not every browser was repaired at the end")
     return replace(cell, outcome="failed" if why else "passed", why="; ".join(why))
 
 
 def summary_lines(cells: Sequence[Cell]) -> list[str]:
-    """How many cells came to what, in words."""
+    """The number of cells by outcome, and the failed ones."""
     counts: dict[str, int] = {}
     for cell in cells:
         counts[cell.outcome] = counts.get(cell.outcome, 0) + 1
@@ -318,7 +323,7 @@ _COLUMNS = (
     "failure",
     "outcome",
     "answered",
-    "noticed as",
+    "detected as",
     "ms",
     "s",
 )
@@ -339,8 +344,8 @@ def _row(cell: Cell) -> tuple[str, ...]:
 
 
 def table_of(cells: Sequence[Cell]) -> Table:
-    """The matrix, a row a cell."""
-    shown = Table(title="noticed after (ms), repaired after (s)")
+    """The matrix, a row per cell."""
+    shown = Table(title="detected after (ms), repaired after (s)")
     for column in _COLUMNS:
         shown.add_column(column)
     styles: Mapping[str, str] = {"failed": "red", "passed": "green"}
@@ -350,7 +355,7 @@ def table_of(cells: Sequence[Cell]) -> Table:
 
 
 def picture(cells: Sequence[Cell], folder: Path) -> str:
-    """Draw the matrix; returns the file's name, "" if nothing is installed to draw with."""
+    """Draw the matrix; returns the file's name, "" if matplotlib is not installed."""
     rows = list(dict.fromkeys(cell.failure for cell in cells))
     places = {cell: f"{cell.browser} {cell.model} {cell.platform}" for cell in cells}
     columns = list(dict.fromkeys(places.values()))
@@ -363,7 +368,7 @@ def picture(cells: Sequence[Cell], folder: Path) -> str:
 
 
 def markdown(plan: MatrixPlan, cells: Sequence[Cell], drawn: str = "") -> str:
-    """The matrix as a document. `drawn`: a picture of it, if there is one."""
+    """The matrix as Markdown. `drawn`: file name of its picture, if there is one."""
     what = f"Seed {plan.seed}, level {plan.level}, strategy {plan.strategy}"
     lines = [
         "# Test matrix",
@@ -373,5 +378,5 @@ def markdown(plan: MatrixPlan, cells: Sequence[Cell], drawn: str = "") -> str:
         *([f"![Outcomes]({drawn})", ""] if drawn else []),
         *table(_COLUMNS, map(_row, cells)),
     ]
-    told = [f"- {c.browser} {c.model} {c.platform} {c.failure}: {c.why}" for c in cells if c.why]
-    return "\n".join([*lines, "", *told, ""])
+    reasons = [f"- {c.browser} {c.model} {c.platform} {c.failure}: {c.why}" for c in cells if c.why]
+    return "\n".join([*lines, "", *reasons, ""])

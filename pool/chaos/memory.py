@@ -1,6 +1,6 @@
-"""How much memory client, supervisor, workers and browsers hold, sample by sample.
+"""Samples the memory of client, supervisor, workers and browsers.
 
-This module must not judge whether that is too much (`report` does).
+This module must not judge the samples (`report` does).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from recovery.errors import PoolError
 
 
 class MemorySampler:
-    """The samples of one run. `elapsed` tells the seconds since it began; `traces` comes to know
-    the launches that are met on the way."""
+    """The samples of one run. `elapsed` returns the seconds since it began; launches that are seen
+    are added to `traces`."""
 
     def __init__(self, pool: BrowserPool, traces: Traces, elapsed: Callable[[], float]) -> None:
         self._pool = pool
@@ -31,7 +31,7 @@ class MemorySampler:
         return self._samples
 
     async def take(self, operations: int) -> None:
-        """Look now, after so many operations; of a pool that does not answer, at us alone."""
+        """Take a sample after `operations`; only of this process if the pool does not respond."""
         pids: dict[str, int] = {"client": os.getpid()}
         workers, browsers = 0, 0
         with contextlib.suppress(PoolError):

@@ -1,7 +1,7 @@
-"""What the supervisor says of browsers and repairs during a run, and whether all are back.
+"""Observes browsers and repairs during a run, by the supervisor's state.
 
-Waits until the pool is whole, or until a fault was noticed. This module must not mend anything, nor
-say which repair was because of which fault (`attribution` does).
+Waits until all browsers are repaired, or until a fault is detected. This module must not repair
+anything, nor assign repairs to faults (`attribution` does).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from recovery.control import COMING, ModelPhase, Phase, PoolState
 from recovery.errors import PoolError
 from recovery.faults import FaultKind, Injected
 
-WHOLE_SECONDS = 90.0  # that repairs may take before a fault happens all the same
-_QUIET_SECONDS = 1.0  # within which a fault that may go by unnoticed should be noticed, if it is
-_NOTICED_SECONDS = 15.0  # within which a fault that must be noticed should be, before the next
+REPAIRED_SECONDS = 90.0  # maximum wait for repairs before the next fault
+_QUIET_SECONDS = 1.0  # wait for a fault that may remain undetected
+_NOTICED_SECONDS = 15.0  # maximum wait for a fault that must be detected
 _SETTLE_POLL_SECONDS = 0.2
 
 
 class Observer:
-    """What was seen of a pool's browsers. `traces` comes to know the launches that are met."""
+    """Observations of a pool's browsers. Launches that are seen are added to `traces`."""
 
     def __init__(
         self, pool: BrowserPool, log: ControlLogReader, clock: SupervisorClock, traces: Traces
@@ -42,7 +42,7 @@ class Observer:
 
     @property
     def repairs(self) -> Collection[Repaired]:
-        """The repairs that are over."""
+        """The completed repairs."""
         return self._repairs.values()
 
     @property
@@ -51,11 +51,11 @@ class Observer:
         return self._products
 
     def engine_of(self, browser_id: str) -> str:
-        """The kind of a browser; empty if there is none of this name."""
+        """The type of a browser; empty for an unknown one."""
         return self._engines.get(browser_id, "")
 
     async def look(self) -> None:
-        """Look at every browser, and read the log."""
+        """Update the state of every browser, and read the log."""
         with contextlib.suppress(PoolError):
             view = await self._pool.state()
             self._traces.note(view.launches.values())
@@ -66,23 +66,23 @@ class Observer:
                     self._products[record.id] = f"{record.facts.product} {record.facts.version}"
         await self._log.read()
 
-    async def until_whole(self, seconds: float = WHOLE_SECONDS) -> bool:
+    async def until_repaired(self, seconds: float = REPAIRED_SECONDS) -> bool:
         """Wait until every browser is in service, or replaced, with all its models."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             with contextlib.suppress(PoolError):
                 state = await self._pool.control()
                 self._take_repairs(state)
-                if is_whole(state):
+                if is_repaired(state):
                     await self.look()
                     return True
             await asyncio.sleep(_SETTLE_POLL_SECONDS)
         return False
 
     async def until_noticed(self, injected: Injected) -> None:
-        """Wait until the supervisor knows of a fault, if it must come to know."""
+        """Wait until the supervisor has detected a fault, if it should."""
         if injected.fault.kind is FaultKind.FULL_DISK and injected.until is not None:
-            await asyncio.sleep(injected.until - time.time())  # nothing could be logged meanwhile
+            await asyncio.sleep(injected.until - time.time())  # nothing can be logged until then
         if not injected.fault.dose.noticed:
             return
         quiet = injected.fault.dose.quiet
@@ -105,8 +105,8 @@ class Observer:
                 self._repairs[key] = Repaired(self._clock.ours(repair.began), ready, repair)
 
 
-def is_whole(state: PoolState) -> bool:
-    """Whether every browser that is wanted is in service, or another in its place, and has all."""
+def is_repaired(state: PoolState) -> bool:
+    """Whether every wanted browser or its replacement is in service with all its models."""
     records = state.browsers.values()
     if any(record.repair is not None or record.phase in COMING for record in records):
         return False

@@ -1,6 +1,6 @@
-"""What a chaos run is asked for, and how far it has come.
+"""The parameters of a chaos run, and its progress.
 
-Plain records for whoever asks for a run or watches one. This module must not ask or break anything.
+Plain records. This module must not run operations or inject faults.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from recovery.faults import Clock, Due, Schedule
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is asked for. `settle`: wait until every browser is back before the next fault;
-    `gated`: leave browsers alone whose circuit is open; `seconds`: of each operation, at most."""
+    """The parameters of a run. `settle`: wait until every browser is ready before the next fault;
+    `gated`: refuse faults on browsers whose circuit breaker is open; `seconds`: each operation's
+    deadline."""
 
     schedule: Schedule
     operations: int
@@ -26,14 +27,14 @@ class Plan:
     settings: Mapping[str, str] = field(default_factory=dict)
 
     def due(self, clock: Clock) -> list[Due]:
-        """The faults that happen by this clock, the first one first."""
+        """The faults scheduled by this clock, in order."""
         faults = (due for due in self.schedule.faults if due.clock is clock)
         return sorted(faults, key=lambda due: due.when)
 
 
 @dataclass
 class Progress:
-    """How a run is going, for whoever watches it."""
+    """The progress of a run, for display."""
 
     began: int = 0
     operations: list[OpRecord] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What the kernel says of processes of this machine: whether they live, may grow, may write.
+"""States of processes on this machine by the kernel: running, stopped, or limited.
 
 This module must not signal or limit a process.
 """
@@ -12,7 +12,7 @@ from recovery.faults import FaultKind, Injected
 
 
 def states(injected: Injected) -> dict[int, str]:
-    """What the kernel says of the processes that were hit. They must be on this machine."""
+    """The states of the processes that a fault hit. They must be on this machine."""
     return {pid: _state(pid, injected) for pid in injected.pids}
 
 
@@ -36,7 +36,7 @@ def _state(pid: int, injected: Injected) -> str:
 
 
 def resident_bytes(pid: int) -> int:
-    """What a process holds in memory; 0 for none, or one that is gone."""
+    """Resident memory of a process; 0 for pid 0 or a process that has ended."""
     try:
         return int(psutil.Process(pid).memory_info().rss) if pid else 0
     except psutil.Error:

@@ -1,6 +1,6 @@
-"""What is kept of a chaos run: every operation, every fault and what came of it, memory, leaked.
+"""The results of a chaos run: operations, faults and their outcomes, memory, leaked resources.
 
-Plain records that go to JSON and back. This module must not judge them (`report` does).
+Plain records, (de)serialised as JSON. This module must not evaluate them (`report` does).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from recovery.faults import Due, Injected, Schedule
 class OpRecord:
     """One operation, as its caller saw it. `at` is in seconds since the run began.
 
-    `struck`: what its attempts failed of on the way, as (category, browser's id, epoch). `wrong`:
-    it was answered, and with something else than without faults. `refused`: a full pool took it
-    not at all. `answers`: how many results came for it (1, if all is well).
+    `struck`: its failed attempts, as (category, browser's id, epoch). `wrong`: its answer differs
+    from the one without faults. `refused`: the pool was full. `answers`: the number of results
+    that it got (1 is right).
     """
 
     number: int
@@ -45,16 +45,16 @@ class OpRecord:
 
 @dataclass(frozen=True)
 class FaultRecord:
-    """One fault of the schedule and what came of it.
+    """One fault of the schedule and its outcome.
 
-    `outcome`: "happened" (something other than the injector shows it: `evidence`), "unseen" (it
-    was made, and nothing shows it), "refused" (by the gate, or its target was not in service),
-    "impossible" (this engine, back end or machine can't have it). `noticed`: the categories of the
-    failures that the supervisor logged of the target after it, in order; `noticed_ms`: from the
-    fault to the first of them. `right`: whether they are what such a fault must be noticed as.
-    `ladder`: the rungs that were tried, such as "2 MODERATE", and `repair_seconds` until the
-    browser, or another in its place, was ready again; None if there was no repair. `struck`: the
-    numbers of the operations that it cost an attempt.
+    `outcome`: "happened" (there is `evidence` from other sources than the injector), "unseen" (it
+    was injected, without evidence), "refused" (its target's breaker was open, or it was not in
+    service), "impossible" (on this engine, back end or machine). `noticed`: the categories of the
+    target's failures that the supervisor logged after it, in order; `noticed_ms`: from the fault
+    to the first of them. `right`: whether they are those expected of such a fault. `ladder`: the
+    rungs that were tried, such as "2 MODERATE", and `repair_seconds` until the browser or its
+    replacement was ready; None if there was no repair. `struck`: the numbers of the operations
+    that lost an attempt to it.
     """
 
     number: int
@@ -74,7 +74,7 @@ class FaultRecord:
 
 @dataclass(frozen=True)
 class MemorySample:
-    """Resident bytes after so many operations. `control` is of client, supervisor and history,
+    """Resident bytes after `operations`. `control` is of client, supervisor and history,
     `workers` of the browsers' Ray workers, `browsers` of all their process trees."""
 
     operations: int
@@ -86,7 +86,7 @@ class MemorySample:
 
 @dataclass(frozen=True)
 class ChaosRun:
-    """A run. `began` is wall time in seconds, `settings` what it was asked for, as plain values."""
+    """A run. `began` is wall time in seconds, `settings` its options as plain values."""
 
     seed: int
     began: float
@@ -99,12 +99,12 @@ class ChaosRun:
     faults: tuple[FaultRecord, ...]
     memory: tuple[MemorySample, ...] = ()
     leaked: tuple[str, ...] = ()
-    repaired: bool = True  # whether every browser was back, or replaced, in the end
+    repaired: bool = True  # whether every browser was repaired or replaced at the end
     notes: tuple[str, ...] = field(default=())
 
-    def with_leaked(self, left: tuple[str, ...]) -> ChaosRun:
-        """The same run, with what was left behind when its pool was closed."""
-        return replace(self, leaked=left)
+    def with_leaked(self, leaked: tuple[str, ...]) -> ChaosRun:
+        """The same run, with what its pool leaked."""
+        return replace(self, leaked=leaked)
 
     def to_json(self) -> str:
         return _RUN.dump_json(self, indent=1).decode()
@@ -120,7 +120,7 @@ def run_from_json(text: str | bytes) -> ChaosRun:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise BadInput(f"this is no account of a chaos run: {where}: {first['msg']}") from error
+        raise BadInput(f"not the JSON of a chaos run: {where}: {first['msg']}") from error
 
 
 def read_run(path: str | Path) -> ChaosRun:

@@ -1,6 +1,6 @@
-"""A chaos run in figures and words: what was promised, what held, and by how much.
+"""The report of a chaos run: checks, figures and tables.
 
-Pure but for `write_report`. This module must not draw (`charts` does) nor run anything.
+Pure except `write_report`. This module must not draw (`charts` does) nor run anything.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pool.chaos.records import ChaosRun, FaultRecord, MemorySample, OpRecord
 from recovery.errors import SetupError
 
 _Z = 1.96  # of a 95 % interval
-_MEMORY_OPERATIONS_MIN = 200  # below, growth says nothing
+_MEMORY_OPERATIONS_MIN = 200  # below, growth is not significant
 _GROWTH_MAX = 0.05
 _ROWS_MAX = 50
-_CHART_FOLDER_NOTE = "Install what draws pictures with `pip install 'tabpool[charts]'`."
+_CHART_FOLDER_NOTE = "For charts, install matplotlib: `pip install 'tabpool[charts]'`."
 
-# What the documents that the project came from say of theirs, in per cent. Not measured here.
+# Recovery rates claimed by the documents that the project is based on, in per cent; not measured.
 CLAIMED_BY_ENGINE = {"chrome": 92.5, "firefox": 94.2, "edge": 91.8, "safari": 78.3}
 CLAIMED_BY_MODEL = {
     "text": {"chrome": 91.2, "firefox": 88.5, "edge": 96.8, "safari": 79.2},
@@ -44,7 +44,7 @@ CLAIMED_BY_FAILURE = {
 
 
 class Share(NamedTuple):
-    """How many of how many, with a 95 % interval (Wilson's)."""
+    """`of` out of `n`, with Wilson's 95 % interval."""
 
     of: int
     n: int
@@ -61,7 +61,7 @@ class Share(NamedTuple):
 
 
 def share(of: int, n: int) -> Share:
-    """Wilson's score interval, which also serves where all or none succeed."""
+    """Wilson's score interval, which is also valid where all or none succeed."""
     if not n:
         return Share(0, 0, 0.0, 1.0)
     rate, square = of / n, _Z * _Z
@@ -87,15 +87,15 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 
 
 def answered_right(op: OpRecord) -> bool:
-    """A wrong answer is none, and a simulated one is not a browser's."""
+    """Whether a browser answered it correctly; simulated answers don't count."""
     return op.success and not op.wrong and not op.simulated
 
 
 def lost(run: ChaosRun) -> int:
-    """Operations that were asked and came to nothing: neither answer, failure nor refusal."""
-    asked = int(run.settings.get("operations", len(run.operations)))
+    """Requested operations without any result: neither answer, failure nor refusal."""
+    requested = int(run.settings.get("operations", len(run.operations)))
     silent = sum(not op.answers and not op.refused for op in run.operations)
-    return silent + max(asked - len(run.operations), 0)
+    return silent + max(requested - len(run.operations), 0)
 
 
 def summary(run: ChaosRun) -> dict[str, Any]:
@@ -167,8 +167,8 @@ def _figures(run: ChaosRun, faults: Sequence[FaultRecord]) -> dict[str, Any]:
 
 
 def by_model_and_engine(run: ChaosRun) -> dict[tuple[str, str], Share]:
-    """Of the operations that a fault cost an attempt, those answered right: by the model's type
-    and the engine that was broken."""
+    """Operations that lost an attempt to a fault and were answered correctly, by the model's type
+    and the engine hit by the fault."""
     ops = {op.number: op for op in run.operations}
     cells: dict[tuple[str, str], list[bool]] = {}
     for fault in run.faults:
@@ -180,10 +180,10 @@ def by_model_and_engine(run: ChaosRun) -> dict[tuple[str, str], Share]:
 
 
 def growth(memory: Sequence[MemorySample]) -> dict[str, Any] | None:
-    """How much resident memory grew after warm-up, in all and by process; None: too few samples.
+    """Growth of resident memory after warm-up, in total and by process; None: too few samples.
 
     From the median of the samples between 10 and 20 % of the operations to that of the last 10 %.
-    A process that was restarted meanwhile only counts within the sum.
+    A process that was restarted meanwhile counts only in the total.
     """
     if len(memory) < 10:
         return None
@@ -214,14 +214,14 @@ def growth(memory: Sequence[MemorySample]) -> dict[str, Any] | None:
 
 
 def verdict(run: ChaosRun) -> list[tuple[str, bool]]:
-    """What was promised, in words, and whether it held."""
+    """The checks, in words, and whether each passes."""
     total = summary(run)["operations"]
-    silent = [fault for fault in run.faults if fault.right is False]
+    misdetected = [fault for fault in run.faults if fault.right is False]
     unseen = [fault for fault in run.faults if fault.outcome == "unseen"]
     checks = [
         (
             (
-                f"{total['asked']} operations asked, {total['answered']} answered, "
+                f"{total['asked']} operations requested, {total['answered']} answered, "
                 f"{total['recovered']} of them after a fault"
             ),
             total["answered"] == total["asked"] - total["refused"],
@@ -230,29 +230,31 @@ def verdict(run: ChaosRun) -> list[tuple[str, bool]]:
         (f"{total['lost']} lost", not total["lost"]),
         (f"{total['answered_twice']} answered twice", not total["answered_twice"]),
         (f"{total['simulated']} simulated", not total["simulated"]),
-        ("every browser was back in the end", run.repaired),
+        ("every browser repaired or replaced at the end", run.repaired),
         (
-            "nothing left behind" if not run.leaked else f"left: {', '.join(run.leaked)}",
+            "no leaked processes, profiles or ports"
+            if not run.leaked
+            else f"leaked: {', '.join(run.leaked)}",
             not run.leaked,
         ),
         (
             (
-                f"{len(run.faults) - len(unseen)} of {len(run.faults)} faults seen by others than "
-                "the injector, refused or impossible"
+                f"{len(run.faults) - len(unseen)} of {len(run.faults)} faults confirmed by other "
+                "sources than the injector, refused or impossible"
             ),
             not unseen,
         ),
         (
-            "every fault noticed as what it is"
-            if not silent
-            else f"noticed otherwise: {', '.join(str(f.due.fault) for f in silent[:5])}",
-            not silent,
+            "every fault detected as the right category"
+            if not misdetected
+            else f"misdetected: {', '.join(str(f.due.fault) for f in misdetected[:5])}",
+            not misdetected,
         ),
     ]
     grown = growth(run.memory)
     if grown is not None:
         by = grown["all"]["growth"]
-        words = f"the control plane's memory grew by {100 * by:.1f} % after warm-up (goal: below 5)"
+        words = f"the control plane's memory grew by {100 * by:.1f} % after warm-up (limit: 5)"
         checks.append((words, by < _GROWTH_MAX))
     return checks
 
@@ -282,17 +284,17 @@ def write_report(run: ChaosRun, folder: Path) -> list[Path]:
 
 
 def markdown(run: ChaosRun, drawn: Mapping[str, str] | None = None, note: str = "") -> str:
-    """The report. `drawn`: file names of charts by their titles."""
+    """The report as Markdown. `drawn`: file names of charts by their titles."""
     drawn, figures = drawn or {}, summary(run)
     settings = ", ".join(f"{name} {value}" for name, value in run.settings.items())
     lines = [
         "# Chaos report",
         "",
-        *(f"- {'ok' if holds else '**NOT**'}: {words}" for words, holds in verdict(run)),
+        *(f"- {'ok' if holds else '**FAILED**'}: {words}" for words, holds in verdict(run)),
         "",
         (
             f"Seed {run.seed}, {run.seconds:.0f} s: {settings}. The faults are in `plan.json`; "
-            "`tabpool chaos --plan plan.json` with the same options runs them again."
+            "`tabpool chaos --plan plan.json` with the same options repeats them."
         ),
         "",
         (
@@ -301,8 +303,8 @@ def markdown(run: ChaosRun, drawn: Mapping[str, str] | None = None, note: str = 
         ),
         "",
         (
-            f"All operations answered right: {_share(figures['operations']['right'])}, with a 95 % "
-            "interval."
+            f"All operations answered correctly: {_share(figures['operations']['right'])}, with a "
+            "95 % interval."
         ),
         "",
     ]
@@ -312,7 +314,7 @@ def markdown(run: ChaosRun, drawn: Mapping[str, str] | None = None, note: str = 
         lines += [f"![{title}]({name})", ""]
     lines += ["## By fault", "", *_fault_table(figures["by_fault"]), ""]
     lines += ["## By engine", "", *_engine_table(figures["by_engine"]), ""]
-    lines += ["## By what a fault was noticed as", "", *_failure_table(figures["by_failure"]), ""]
+    lines += ["## By detected category", "", *_failure_table(figures["by_failure"]), ""]
     lines += ["## By model and engine", "", *_model_table(by_model_and_engine(run)), ""]
     lines += ["## Memory of the control plane", "", *_memory_table(figures["memory"]), ""]
     lines += _odd_faults(run.faults)
@@ -342,13 +344,13 @@ def _pair(plain: Mapping[str, Any] | None, digits: int) -> str:
 def _fault_table(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
     head = (
         "fault",
-        "made",
-        "seen by others",
-        "first noticed as",
-        "noticed, ms: median / p95 (n)",
-        "repaired, s: median / p95 (n)",
-        "operations struck and answered right",
-        "usual path",
+        "injected",
+        "confirmed",
+        "first detected as",
+        "detected after, ms: median / p95 (n)",
+        "repaired after, s: median / p95 (n)",
+        "operations hit and answered correctly",
+        "most frequent rungs",
     )
     rows = [
         (
@@ -370,9 +372,9 @@ def _engine_table(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
     head = (
         "engine",
         "faults",
-        "noticed, ms: median / p95 (n)",
-        "repaired, s: median / p95 (n)",
-        "operations struck and answered right",
+        "detected after, ms: median / p95 (n)",
+        "repaired after, s: median / p95 (n)",
+        "operations hit and answered correctly",
         "claimed by the source documents, not measured",
     )
     rows = [
@@ -391,9 +393,9 @@ def _engine_table(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _failure_table(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
     head = (
-        "last noticed as",
+        "last detected as",
         "faults",
-        "operations struck and answered right",
+        "operations hit and answered correctly",
         "claimed by the source documents, not measured",
     )
     rows = [
@@ -409,7 +411,7 @@ def _failure_table(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _model_table(cells: Mapping[tuple[str, str], Share]) -> list[str]:
-    head = ("model", "engine", "operations struck and answered right", "claimed, not measured")
+    head = ("model", "engine", "operations hit and answered correctly", "claimed, not measured")
     rows = []
     for (model, engine), one in sorted(cells.items()):
         claimed = CLAIMED_BY_MODEL.get(model, {}).get(engine)
@@ -419,7 +421,7 @@ def _model_table(cells: Mapping[tuple[str, str], Share]) -> list[str]:
 
 def _memory_table(grown: Mapping[str, Any] | None) -> list[str]:
     if grown is None:
-        return ["Too few operations to tell."]
+        return ["Too few operations."]
     rows = [
         (
             name,
@@ -429,7 +431,7 @@ def _memory_table(grown: Mapping[str, Any] | None) -> list[str]:
         )
         for name, one in grown.items()
     ]
-    return table(("process", "MiB after warm-up", "MiB in the end", "growth"), rows)
+    return table(("process", "MiB after warm-up", "MiB at the end", "growth"), rows)
 
 
 def _odd_faults(faults: Sequence[FaultRecord]) -> list[str]:
@@ -441,14 +443,14 @@ def _odd_faults(faults: Sequence[FaultRecord]) -> list[str]:
             fault.number + 1,
             fault.due.fault,
             fault.outcome,
-            fault.why or (f"noticed as {', '.join(fault.noticed) or 'nothing'}"),
+            fault.why or (f"detected as {', '.join(fault.noticed) or 'nothing'}"),
         )
         for fault in odd[:_ROWS_MAX]
     ]
     more = [f"{len(odd) - _ROWS_MAX} more."] if len(odd) > _ROWS_MAX else []
     head = ("fault", "what", "outcome", "why")
     return [
-        "## Faults that did not happen, or were not noticed as what they are",
+        "## Faults that did not happen, or were detected as another category",
         "",
         *table(head, rows),
         "",

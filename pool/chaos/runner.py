@@ -1,8 +1,8 @@
-"""One chaos run: operations are asked, faults happen as the schedule says, and all is written down.
+"""One chaos run: sends operations, injects faults by the schedule, and records the results.
 
-A face that delegates: `asking` asks, `injections` has faults made, `watch`, `observer`,
-`control_log` and `memory` look, `attribution` puts together what came of each fault. Nothing that
-operations need waits for what is gathered here. This module must not choose, make or judge faults.
+It delegates: `asking` sends operations, `injections` triggers faults, `watch`, `observer`,
+`control_log` and `memory` observe, `attribution` assigns observations to faults. Observing must
+not delay operations. This module must not choose, inject or evaluate faults.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from pool.background import BackgroundTasks
-from pool.chaos.asking import Asker, Tell
+from pool.chaos.asking import Asker, OnBadResult
 from pool.chaos.attribution import Gathered, attributed
 from pool.chaos.clock import SupervisorClock
 from pool.chaos.control_log import ControlLogReader
@@ -27,14 +27,14 @@ from pool.doctor import machine
 from pool.leaks import Traces
 from pool.pool import BrowserPool
 
-_SAMPLE_EVERY = 20  # operations, between two looks at memory
+_SAMPLE_EVERY = 20  # operations, between two memory samples
 
 
 class ChaosRunner:
     """A run on a pool that is open, with `workload` loaded.
 
-    `tell` is called with each result that failed or was wrong, as it comes; `on_node_death`, which
-    may block, after a node was killed: it may start another.
+    `on_bad_result` is called with each failed or wrong result; `on_node_death`, which may block,
+    after a node was killed: it may start another.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class ChaosRunner:
         workload: Workload,
         plan: Plan,
         *,
-        tell: Tell = lambda *_: None,
+        on_bad_result: OnBadResult = lambda *_: None,
         on_node_death: Callable[[], None] = lambda: None,
     ) -> None:
         self.progress = Progress()
         self._plan = plan
         self._began = time.monotonic()
-        self._tasks = BackgroundTasks()  # what looks on beside the operations
+        self._tasks = BackgroundTasks()  # observers, concurrent with the operations
         self._traces = Traces()
         clock = SupervisorClock()
         self._log = ControlLogReader(pool, clock)
@@ -72,11 +72,11 @@ class ChaosRunner:
             seconds=plan.seconds,
             elapsed=self._elapsed,
             on_step=self._injections.on_step,
-            tell=tell,
+            on_bad_result=on_bad_result,
         )
 
     async def run(self) -> ChaosRun:
-        """All of it. The pool is left open, and is whole again if it can be."""
+        """Carry out the run. The pool stays open; repairs are awaited, within a limit."""
         plan = self._plan
         await self._observer.look()
         await self._memory.take(0)
@@ -89,7 +89,7 @@ class ChaosRunner:
             timed.cancel()
             await asyncio.gather(timed, return_exceptions=True)
         await self._injections.until_noticed()
-        whole = await self._observer.until_whole()
+        repaired = await self._observer.until_repaired()
         seconds = self._elapsed()
         errors = await self._tasks.finish()
         await self._memory.take(plan.operations)
@@ -106,12 +106,12 @@ class ChaosRunner:
             tuple(sorted(self.progress.operations, key=lambda op: op.number)),
             tuple(sorted(self.progress.faults, key=lambda fault: fault.number)),
             tuple(self._memory.samples),
-            repaired=whole,
+            repaired=repaired,
             notes=tuple(map(repr, errors)),
         )
 
-    async def left_behind(self) -> tuple[str, ...]:
-        """What is left of any browser of the run, once its pool is closed."""
+    async def leaked(self) -> tuple[str, ...]:
+        """What the run's browsers leaked; call it once the pool is closed."""
         return tuple(await self._traces.left())
 
     def _elapsed(self) -> float:

@@ -1,6 +1,6 @@
-"""What a chaos run shows while it goes on: a live picture on a terminal, else a line a fault.
+"""Progress of a chaos run: a live view on a terminal, else a line per fault.
 
-This module must not wait for anything that operations need.
+This module must not delay operations.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pool.chaos.runner import ChaosRunner
 from pool.pool import BrowserPool
 from recovery.errors import PoolError
 
-_LOOK_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 _FAULTS_SHOWN = 12
 
 
@@ -28,7 +28,7 @@ _FAULTS_SHOWN = 12
 async def shown(
     console: Console, pool: BrowserPool, runner: ChaosRunner, operations: int
 ) -> AsyncIterator[None]:
-    """Show how a run goes for as long as this is open."""
+    """Show the progress of a run within this context."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -38,41 +38,41 @@ async def shown(
     )
     task = bar.add_task("operations", total=operations)
     live = Live(console=console, auto_refresh=False, transient=True)
-    told = 0
+    printed = 0
 
-    async def look() -> None:
-        nonlocal told
+    async def update() -> None:
+        nonlocal printed
         bar.update(task, completed=len(runner.progress.operations))
         if not console.is_terminal:
-            for record in runner.progress.faults[told:]:
+            for record in runner.progress.faults[printed:]:
                 console.print(fault_line(record), highlight=False, markup=False, soft_wrap=True)
-            told = len(runner.progress.faults)
+            printed = len(runner.progress.faults)
             return
         with contextlib.suppress(PoolError):
             live.update(picture(pool, runner, bar), refresh=True)
 
-    async def keep_looking() -> None:
+    async def keep_updating() -> None:
         while True:
-            await look()
-            await asyncio.sleep(_LOOK_SECONDS)
+            await update()
+            await asyncio.sleep(_POLL_SECONDS)
 
     if console.is_terminal:
         live.start()
-    looking = asyncio.create_task(keep_looking(), name="looking")
+    updating = asyncio.create_task(keep_updating(), name="chaos view")
     try:
         yield
     finally:
-        looking.cancel()
-        await asyncio.gather(looking, return_exceptions=True)
-        await look()
+        updating.cancel()
+        await asyncio.gather(updating, return_exceptions=True)
+        await update()
         live.stop()
 
 
 def picture(pool: BrowserPool, runner: ChaosRunner, bar: Progress) -> RenderableType:
-    """Progress, browsers and the last faults."""
+    """Progress, browsers and the latest faults."""
     progress = runner.progress
     counts = Text(
-        f"{len(progress.operations)} asked, "
+        f"{len(progress.operations)} finished, "
         f"{sum(op.success for op in progress.operations)} answered, "
         f"{sum(op.recovered for op in progress.operations)} recovered, "
     )
@@ -81,7 +81,7 @@ def picture(pool: BrowserPool, runner: ChaosRunner, bar: Progress) -> Renderable
     if progress.waiting_for:
         counts.append(f"   waiting for {progress.waiting_for}", style="dim")
     table = Table(box=None, pad_edge=False)
-    for column in ("browser", "queue", "served", "models", "is"):
+    for column in ("browser", "queue", "served", "models", "state"):
         table.add_column(column, justify="right" if column in ("queue", "served") else "left")
     for host in pool.hosts():
         table.add_row(
@@ -96,7 +96,7 @@ def picture(pool: BrowserPool, runner: ChaosRunner, bar: Progress) -> Renderable
 
 
 def fault_line(record: FaultRecord) -> str:
-    """One fault, as a line."""
+    """One fault as a line."""
     made = record.injected
     if made is None:
         return f"{record.number + 1:4d}  {record.due.fault}: {record.outcome}: {record.why}"

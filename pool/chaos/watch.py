@@ -1,7 +1,8 @@
-"""What each fault did, seen with other eyes than those of whoever made it.
+"""Observes the effects of each fault, independently of the injector.
 
-The kernel, the page, the log and the supervisor's term are asked after each one, beside the
-operations. This module must not weigh what it sees (`evidence` does), nor ask the injector.
+It checks the kernel, the page, the log and the supervisor's term after each fault, concurrently
+with the operations. This module must not evaluate its observations (`evidence` does), nor ask the
+injector.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from pool.pool import BrowserPool
 from recovery.errors import PoolError
 from recovery.faults import Due, FaultKind, Injected
 
-_ENDED_SECONDS = 3.0  # within which a process that was killed must be gone
+_ENDED_SECONDS = 3.0  # within which a killed process must have ended
 _ENDED_POLL_SECONDS = 0.05
-_GROWN_SECONDS = 1.2  # within which a browser that is to grow must have grown
+_GROWN_SECONDS = 1.2  # within which a browser must have allocated the memory
 _TERM_POLL_SECONDS = 0.2
 _SUPERVISOR_AWAY_SECONDS = 30.0
 
 
 class Before(NamedTuple):
-    """How things were before a fault that changes them."""
+    """Values before a fault that changes them."""
 
     term: int = 0
     tree_bytes: int = 0
@@ -37,7 +38,7 @@ class Before(NamedTuple):
 
 
 class FaultWatch:
-    """What was seen of each fault of a run. `on_node_death`, which may block, is called after a
+    """The observations of each fault of a run. `on_node_death`, which may block, is called after a
     node was killed: it may start another."""
 
     def __init__(
@@ -59,7 +60,7 @@ class FaultWatch:
         return self._seen
 
     async def before(self, due: Due) -> Before:
-        """How things are before this fault."""
+        """The values that this fault will change."""
         match due.fault.kind:
             case FaultKind.SUPERVISOR_DEATH:
                 return Before(term=(await self._pool.control()).term)
@@ -70,20 +71,20 @@ class FaultWatch:
         return Before()
 
     def start(self, number: int, injected: Injected, before: Before) -> None:
-        """See beside the operations what fault `number` did."""
+        """Observe fault `number` in the background."""
         self._tasks.start(self.watch(number, injected, before), "watch")
 
     async def watch(self, number: int, injected: Injected, before: Before) -> None:
-        """See what fault `number` did."""
+        """Observe the effects of fault `number`."""
         kind = injected.fault.kind
         grows = kind is FaultKind.MEMORY_EXHAUSTION
         if kind is FaultKind.FULL_DISK:
-            await self._log.have_something_logged()  # or not, which is the point
+            await self._log.log_an_event()  # fails while the disk is full
         delay = injected.at + (_GROWN_SECONDS if grows else 0.0) - time.time()
         await asyncio.sleep(max(delay, 0.01))
         processes = states(injected)
         deadline = time.monotonic() + (_ENDED_SECONDS if kind in ENDS else 0.0)
-        # The kernel tells of a process's end only whoever started it.
+        # The kernel reports a process's end only to its parent: poll.
         while set(processes.values()) - {GONE} and time.monotonic() < deadline:
             await asyncio.sleep(_ENDED_POLL_SECONDS)
             processes = states(injected)

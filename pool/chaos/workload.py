@@ -1,8 +1,8 @@
-"""What a chaos run asks: a few questions of each kind of model, and the answers without faults.
+"""The operations of a chaos run: a few inputs for each kind of model, and the expected answers.
 
-An answer is right if it has the bits that the pool gave before anything was broken; on another
-back end than WASM, if it is as near as the model's tolerance says. What a single model answers is
-compared with native onnxruntime beforehand. This module must not break anything.
+An answer is right if it is bit-identical with the one that the pool gave before any fault; on
+other back ends than WASM, if it is within the tolerance. Answers of single models are compared
+with native onnxruntime beforehand. This module must not inject faults.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from sharding.models.native import NativeSession
 
 Array = np.ndarray[Any, Any]
 PAGE = Path(__file__).parents[1] / "assets" / "page.npz"
-_NATIVE_ATOL = 1e-3  # WASM kernels round otherwise than native ones; int8 models most: 1e-4 seen
-_QUESTIONS = 4  # of each model: more would only be more to compare
+_NATIVE_ATOL = 1e-3  # WASM kernels round differently from native ones; int8 models most: 1e-4 seen
+_QUESTIONS = 4  # per model
 _RECOGNISER = "ch_PP-OCRv4_rec_infer"
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question to one model. `op` as `run_with_recovery` takes it."""
+    """One operation on one model. `op` as for `run_with_recovery`."""
 
     model: str
     type: ModelType
@@ -46,7 +46,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Source:
-    """A model of the workload: where it is, how it is loaded, what it is asked."""
+    """A model of the workload: its path, how it is loaded, its inputs."""
 
     name: str
     type: ModelType
@@ -58,7 +58,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Expected:
-    """The answer to a question without faults."""
+    """The answer without faults."""
 
     outputs: Mapping[str, Array]
     backend: Backend | None
@@ -109,7 +109,7 @@ def _made_up(entry: ModelEntry) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def known_sources() -> dict[str, Callable[[], Source]]:
-    """The models that tabpool has at hand, by the words that `--model` takes."""
+    """The bundled models by the names that `--model` takes."""
     return {
         "text": lambda: Source("text", ModelType.TEXT, minilm_folder(), _sentences),
         "audio": lambda: Source("audio", ModelType.AUDIO, silero_vad_path(), _frames),
@@ -128,7 +128,7 @@ def known_sources() -> dict[str, Callable[[], Source]]:
 
 
 def source_of(word: str) -> Source:
-    """The source that `--model` means: a known word, or the path of a model."""
+    """The source for a `--model` name or path. Raises `BadInput`."""
     known = known_sources()
     if word in known:
         return known[word]()
@@ -145,7 +145,7 @@ def source_of(word: str) -> Source:
 
 
 class Workload:
-    """Questions to loaded models, one after the other, and what is right."""
+    """Questions to loaded models, in turn, and the expected answers."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources = tuple(sources)
@@ -153,12 +153,12 @@ class Workload:
         self._expected: list[Expected] = []
 
     def of(self, number: int) -> Question:
-        """The question of operation `number`: each model has its turn."""
+        """The question of operation `number`; models take turns."""
         return self._questions[number % len(self._questions)]
 
     async def load(self, pool: BrowserPool) -> None:
-        """Load every model and learn the right answers. Raises `InternalError` for a pool that
-        computes something else than native onnxruntime before anything is broken."""
+        """Load every model and record the expected answers. Raises `InternalError` if the pool's
+        answers differ from native onnxruntime before any fault."""
         by_model: list[list[Question]] = []
         for source in self._sources:
             entry = await pool.load(
@@ -175,7 +175,7 @@ class Workload:
             result = await pool.run_with_recovery(question.model, question.op, question.inputs)
             if not result.success:
                 raise OperationFailed(
-                    f"{question} failed before anything was broken: {result.error}"
+                    f"{question} failed before any fault was injected: {result.error}"
                 )
             self._questions.append(question)
             self._expected.append(Expected(result.outputs, result.backend))
@@ -188,12 +188,12 @@ class Workload:
             if not np.allclose(got, right, rtol=1e-3, atol=_NATIVE_ATOL):
                 off = float(np.abs(got - right).max())
                 raise InternalError(
-                    f"{question.model}: {name} on {result.backend} is {off:g} off from what native "
-                    "onnxruntime computes, before anything was broken"
+                    f"{question.model}: {name} on {result.backend} differs by {off:g} from native "
+                    "onnxruntime, before any fault was injected"
                 )
 
     def right(self, number: int, result: Result) -> bool:
-        """Whether an answered operation's answer is what it is without faults."""
+        """Whether an operation's answer is the one without faults."""
         expected = self._expected[number % len(self._questions)]
         exact = result.backend is expected.backend is Backend.WASM or expected.backend is None
         if result.outputs.keys() != expected.outputs.keys():
@@ -204,7 +204,7 @@ class Workload:
 
 
 def native_answer(entry: ModelEntry, question: Question) -> Mapping[str, Array]:
-    """What native onnxruntime makes of a question to a model that is not cut. Blocks."""
+    """The answer of native onnxruntime, for a model that is not cut. Blocks."""
     operation = OperationRegistry().get(question.op)
     assert isinstance(operation, GraphOperation), f"{question.op} is more than one graph"
     tensors = operation.prepare(entry, question.inputs, encoder_for(entry))

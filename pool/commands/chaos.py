@@ -1,7 +1,7 @@
-"""`tabpool chaos`: break browsers on purpose while they work, and report what came of it.
+"""`tabpool chaos`: inject faults into browsers under load, and report the outcome.
 
-It reads options, opens a pool, lets `runner` (or `matrix`) work and `report` write. This module
-must not make a fault itself.
+It reads options, opens a pool, runs `runner` (or `matrix`) and has `report` write. This module
+must not inject a fault itself.
 """
 
 from __future__ import annotations
@@ -41,82 +41,82 @@ from recovery.faults import (
 from recovery.kinds import BrowserType
 
 EPILOG = (
-    "Example: `tabpool chaos --ops 100 --seed 7 --report out` asks 100 operations of four "
-    "browsers, breaks one of them each 10 operations, compares every answer with the one without "
-    "faults, and writes out/report.md with charts. `--plan out/plan.json` runs the same faults "
-    "again. `--faults tab_crash,full_disk` chooses, `--faults all,-wrong_answer` leaves out. "
-    "`tabpool chaos --list` says what each fault does, and which level survives it. "
-    "`tabpool chaos --matrix --quick` tries each kind of failure on each browser and model. "
-    "Exit code 0 if every promise was kept, 1 if not."
+    "Example: `tabpool chaos --ops 100 --seed 7 --report out` sends 100 operations to four "
+    "browsers, injects a fault every 10 operations, compares every answer with the one computed "
+    "without faults, and writes out/report.md with charts. `--plan out/plan.json` repeats the same "
+    "faults. `--faults tab_crash,full_disk` selects faults, `--faults all,-wrong_answer` excludes "
+    "some. `tabpool chaos --list` lists what each fault does and which level survives it. "
+    "`tabpool chaos --matrix --quick` tests each kind of failure on each browser and model. "
+    "Exit code 0 if all checks pass, 1 if not."
 )
 _BROWSERS = "chrome=2,firefox=1,safari=1"
 _DEFAULT = PoolConfig()
 
 
 def chaos(
-    ops: Annotated[int, typer.Option(help="How many operations to ask in all.")] = 100,
+    ops: Annotated[int, typer.Option(help="Number of operations to run.")] = 100,
     seed: Annotated[
         int | None,
-        typer.Option(help="The same seed draws the same faults; by default a new one, printed."),
+        typer.Option(help="Seed for drawing the faults; by default random, and printed."),
     ] = None,
     level: Annotated[
-        str, typer.Option(help="The pool's level: none, low, medium, high or critical.")
+        str, typer.Option(help="Recovery level of the pool: none, low, medium, high or critical.")
     ] = "high",
     strategy: Annotated[
-        str, typer.Option(help="The order of recovery actions, as BrowserPool takes it.")
+        str, typer.Option(help="Order of recovery actions, as for BrowserPool(strategy=).")
     ] = _DEFAULT.strategy,
     faults: Annotated[
         str,
         typer.Option(
-            help="Which faults, separated by commas; `all`, and `-name` to leave one out."
+            help="Faults to inject, separated by commas; `all` for all, `-NAME` to exclude one."
         ),
     ] = "all,-wrong_answer",
     intensity: Annotated[
-        str, typer.Option(help="How hard: any of mild, moderate, severe.")
+        str, typer.Option(help="Intensities to draw from: any of mild, moderate, severe.")
     ] = "mild,moderate,severe",
-    every: Annotated[float, typer.Option(help="A fault each so many operations.")] = 10,
+    every: Annotated[float, typer.Option(help="Inject a fault every this many operations.")] = 10,
     browsers: Annotated[
-        str, typer.Option(help="Which browsers, and how many of each: chrome=2,firefox=1,safari=1.")
+        str,
+        typer.Option(help="Browsers and how many of each: chrome=2,firefox=1,safari=1."),
     ] = _BROWSERS,
     model: Annotated[
         str,
         typer.Option(
-            help="What to ask, separated by commas: text, audio, vision, multimodal, llama (models "
-            "that come with tabpool or its npm packages), or paths of models."
+            help="Models to run, separated by commas: text, audio, vision, multimodal, llama "
+            "(these come with tabpool or its npm packages), or paths of models."
         ),
     ] = "text",
-    backend: Annotated[str, typer.Option(help="auto, wasm, webgpu or webnn.")] = "wasm",
-    at_once: Annotated[int, typer.Option(help="Operations under way at a time.")] = 4,
+    backend: Annotated[str, typer.Option(help="Back end: auto, wasm, webgpu or webnn.")] = "wasm",
+    at_once: Annotated[int, typer.Option(help="Concurrent operations.")] = 4,
     nodes: Annotated[
-        int, typer.Option(help="Ray nodes on this machine: faults that take a node need 2.")
+        int, typer.Option(help="Ray nodes to start on this machine; node_death needs 2.")
     ] = 1,
     ungated: Annotated[
-        bool, typer.Option("--ungated", help="Also break browsers whose circuit is open.")
+        bool, typer.Option("--ungated", help="Also break browsers whose circuit breaker is open.")
     ] = False,
     overlap: Annotated[
         bool,
-        typer.Option("--overlap", help="Break the next before what is broken has been repaired."),
+        typer.Option("--overlap", help="Inject faults without waiting for earlier repairs."),
     ] = False,
-    deadline: Annotated[float, typer.Option(help="Seconds that an operation may take.")] = 120.0,
+    deadline: Annotated[float, typer.Option(help="Deadline of an operation, in seconds.")] = 120.0,
     plan: Annotated[
-        Path | None, typer.Option(help="A plan.json of another run: the same faults again.")
+        Path | None, typer.Option(help="A plan.json of an earlier run: inject the same faults.")
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="A folder for report.md, run.json, plan.json and charts.")
+        Path | None,
+        typer.Option(help="Folder for report.md, run.json, plan.json and charts."),
     ] = None,
     with_data: Annotated[
-        bool, typer.Option("--with-data", help="Failure bundles hold inputs and outputs, too.")
+        bool, typer.Option("--with-data", help="Include inputs and outputs in failure bundles.")
     ] = False,
     list_faults: Annotated[
-        bool, typer.Option("--list", help="Say what each fault does, and break nothing.")
+        bool, typer.Option("--list", help="List the faults and what each does, then exit.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the account as JSON instead of words.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     matrix: Annotated[
         bool,
         typer.Option(
-            "--matrix", help="Try each failure on each browser, model type and platform instead."
+            "--matrix", help="Test each failure on each browser, model type and platform instead."
         ),
     ] = False,
     quick: Annotated[
@@ -126,45 +126,46 @@ def chaos(
         bool, typer.Option("--full", help="Matrix: every browser, model type, failure, intensity.")
     ] = False,
     models: Annotated[
-        str, typer.Option(help="Matrix: of text, audio, vision, multimodal; by default all.")
+        str, typer.Option(help="Matrix: any of text, audio, vision, multimodal; by default all.")
     ] = "",
     platforms: Annotated[
-        str, typer.Option(help="Matrix: of wasm, webgpu, webnn; by default wasm.")
+        str, typer.Option(help="Matrix: any of wasm, webgpu, webnn; by default wasm.")
     ] = "wasm",
     no_failures: Annotated[
-        bool, typer.Option("--no-failures", help="Matrix: break nothing, only ask.")
+        bool, typer.Option("--no-failures", help="Matrix: run the operations without faults.")
     ] = False,
-    test_timeout: Annotated[float, typer.Option(help="Matrix: seconds for one cell.")] = 90.0,
-    retry_count: Annotated[
-        int, typer.Option(help="Matrix: how often a cell that failed is tried again.")
-    ] = 0,
-    workers: Annotated[int, typer.Option(help="Matrix: operations under way at a time.")] = 2,
+    test_timeout: Annotated[
+        float,
+        typer.Option(help="Matrix: deadline of an operation in seconds; a cell gets twice that."),
+    ] = 90.0,
+    retry_count: Annotated[int, typer.Option(help="Matrix: retries of a failed cell.")] = 0,
+    workers: Annotated[int, typer.Option(help="Matrix: concurrent operations.")] = 2,
     simulate: Annotated[
         bool,
         typer.Option(
             "--simulate",
-            help="Matrix: where a browser is missing, native onnxruntime answers; labelled as "
-            "simulated, and counted apart.",
+            help="Matrix: run native onnxruntime in place of a missing browser; such cells are "
+            "labelled simulated and counted separately.",
         ),
     ] = False,
 ) -> None:
-    """Break browsers on purpose while they work, and report what came of it."""
+    """Inject faults into browsers under load, and report the outcome."""
     console = Console(stderr=as_json)
     if list_faults:
         _list(console)
         return
     kinds = parse_faults(faults)
-    hows = [_word(Intensity, word, "--intensity") for word in _split(intensity)]
+    intensities = [_word(Intensity, word, "--intensity") for word in _split(intensity)]
     if ops < 1 or at_once < 1 or nodes < 1:
-        raise BadInput("--ops, --at-once and --nodes: expected whole numbers over 0.")
+        raise BadInput("--ops, --at-once and --nodes: expected whole numbers of at least 1.")
     if matrix:
-        asked = matrices.MatrixPlan(
+        matrix_plan = matrices.MatrixPlan(
             seed=secrets.randbelow(1 << 31) if seed is None else seed,
             browsers=_split(browsers) if browsers != _BROWSERS else (),
             models=_split(models),
             platforms=_split(platforms),
             kinds=() if no_failures else tuple(kinds),
-            intensities=tuple(hows),
+            intensities=tuple(intensities),
             level=level,
             strategy=strategy,
             operations=ops if ops != 100 else 12,
@@ -175,14 +176,14 @@ def chaos(
             quick=quick,
             full=full,
         )
-        raise typer.Exit(matrices.run(asked, console, report, as_json=as_json))
+        raise typer.Exit(matrices.run(matrix_plan, console, report, as_json=as_json))
     counts = parse_browsers(browsers)
     if plan is not None:
         schedule = read_schedule(plan)
     else:
         drawn = secrets.randbelow(1 << 31) if seed is None else seed
         schedule = draw_schedule(
-            drawn, _slots(counts), until=ops, every=every, kinds=kinds, intensities=hows
+            drawn, _slots(counts), until=ops, every=every, kinds=kinds, intensities=intensities
         )
     settings = {
         "level": level,
@@ -200,7 +201,7 @@ def chaos(
     }
     bundles = BundleWriter(report, schedule, settings, with_data=with_data)
     run = run_chaos(console, schedule, settings, bundles)
-    raise typer.Exit(_tell(console, run, report, as_json))
+    raise typer.Exit(_print_results(console, run, report, as_json))
 
 
 def run_chaos(
@@ -209,7 +210,7 @@ def run_chaos(
     settings: Mapping[str, str],
     bundles: BundleWriter | None = None,
 ) -> ChaosRun:
-    """A run as `settings` (those of a `ChaosRun`) say. Raises `BadInput` for those that can't be.
+    """Run as `settings` (those of a `ChaosRun`) say. Raises `BadInput` for invalid ones.
 
     Blocks until its pool is closed.
     """
@@ -231,7 +232,7 @@ def run_chaos(
 
 
 def chaos_again(console: Console, chaos: Mapping[str, Any]) -> int:
-    """Run again what a failure bundle says of its chaos run, up to the operation that failed.
+    """Repeat the chaos run of a failure bundle, up to the operation that failed.
 
     Returns the exit code. Raises `BadInput`.
     """
@@ -241,7 +242,7 @@ def chaos_again(console: Console, chaos: Mapping[str, Any]) -> int:
         run = run_chaos(console, schedule, settings)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"the bundle's chaos run is incomplete: {error!r}") from error
-    return _tell(console, run, None, as_json=False)
+    return _print_results(console, run, None, as_json=False)
 
 
 async def _chaos(
@@ -261,34 +262,34 @@ async def _chaos(
     try:
         pool = chaos_pool(counts, address=address, **options)
         async with pool:
-            with console.status("loading models, and asking them before anything is broken ..."):
+            with console.status("loading models and computing the expected answers ..."):
                 await workload.load(pool)
             runner = ChaosRunner(
                 pool,
                 workload,
                 plan,
-                tell=bundles.keep if bundles else lambda *_: None,
+                on_bad_result=bundles.write if bundles else lambda *_: None,
                 on_node_death=cluster.fill_up if cluster else lambda: None,
             )
             if bundles is not None:
-                bundles.look_at(pool)
+                bundles.attach(pool)
             async with shown(console, pool, runner, plan.operations):
                 run = await runner.run()
             if bundles is not None:
                 await bundles.done()
-        left = await runner.left_behind()
+        left = await runner.leaked()
     finally:
         if cluster is not None:
             await asyncio.to_thread(cluster.stop)
     return run.with_leaked(left)
 
 
-def _tell(console: Console, run: ChaosRun, folder: Path | None, as_json: bool) -> int:
+def _print_results(console: Console, run: ChaosRun, folder: Path | None, as_json: bool) -> int:
     checks = verdict(run)
     if as_json:
         typer.echo(run.to_json())
     for words, holds in checks:
-        console.print(f"  {'[green]ok[/green] ' if holds else '[red]NOT[/red]'} {words}")
+        console.print(f"  {'[green]ok[/green]    ' if holds else '[red]FAILED[/red]'} {words}")
     if folder is not None:
         for path in write_report(run, folder):
             console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
@@ -302,7 +303,7 @@ def _list(console: Console) -> None:
         for how, dose in facts.doses.items():
             noticed = ", ".join(sorted(dose.noticed)) or "nothing"
             console.print(
-                f"  {how}: {dose.what}. Survived from level {dose.level} on; noticed as {noticed}"
+                f"  {how}: {dose.what}. Survived from level {dose.level} on; detected as {noticed}"
                 f"{', or not at all' if dose.quiet else ''}.",
                 highlight=False,
                 markup=False,
@@ -311,7 +312,7 @@ def _list(console: Console) -> None:
 
 
 def parse_faults(text: str) -> list[FaultKind]:
-    """The kinds that "all,-wrong_answer" or "tab_crash,full_disk" names. Raises `BadInput`."""
+    """Fault kinds from "all,-wrong_answer" or "tab_crash,full_disk". Raises `BadInput`."""
     chosen: list[FaultKind] = []
     for word in _split(text):
         if word == "all":
@@ -322,7 +323,10 @@ def parse_faults(text: str) -> list[FaultKind]:
         else:
             chosen.append(_word(FaultKind, word, "--faults"))
     if not chosen:
-        raise BadInput(f"--faults {text}: that leaves none of {', '.join(FaultKind)}.", got=text)
+        raise BadInput(
+            f"--faults {text}: no fault is left; name at least one of {', '.join(FaultKind)}.",
+            got=text,
+        )
     return list(dict.fromkeys(chosen))
 
 
@@ -341,7 +345,7 @@ def _word(kind: Any, word: str, option: str) -> Any:
         return kind(word)
     except ValueError:
         raise BadInput(
-            f"{option}: expected some of {', '.join(kind)}, got {word!r}.",
+            f"{option}: expected any of {', '.join(kind)}, got {word!r}.",
             expected=list(kind),
             got=word,
         ) from None

@@ -6,7 +6,7 @@ import typer
 
 
 def demo() -> None:
-    """Embed sentences and write a passage in real browsers that are killed on the way."""
+    """Embed sentences and generate text in real browsers while some are killed."""
     from pool.demo.demo import main as demonstrate
 
     raise typer.Exit(demonstrate())

@@ -1,6 +1,6 @@
-"""`tabpool doctor`: what this machine has, as a table or as JSON.
+"""`tabpool doctor`: which browsers of this machine work, as a table or as JSON.
 
-A face on `pool.doctor`. This module must not launch anything itself.
+The command line of `pool.doctor`. This module must not launch anything itself.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from recovery.kinds import BrowserType, detect_browser_type
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print findings as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     browsers: Annotated[
-        str, typer.Option(help="Only these, separated by commas: chrome,firefox,safari,edge.")
+        str, typer.Option(help="Check only these, separated by commas: chrome,firefox,safari,edge.")
     ] = "",
     headed: Annotated[bool, typer.Option("--headed", help="Show the browsers' windows.")] = False,
 ) -> None:
-    """Launch every browser here and show what it really has.
+    """Launch every installed browser and show its version, back ends and start-up time.
 
     Exit code 0 if a pool can run on this machine, 1 if no browser is usable.
     """
     kinds = [detect_browser_type(name) for name in browsers.split(",") if name] or list(BrowserType)
     console = Console(stderr=as_json)
 
-    async def look() -> list[machine_doctor.Finding]:
+    async def launch_all() -> list[machine_doctor.Finding]:
         found = []
         with console.status("") as status:
             names = iter(kinds)
@@ -43,7 +43,7 @@ def doctor(
                     status.update(f"launching {following} ...")
         return found
 
-    findings = asyncio.run(look())
+    findings = asyncio.run(launch_all())
     if as_json:
         typer.echo(json.dumps(machine_doctor.as_json(findings), indent=2, default=str))
     else:
@@ -70,4 +70,4 @@ def _show(console: Console, findings: list[machine_doctor.Finding]) -> None:
         usable = ", ".join(str(f.browser) for f in findings if f.usable)
         console.print(f"[green]A pool can run here[/green] with: {usable}")
     else:
-        console.print("[red]No browser here is usable[/red]; see the lines above for the remedy.")
+        console.print("[red]No browser here is usable[/red]; what to install is listed above.")

@@ -1,7 +1,7 @@
-"""`tabpool generate`: text from a llama that is cut over several browsers, as it is written.
+"""`tabpool generate`: text from a decoder that is sharded over several browsers, streamed.
 
-A face on `BrowserPool.load` and `stream`: it reads options, opens a pool, and prints. This module
-must not choose a token or a browser, and does nothing about a fault but to show it.
+The command line of `BrowserPool.load` and `stream`: it reads options, opens a pool, and prints.
+This module must not choose a token or a browser, nor recover from a fault: it only shows it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from rich.console import Console
 from actors.driver.binaries import installed_kinds
 from pool.commands.passage_view import (
     Kill,
+    PassageDisplay,
     PlainText,
-    Shown,
     Written,
     screen_or,
     write,
@@ -40,14 +40,14 @@ from sharding.sequences.stages import check_length
 
 EPILOG = (
     'Example: `tabpool generate --shards 3 --prompt "In the beginning" --kill 20` cuts the llama '
-    "that comes with tabpool into three shards, one for each of three browsers, and has them write "
-    "together. After 20 tokens the browser of the middle stage is killed (SIGKILL): watch its "
-    "stage being rebuilt in another one. Run it again without --kill: with the same --seed the "
-    "text is the same. The text goes to standard output, everything else, where that is no "
-    "terminal, to standard error."
+    "that comes with tabpool into three shards, one for each of three browsers, and generates text "
+    "with them. After 20 tokens the browser of the middle stage is killed (SIGKILL) and its stage "
+    "is rebuilt in another browser. Run it again without --kill: with the same --seed the text is "
+    "the same. The text goes to standard output; everything else goes to standard error, unless "
+    "standard output is a terminal."
 )
 
-_MODEL = "model"  # what it is called in the pool
+_MODEL = "model"  # its name in the pool
 _PROMPT = "In the beginning"
 _DEFAULT = PoolConfig()
 
@@ -56,68 +56,71 @@ def generate(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="A decoder with a cache and a tokenizer.json beside it: a folder, an .onnx file, "
-            "or a folder that `tabpool shard` made. By default the llama that comes with tabpool, "
-            "which writes like the King James Bible."
+            help="A decoder with a KV cache and a tokenizer.json beside it: a folder, an .onnx "
+            "file, or a folder written by `tabpool shard`. By default the llama that comes with "
+            "tabpool, trained on the King James Bible."
         ),
     ] = None,
     shards: Annotated[
         int | None,
-        typer.Option(help="Into how many to cut the model; by default one for each browser."),
+        typer.Option(help="Number of shards to cut the model into; by default one per browser."),
     ] = None,
     browsers: Annotated[
         str,
         typer.Option(
-            help="Which browsers, and how many of each: chrome=1,firefox=1,safari=1. By default "
+            help="Browsers and how many of each, such as chrome=1,firefox=1,safari=1. By default "
             "one of each that is installed."
         ),
     ] = "",
     level: Annotated[
         str,
         typer.Option(
-            help="What is kept ready before anything fails: none, low, medium, high or critical. "
-            "By default high where there are browsers for it, else medium."
+            help="Recovery level of the pool: none, low, medium, high or critical. By default high "
+            "if there are enough browsers, else medium."
         ),
     ] = "",
     strategy: Annotated[
-        str, typer.Option(help="The order of recovery actions, as BrowserPool takes it.")
+        str, typer.Option(help="Order of recovery actions, as for BrowserPool(strategy=).")
     ] = _DEFAULT.strategy,
     backend: Annotated[
         str,
         typer.Option(
-            help="auto, wasm, webgpu or webnn. Only wasm gives the same bits in every browser."
+            help="Back end: auto, wasm, webgpu or webnn. Only wasm gives the same bits in all "
+            "browsers."
         ),
     ] = "wasm",
-    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = _PROMPT,
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
+    prompt: Annotated[str, typer.Option(help="The prompt.")] = _PROMPT,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 64,
     temperature: Annotated[
-        float, typer.Option(help="0: always the likeliest token; higher: more chance.")
+        float, typer.Option(help="Sampling temperature; 0: always the most likely token.")
     ] = 0.0,
     top_k: Annotated[
-        int, typer.Option(help="Draw from the so many likeliest tokens only; 0: from all.")
+        int, typer.Option(help="Sample from the K most likely tokens; 0: from all.")
     ] = 50,
     top_p: Annotated[
-        float, typer.Option(help="Draw from the fewest tokens whose chances sum to this.")
+        float, typer.Option(help="Sample from the fewest tokens whose probabilities sum to P.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same tokens.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed for sampling; the same seed gives the same tokens.")
+    ] = 0,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after the model's own end of text.")
+        bool, typer.Option("--ignore-eos", help="Continue past the model's end-of-sequence token.")
     ] = False,
     kill: Annotated[
         int | None,
         typer.Option(
-            help="After so many tokens, SIGKILL the browser of the middle stage, to see what "
-            "comes of it."
+            help="Kill the browser of the middle stage (SIGKILL) after this many tokens, to test "
+            "recovery."
         ),
     ] = None,
     as_json: Annotated[
         bool,
-        typer.Option("--json", help="Print the final account as JSON, in place of the text."),
+        typer.Option("--json", help="Print the result as JSON instead of the text."),
     ] = False,
 ) -> None:
-    """Write a text with a model that is cut over several browsers, and watch its stages.
+    """Generate text with a model sharded over several browsers, and show its stages.
 
-    Exit code 0 if the text was finished, 1 if it was lost on the way.
+    Exit code 0 if the text was completed, 1 if the sequence was lost.
     """
     decoding = {
         "max_new_tokens": max_new_tokens,
@@ -127,7 +130,7 @@ def generate(
         "seed": seed,
         "ignore_eos": ignore_eos,
     }
-    decoding_from(decoding)  # what is wrong is said before any browser is started
+    decoding_from(decoding)  # invalid options are reported before any browser is started
     if kill is not None and not 1 <= kill < max_new_tokens:
         raise BadInput(
             f"--kill: expected a number of tokens from 1 to {max_new_tokens - 1} (one less than "
@@ -144,15 +147,15 @@ def generate(
     if not level:
         level = str(Level.HIGH if total >= BROWSERS_NEEDED[Level.HIGH] else Level.MEDIUM)
     pool = BrowserPool(kinds, level=level, strategy=strategy, backend=backend)
-    # Where the text must be alone, everything else is for standard error.
+    # Unless standard output is a terminal, it gets only the text.
     out = Console(stderr=as_json)
     notes = out if out.is_terminal else Console(stderr=True)
-    shown = screen_or(out, Shown() if as_json else PlainText(_write, _note_on(notes)))
-    ask = {"text": prompt, **decoding}
-    cause = None if kill is None else Kill(kill)
-    written = asyncio.run(_generate(pool, path, shards, ask, shown, cause, notes))
+    display = screen_or(out, PassageDisplay() if as_json else PlainText(_write, _note_on(notes)))
+    inputs = {"text": prompt, **decoding}
+    kill_order = None if kill is None else Kill(kill)
+    written = asyncio.run(_generate(pool, path, shards, inputs, display, kill_order, notes))
     if as_json:
-        plain = account(written, path, level, strategy)
+        plain = as_plain(written, path, level, strategy)
         typer.echo(json.dumps(plain, indent=2, default=str))
     else:
         for line in summary(written, level):
@@ -164,33 +167,34 @@ async def _generate(
     pool: BrowserPool,
     path: Path,
     shards: int | None,
-    ask: Mapping[str, Any],
-    shown: Shown,
+    inputs: Mapping[str, Any],
+    display: PassageDisplay,
     kill: Kill | None,
     notes: Console,
 ) -> Written:
-    # A spinner in a file would be a line of noise.
+    # No spinner unless the notes go to a terminal.
     quiet = Console(stderr=True, quiet=not notes.is_terminal)
     try:
         with quiet.status("starting browsers ...") as status:
             await pool.open()
             status.update(f"cutting and loading {path} ...")
             await pool.load(_MODEL, path, shards=shards)
-        return await write(pool, _MODEL, ask, shown, kill=kill)
+        return await write(pool, _MODEL, inputs, display, kill=kill)
     finally:
         with quiet.status("closing browsers ..."):
             await pool.close()
 
 
 def parse_browsers(text: str) -> dict[str, int]:
-    """How many of each browser "chrome=2,firefox" asks for. Raises `BadInput`."""
+    """Counts by browser from "chrome=2,firefox". Raises `BadInput`."""
     found: dict[str, int] = {}
     for part in text.split(","):
         name, mark, number = (piece.strip() for piece in part.partition("="))
         count = number if mark else "1"
         if not name or not count.isascii() or not count.isdigit():
             raise BadInput(
-                f"--browsers: expected kinds and numbers such as chrome=2,firefox=1, got {text!r}.",
+                f"--browsers: expected browsers and counts such as chrome=2,firefox=1, got "
+                f"{text!r}.",
                 expected="chrome=2,firefox=1",
                 got=text,
             )
@@ -203,25 +207,25 @@ def _installed() -> dict[str, int]:
     kinds = installed_kinds()
     if not kinds:
         raise SetupError(
-            f"none of {', '.join(BrowserType)} is installed here, or none with its driver: "
-            "`tabpool doctor` names what to install."
+            f"found none of {', '.join(BrowserType)} with its driver on this machine. Run "
+            "`tabpool doctor` to see what to install."
         )
     return {str(kind): 1 for kind in kinds}
 
 
 def _check_model(path: Path, prompt: str, max_new_tokens: int) -> None:
-    """Refuse what can't go on with this prompt as text. Raises `NotAModel` or `BadInput`."""
-    if (path / MANIFEST_NAME).is_file():  # the rest is for the pool to say, which reads it
-        speaks = (path / "tokenizer.json").is_file()
+    """Refuse a model that can't take this text prompt. Raises `NotAModel` or `BadInput`."""
+    if (path / MANIFEST_NAME).is_file():  # the pool checks the rest when it loads it
+        has_tokenizer = (path / "tokenizer.json").is_file()
     else:
         entry = read_model(_MODEL, path)
         encoder = encoder_for(entry)
-        speaks = encoder is not None
+        has_tokenizer = encoder is not None
         if encoder is not None:
             check_length(len(encoder.ids(prompt)), max_new_tokens, entry.positions_max)
-    if not speaks:
+    if not has_tokenizer:
         raise BadInput(
-            f"{path} has no tokenizer.json beside it, so it takes no --prompt. Put the model's "
+            f"{path}: no tokenizer.json beside it, so --prompt can't be encoded. Put the model's "
             "tokenizer.json there, or use BrowserPool.stream with input_ids.",
             expected="tokenizer.json",
             got="none",
@@ -236,11 +240,11 @@ def _note_on(console: Console) -> Callable[[str], None]:
     return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-# -- what came of it -------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 
 def summary(written: Written, level: str) -> Sequence[str]:
-    """What there is to say in the end, as lines."""
+    """The result as lines of text."""
     result = written.result
     assert result is not None
     numbers = result.metrics
@@ -252,23 +256,23 @@ def summary(written: Written, level: str) -> Sequence[str]:
     ]
     if written.killed is not None:
         lines.append(
-            f"killed on purpose after {written.killed.after} tokens: {written.killed.browser_id} "
+            f"killed (--kill) after {written.killed.after} tokens: {written.killed.browser_id} "
             f"(stage {written.killed.stage}, pid {written.killed.pid})"
         )
     failed = {str(step.failure.ref) for step in written.view.recovery if step.failure}
     lines.append(f"failed: {', '.join(sorted(failed)) or 'none'}; rebuilt: {len(written.rebuilt)}")
-    held = str(result.level_effective)
+    effective = str(result.level_effective)
     if not result.success:
         lines.append(f"LOST: {result.error}")
-    elif held == level:
-        lines.append(f"level {level} held")
+    elif effective == level:
+        lines.append(f"level: {level}")
     else:
-        lines.append(f"level {level} asked, {held} held in the end")
+        lines.append(f"level: {level} requested, {effective} at the end")
     return lines
 
 
-def account(written: Written, model: Path, level: str, strategy: str) -> dict[str, Any]:
-    """The same for a program, and more of it: plain data."""
+def as_plain(written: Written, model: Path, level: str, strategy: str) -> dict[str, Any]:
+    """The result as plain data, for JSON."""
     result = written.result
     assert result is not None
     return {

@@ -1,4 +1,4 @@
-"""One event of the control log as one line for people. This module must not read the log."""
+"""Formats an event of the control log as one line of text. This module must not read the log."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def logged_line(event: Mapping[str, Any]) -> str:
         return f"?????  {event['file']} at byte {event['offset']}: {event['line'][:_TEXT_MAX]}"
     at = datetime.fromtimestamp(event["at"]).isoformat(sep=" ", timespec="milliseconds")
     body = dict(event["body"])
-    return f"{event['seq']:5d}  {at}  term {event['term']}  {event['type']:20s} {_told(body)}"
+    return f"{event['seq']:5d}  {at}  term {event['term']}  {event['type']:20s} {_body_text(body)}"
 
 
-def _told(body: dict[str, Any]) -> str:
+def _body_text(body: dict[str, Any]) -> str:
     who = body.pop("browser_id", None)
     if who is not None and "epoch" in body:
         who = f"{who}#{body.pop('epoch')}"

@@ -1,6 +1,6 @@
-"""The `tabpool` command: a table of subcommands, each a face in a module of its own.
+"""The `tabpool` command: a table of subcommands, each in a module of its own.
 
-This module must not do what a subcommand does.
+This module must not do the work of a subcommand.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ GROUPS = {"log": log.logs}
 
 app = typer.Typer(
     name="tabpool",
-    help="Run ONNX models in a pool of real web browsers that may crash, hang or lie.",
+    help="Run ONNX models in a pool of real web browsers, with recovery from crashes, hangs and "
+    "wrong answers.",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -50,7 +51,7 @@ for name, group in GROUPS.items():
 
 
 def main() -> None:
-    """Entry point: the project's own errors are messages, not tracebacks."""
+    """Entry point: `PoolError`s are printed as messages, not tracebacks."""
     try:
         app()
     except PoolError as error:

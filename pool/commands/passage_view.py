@@ -1,7 +1,7 @@
-"""A passage as it is written by a pool: its text, its stages and what happens to them, shown live.
+"""Live view of a text that a pool generates: the text, its stages, and recovery steps.
 
-`write` reads a stream, keeps a `Shown` told, and kills a browser on the way if asked to. This
-module must not open or close a pool, and does nothing about a fault.
+`write` reads a stream, updates a `PassageDisplay`, and kills a browser midway if asked to. This
+module must not open or close a pool, nor recover from a fault.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from pool.results import RecoveryStep, Result
 from pool.sequence import GeneratedToken, SequenceView, StageView
 from recovery.errors import BadInput, SequenceLost
 
-_LOOK_SECONDS = 0.1  # between two looks at a passage under way
-_STEPS_SHOWN = 6  # the last of what happened, while it goes on
-REBUILT = frozenset({"restored", "replayed"})  # steps that brought a stage to where it was
+_POLL_SECONDS = 0.1  # between two updates of the display
+_STEPS_SHOWN = 6  # the latest recovery steps, while the text is generated
+REBUILT = frozenset({"restored", "replayed"})  # steps that rebuilt a stage
 
 
 @dataclass(frozen=True)
 class Kill:
-    """A fault to make: SIGKILL for one stage's browser once `after` tokens have come.
+    """A fault to inject: SIGKILL of one stage's browser after `after` tokens.
 
     `stage` is its index; None means the middle one.
     """
@@ -43,9 +43,9 @@ class Kill:
 
 @dataclass(frozen=True)
 class Killed:
-    """A fault that was made, `at` seconds after the passage was begun.
+    """An injected fault, `at` seconds after the text was begun.
 
-    `before`: how many things had happened to the passage until then.
+    `before`: the number of recovery steps until then.
     """
 
     browser_id: str
@@ -61,28 +61,28 @@ class Killed:
 
 @dataclass
 class Written:
-    """A passage, whole or as far as it came. `stages`: where each was at the last look."""
+    """A generated text, complete or as far as it got. `view`: its stages and recovery steps."""
 
     prompt: str = ""
     tokens: list[GeneratedToken] = field(default_factory=list)
     killed: Killed | None = None
     view: SequenceView = field(default_factory=SequenceView)
-    browsers: dict[str, str] = field(default_factory=dict)  # by id: what each is
+    browsers: dict[str, str] = field(default_factory=dict)  # by id: product and version
     result: Result | None = None
 
     @property
     def text(self) -> str:
-        """What was delivered, each piece as it came; the prompt is not part of it."""
+        """The delivered text, without the prompt."""
         return "".join(token.text for token in self.tokens)
 
     @property
     def rebuilt(self) -> list[RecoveryStep]:
-        """The times that a stage was made anew in the middle of it."""
+        """The steps that rebuilt a stage."""
         return [step for step in self.view.recovery if step.what in REBUILT]
 
     @property
     def rebuilt_after_kill(self) -> list[RecoveryStep]:
-        """Those of the stage whose browser was killed, from then on."""
+        """Those of the stage whose browser was killed, after the kill."""
         if self.killed is None:
             return []
         since = self.view.recovery[self.killed.before :]
@@ -90,8 +90,8 @@ class Written:
         return [step for step in since if step.what in REBUILT and mark in step.where]
 
 
-class Shown:
-    """Who is told of a passage. As it is, it shows nothing."""
+class PassageDisplay:
+    """Shows a text as it is generated. This base class shows nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -105,20 +105,20 @@ class Shown:
         pass
 
     def piece(self, text: str) -> None:
-        """This much text has come."""
+        """The text of another token has arrived."""
 
-    def struck(self, killed: Killed) -> None:
+    def browser_killed(self, killed: Killed) -> None:
         """A browser has been killed."""
 
     def event(self, step: RecoveryStep) -> None:
-        """Something happened besides the writing."""
+        """A recovery step was taken."""
 
-    def look(self, written: Written) -> None:
-        """How it is now."""
+    def update(self, written: Written) -> None:
+        """The current state, at each poll."""
 
 
-class PlainText(Shown):
-    """The text alone, as it comes; what else there is to say, line by line, is for `note`.
+class PlainText(PassageDisplay):
+    """The text by `write` as it arrives; everything else by `note`, line by line.
 
     With `mark`, a kill is shown in the text itself.
     """
@@ -133,7 +133,7 @@ class PlainText(Shown):
     def piece(self, text: str) -> None:
         self._write(text)
 
-    def struck(self, killed: Killed) -> None:
+    def browser_killed(self, killed: Killed) -> None:
         if self._mark:
             self._write(f" [{killed}] ")
         else:
@@ -146,8 +146,8 @@ class PlainText(Shown):
         self._write("\n")
 
 
-class Screen(Shown):
-    """A terminal: text, a line for each stage, and recoveries, drawn anew as they change."""
+class Screen(PassageDisplay):
+    """A terminal: text, a line for each stage, and recovery steps, redrawn as they change."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -158,7 +158,7 @@ class Screen(Shown):
         self._live.start()
         return self
 
-    def look(self, written: Written) -> None:
+    def update(self, written: Written) -> None:
         self._last = written
         self._live.update(picture(written, lines=self._console.height), refresh=True)
 
@@ -167,8 +167,8 @@ class Screen(Shown):
         self._console.print(picture(self._last))
 
 
-def screen_or(console: Console, plain: Shown) -> Shown:
-    """What suits the console: `Screen` if it is a terminal, else `plain`."""
+def screen_or(console: Console, plain: PassageDisplay) -> PassageDisplay:
+    """`Screen` if the console is a terminal, else `plain`."""
     return Screen(console) if console.is_terminal else plain
 
 
@@ -176,69 +176,72 @@ async def write(
     pool: BrowserPool,
     model: str,
     inputs: Mapping[str, Any],
-    shown: Shown,
+    display: PassageDisplay,
     *,
     kill: Kill | None = None,
 ) -> Written:
-    """Have `model` go on with `inputs` (as for `pool.stream`), and show that.
+    """Generate from `inputs` (as for `pool.stream`), and show it.
 
-    A sequence that is lost is no error here: its result says so. Raises what `stream` does else.
+    A lost sequence is not raised: see `Written.result`. Raises what else `stream` raises.
     """
     written = Written(str(inputs.get("text", "")), browsers=await _products(pool))
     ended: list[Result] = []
     views: list[Callable[[], SequenceView]] = []
     began = time.monotonic()
-    with shown:
+    with display:
         stream = pool.stream(model, inputs, on_result=ended.append, on_begin=views.append)
-        looking = _looking(pool, written, views, shown)
-        async with looking as look, contextlib.aclosing(stream) as tokens:
+        polling = _polling(pool, written, views, display)
+        async with polling as poll, contextlib.aclosing(stream) as tokens:
             with contextlib.suppress(SequenceLost):
                 async for token in tokens:
-                    look()  # what happened on the way to this token comes before it
+                    poll()  # recovery steps before this token are shown before it
                     written.tokens.append(token)
-                    shown.piece(token.text)
+                    display.piece(token.text)
                     if kill is not None and len(written.tokens) == kill.after:
-                        written.killed = await _strike(pool, views[0](), kill, began)
-                        shown.struck(written.killed)
+                        written.killed = await _kill(pool, views[0](), kill, began)
+                        display.browser_killed(written.killed)
     (written.result,) = ended
     return written
 
 
 @contextlib.asynccontextmanager
-async def _looking(
-    pool: BrowserPool, written: Written, views: list[Callable[[], SequenceView]], shown: Shown
+async def _polling(
+    pool: BrowserPool,
+    written: Written,
+    views: list[Callable[[], SequenceView]],
+    display: PassageDisplay,
 ) -> AsyncIterator[Callable[[], None]]:
-    """Look at the passage from time to time, when told to, and once more in the end."""
+    """Update `written` and the display periodically, on call, and once at the end."""
 
-    def look(*, last: bool = False) -> None:
+    def poll(*, last: bool = False) -> None:
         if not views:
             return
-        view, told = views[0](), len(written.view.recovery)
-        if last:  # the browsers have forgotten it: the stages stay as they were seen
+        view, shown = views[0](), len(written.view.recovery)
+        if last:  # the browsers have dropped the sequence: keep the stages as last seen
             view = SequenceView(written.view.stages, view.recovery)
         for status in pool.hosts():
             written.browsers.setdefault(status.ref.browser_id, str(status.browser))
         written.view = view
-        for step in view.recovery[told:]:
-            shown.event(step)
-        shown.look(written)
+        for step in view.recovery[shown:]:
+            display.event(step)
+        display.update(written)
 
-    async def keep_looking() -> None:
+    async def keep_polling() -> None:
         while True:
-            look()
-            await asyncio.sleep(_LOOK_SECONDS)
+            poll()
+            await asyncio.sleep(_POLL_SECONDS)
 
-    looking = asyncio.create_task(keep_looking(), name="looking")
+    polling = asyncio.create_task(keep_polling(), name="passage view")
     try:
-        yield look
+        yield poll
     finally:
-        looking.cancel()
-        await asyncio.gather(looking, return_exceptions=True)
-        look(last=True)
+        polling.cancel()
+        await asyncio.gather(polling, return_exceptions=True)
+        poll(last=True)
 
 
 async def _products(pool: BrowserPool) -> dict[str, str]:
-    """What each browser is, by its own word."""
+    """Product and version of each browser, as it reports them."""
     records = (await pool.control()).browsers.values()
     return {
         record.id: f"{record.facts.product} {record.facts.version}"
@@ -247,12 +250,12 @@ async def _products(pool: BrowserPool) -> dict[str, str]:
     }
 
 
-async def _strike(pool: BrowserPool, view: SequenceView, kill: Kill, began: float) -> Killed:
+async def _kill(pool: BrowserPool, view: SequenceView, kill: Kill, began: float) -> Killed:
     index = len(view.stages) // 2 if kill.stage is None else kill.stage
     target = next((ref.browser_id for ref in view.stages[index].where), "")
     launches = (await pool.state()).launches
     if target not in launches:
-        raise BadInput(f"stage {index} is in no browser that could be killed", got=target)
+        raise BadInput(f"stage {index} is in no running browser that could be killed", got=target)
     pid = kill_process(launches[target], "browser")
     return Killed(target, pid, index, kill.after, time.monotonic() - began, len(view.recovery))
 
@@ -261,7 +264,7 @@ async def _strike(pool: BrowserPool, view: SequenceView, kill: Kill, began: floa
 
 
 def picture(written: Written, lines: int | None = None) -> RenderableType:
-    """The passage as it stands. With `lines`, only the end of what is too long for so many."""
+    """The text and its stages. With `lines`, cut to the end of the text to fit so many lines."""
     steps = list(written.view.recovery)
     if lines is not None:
         steps = steps[-_STEPS_SHOWN:]
@@ -279,7 +282,7 @@ def _text(written: Written, lines: int | None) -> Text:
         if written.killed is not None and written.killed.after == count:
             text.append(f" [{written.killed}] ", style="not dim bold red")
     if lines is not None:
-        # Half of the screen is the text's; 40 characters are the least that a line has.
+        # Half of the screen is for the text; a line holds at least 40 characters.
         most = max(lines // 2, 2) * 40
         if len(text) > most:
             text = Text("... ", style="dim") + text[-most:]
@@ -306,14 +309,14 @@ def _stages(written: Written) -> Table:
 
 
 def stage_state(stage: StageView) -> str:
-    """What a stage is at, in a word or two."""
+    """The state of a stage, in a few words."""
     if stage.rebuilding:
-        return "being rebuilt" if stage.where else "waits for a browser"
-    return "at work" if stage.where else "not begun"
+        return "being rebuilt" if stage.where else "waiting for a browser"
+    return "running" if stage.where else "not started"
 
 
 def layers_words(layers: tuple[int, int] | None) -> str:
-    """The layers of a stage as people count: first and last."""
+    """The layers of a stage: first to last, inclusive."""
     if layers is None:
         return "all"
     start, end = layers
@@ -321,7 +324,7 @@ def layers_words(layers: tuple[int, int] | None) -> str:
 
 
 def step_line(step: RecoveryStep) -> str:
-    """One thing that happened, as a line."""
+    """A recovery step as one line."""
     at, took = f"{step.at:7.3f} s", f"{step.seconds * 1e3:.0f} ms"
     return f"{at}  {step.what} {step.where}: {step.outcome} ({took})"
 

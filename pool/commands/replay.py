@@ -1,7 +1,7 @@
-"""`tabpool replay`: run again what a failure bundle tells of.
+"""`tabpool replay`: run the operation of a failure bundle again.
 
-An operation of a chaos run is replayed with the same faults before it; any other one alone. This
-module must not judge why it failed.
+An operation of a chaos run is replayed with the same faults before it, any other one alone. This
+module must not diagnose the failure.
 """
 
 from __future__ import annotations
@@ -24,24 +24,22 @@ from recovery.errors import BadInput
 EPILOG = (
     "Example: `tabpool chaos --ops 200 --report out` writes out/bundles/operation-17.zip for an "
     "operation that failed or was answered wrong; `tabpool replay out/bundles/operation-17.zip` "
-    "asks the first 18 operations again, with the same faults. In a program, "
+    "repeats the first 18 operations, with the same faults. In a program, "
     "`await pool.bundle(result, inputs, PATH)` writes a bundle of any operation. Exit code 0 if "
-    "it went well this time, 1 if it failed again."
+    "the operation succeeds this time, 1 if it fails again."
 )
 
 
 def replay(
     bundle: Annotated[Path, typer.Argument(help="The bundle, a .zip file.")],
-    model: Annotated[
-        Path | None, typer.Option(help="The model, if it is not where it was.")
-    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Path of the model, if it has moved.")] = None,
     inputs: Annotated[
         Path | None,
-        typer.Option(help="An .npz of the inputs by name, for a bundle without data."),
+        typer.Option(help="An .npz file with the inputs by name, for a bundle without data."),
     ] = None,
-    show: Annotated[bool, typer.Option("--show", help="Only say what the bundle holds.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Describe the bundle and exit.")] = False,
 ) -> None:
-    """Run again what a failure bundle tells of."""
+    """Run the operation of a failure bundle again."""
     console, found = Console(), read_bundle(bundle)
     _describe(console, found)
     if show:
@@ -49,8 +47,8 @@ def replay(
     chaos = found.facts.get("chaos")
     if chaos:
         raise typer.Exit(chaos_again(console, chaos))
-    asked = _inputs(console, found, inputs)
-    result = asyncio.run(_again(found, model, asked))
+    operation_inputs = _inputs(console, found, inputs)
+    result = asyncio.run(_again(found, model, operation_inputs))
     if result.success:
         console.print(f"[green]answered[/green] by {result.browser_id}", highlight=False)
     else:
@@ -86,8 +84,8 @@ def _inputs(console: Console, bundle: Bundle, path: Path | None) -> Mapping[str,
     if bundle.inputs is not None:
         return bundle.inputs
     console.print(
-        "[yellow]The bundle holds no data, so inputs of the same names and shapes are made up. "
-        "Give the real ones with --inputs FILE.npz.[/yellow]"
+        "[yellow]The bundle holds no data: using generated inputs of the same names and shapes. "
+        "Pass the original ones with --inputs FILE.npz.[/yellow]"
     )
     return made_up(bundle.facts["operation"]["inputs"])
 
@@ -104,8 +102,8 @@ async def _again(bundle: Bundle, path: Path | None, inputs: Mapping[str, Any]) -
         )
         if entry.spec.digest != model["digest"]:
             raise BadInput(
-                f"{path or model['path']} is another model than the bundle's: expected sha256 "
-                f"{model['digest']}, got {entry.spec.digest}. Name the right one with --model.",
+                f"{path or model['path']} is not the model of the bundle: expected sha256 "
+                f"{model['digest']}, got {entry.spec.digest}. Pass the right one with --model.",
                 expected=model["digest"],
                 got=entry.spec.digest,
             )

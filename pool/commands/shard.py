@@ -1,7 +1,7 @@
-"""`tabpool shard`: cut a model for several browsers and show what each would get.
+"""`tabpool shard`: cut a model into shards for several browsers, and show each shard.
 
-A face on `sharding.cutting.manager`: it reads options, shows progress and prints. This module must
-not decide where to cut, and starts no browser.
+The command line of `sharding.cutting.manager`: it reads options, shows progress and
+prints. This module must not decide where to cut, and starts no browser.
 """
 
 from __future__ import annotations
@@ -34,56 +34,57 @@ from sharding.models.signature import ModelSpec, TensorSpec
 
 EPILOG = (
     "Example: `tabpool shard llama/model.onnx --capacity 2GiB --out llama-shards` cuts the model "
-    "into as few shards as browsers of 2 GiB can load. The table shows for each shard its layers, "
-    "its bytes and what loading them takes, what it receives (from the shard before it, by shape; "
-    "from the caller, by name) and what it sends."
+    "into the fewest shards that browsers of 2 GiB can load. The table shows for each shard its "
+    "layers, its size, its peak memory while loading, the tensors it receives (from the previous "
+    "shard, by shape; from the caller, by name) and those it sends."
 )
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}iB": 1 << 10 * (at + 1) for at, letter in enumerate("KMGT")}
 _UNITS |= {f"{letter}B": 1000 ** (at + 1) for at, letter in enumerate("KMGT")}
 _SIZES = {unit.lower(): size for unit, size in _UNITS.items()}
-_POLL_SECONDS = 0.2  # between two looks at how much is written
-_CLOCK_SLACK_SECONDS = 0.1  # by which a file's time may lie before the clock's
+_POLL_SECONDS = 0.2  # between two checks of how much is written
+_CLOCK_SLACK_SECONDS = 0.1  # by which a file's time may be behind the clock
 
 
 def shard(
     model: Annotated[
-        Path, typer.Argument(help="An .onnx file, or a folder with one as `pool.load` takes it.")
+        Path, typer.Argument(help="An .onnx file, or a folder with one, as for `pool.load`.")
     ],
     shards: Annotated[
-        int | None, typer.Option(help="How many shards; by default the fewest that fit.")
+        int | None,
+        typer.Option(help="Number of shards; by default the fewest that --capacity allows."),
     ] = None,
     capacity: Annotated[
         str,
-        typer.Option(help="What one browser can hold while it loads its shard: 512MiB, 2GiB."),
+        typer.Option(help="Memory of one browser for loading its shard, such as 512MiB or 2GiB."),
     ] = "",
     strategy: Annotated[
         str,
         typer.Option(
-            help="layer_based: equal counts of layers. optimal: the slowest shard as fast as can "
-            "be. browser_based: the same, one shard for each of --shards browsers. "
-            "component_based: nothing is cut, MODEL is a folder of several models."
+            help="layer_based: equal numbers of layers. optimal: minimises the time of the slowest "
+            "shard. browser_based: the same, one shard for each of --shards browsers. "
+            "component_based: MODEL is a folder of several models, none of which is cut."
         ),
     ] = "layer_based",
     out: Annotated[
         Path | None,
-        typer.Option(help="The folder for the shards; by default MODEL.shards beside the model."),
+        typer.Option(help="Folder for the shards; by default MODEL.shards beside the model."),
     ] = None,
     measure: Annotated[
         bool | None,
         typer.Option(
             "--measure/--no-measure",
-            help="Time each layer first, in the native runtime; by default for optimal and "
-            "browser_based. Without, times are reckoned from bytes.",
+            help="Time each layer first, in native onnxruntime; the default for optimal and "
+            "browser_based. Otherwise times are estimated from sizes.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Cut a model into shards for several browsers, and show what each shard is.
+    """Cut a model into shards for several browsers, and show each shard.
 
-    Each shard is an ordinary ONNX file. Run in order, they compute what the whole model does. A
-    folder that holds this cut already is checked and kept.
+    Each shard is an ordinary ONNX file. Run in order, they compute the same as the whole model. A
+    folder that already holds this cut is verified and kept.
     """
     if strategy not in STRATEGIES:
         raise BadInput(
@@ -98,7 +99,8 @@ def shard(
         for option, value in {**given, "--measure": measure or None}.items():
             if value is not None:
                 raise BadInput(
-                    f"{option} says how to cut, and component_based cuts nothing: leave it out.",
+                    f"{option} does not apply to --strategy component_based, which cuts nothing: "
+                    "omit it.",
                     expected="no such option",
                     got=option,
                 )
@@ -107,9 +109,9 @@ def shard(
         return
     rule = STRATEGY_RULES[strategy]
     if shards is None and (capacity_bytes is None or rule.in_order):
-        also = "" if rule.in_order else ", or --capacity for as few as fit"
+        also = "" if rule.in_order else ", or --capacity for the fewest that fit"
         raise BadInput(
-            f"Nothing says how many shards to make: give --shards{also}.",
+            f"The number of shards is missing: give --shards{also}.",
             expected="--shards",
             got="none",
         )
@@ -159,7 +161,7 @@ def parse_size(text: str) -> int:
 
 
 def as_plain(manifest: Manifest, plan: Partition, measured: bool) -> dict[str, Any]:
-    """What was made, for a program. Times are in seconds, and None where none were measured."""
+    """The shards as plain data, for JSON. Times are in seconds, None where not measured."""
     return {
         "model": manifest.name,
         "source": manifest.source,
@@ -192,7 +194,7 @@ def as_plain(manifest: Manifest, plan: Partition, measured: bool) -> dict[str, A
 
 @contextlib.contextmanager
 def _bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that goes away in the end, on a terminal; give what it yields (done, of how many)."""
+    """A transient bar, on a terminal only; call what it yields with (done, total)."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     with Progress(
         *columns,
@@ -209,7 +211,7 @@ def _bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
 def _written(
     console: Console, what: str, folder: Path, shards: int, expected: int
 ) -> Iterator[None]:
-    """A bar that follows what is written into `folder`: the cutting itself reports nothing."""
+    """A bar that follows the bytes written into `folder`: cutting has no progress callback."""
     begun = time.time() - _CLOCK_SLACK_SECONDS
     names = [f"shard-{at}.onnx{end}" for at in range(shards) for end in ("", ".data")]
     done = threading.Event()
@@ -223,11 +225,11 @@ def _written(
 
     with _bar(console, what) as show:
 
-        def look() -> None:
+        def poll() -> None:
             while not done.wait(_POLL_SECONDS):
                 show(sum(written(name) for name in names), max(expected, 1))
 
-        thread = threading.Thread(target=look, name="shard progress", daemon=True)
+        thread = threading.Thread(target=poll, name="shard progress", daemon=True)
         thread.start()
         try:
             yield
@@ -242,7 +244,7 @@ def _written(
 def _print_shards(manifest: Manifest, plan: Partition, times: Measurement) -> None:
     table = Table(title=f"{manifest.name}: {manifest.layers} layers", show_lines=True)
     columns = ["shard", "layers", "bytes", "peak when loading"]
-    columns += ["time a step"] if times.measured else []
+    columns += ["time per step"] if times.measured else []
     for column in columns:
         table.add_column(column, justify="right")
     table.add_column("receives", overflow="fold")
@@ -292,7 +294,7 @@ def _span(shard: Shard) -> str:
 
 
 def _tensors(handed: Sequence[TensorSpec], own: Sequence[TensorSpec]) -> str:
-    """What is handed on, by its shapes; what is the whole model's own, by name."""
+    """Tensors passed between shards, by shape; those of the whole model, by name."""
     counts = Counter(str(spec) for spec in handed)
     lines = [f"{count} x {shape}" for shape, count in counts.items()]
     if own:

@@ -1,4 +1,4 @@
-"""`tabpool version`: versions, for a report."""
+"""`tabpool version`: versions, for a bug report."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from pool.doctor import machine
 
 
 def version() -> None:
-    """Print the versions of tabpool and of what it stands on."""
+    """Print the versions of tabpool and of its main dependencies."""
     for name, number in machine().items():
         typer.echo(f"{name} {number}")

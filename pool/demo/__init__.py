@@ -1,1 +1,1 @@
-"""`make demo`: real browsers, some of them killed."""
+"""`make demo`: real browsers, some of which are killed."""

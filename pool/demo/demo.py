@@ -1,13 +1,13 @@
-"""The demonstration: real sentences, real browsers, some killed, one crashed, one lying.
+"""The demonstration: embeddings from browsers that are killed, crashed or made to answer wrong.
 
-Two thirds are asked at level `high`, where a death costs no restart, the last at `critical`,
-where three browsers vote and one of them is made to answer wrong.
+The sentences are embedded at level `high`, where a crash costs no restart, then some of them at
+`critical`, where three browsers vote and one of them is made to answer wrong.
 
-Then three browsers of different engines write a passage together, with a llama that is cut into
-three, and one is killed in mid-sentence (`pool.demo.passage`).
+Then three browsers of different engines generate a text with a llama in three shards, and one is
+killed in mid-sentence (`pool.demo.passage`).
 
-Every answer is held against native onnxruntime, and afterwards the machine is searched for
-anything left behind. Exit code 0 only if all is right. It uses the pool as any program would.
+Every answer is compared with native onnxruntime, and afterwards the machine is searched for leaked
+processes, profiles and ports. Exit code 0 only if all checks pass.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ BROWSERS = {"chrome": 2, "firefox": 1, "safari": 1}
 DIFFERENCE_MAX = 1e-4  # to native onnxruntime; the browsers' WASM and it differ in rounding only
 _AT_ONCE = 8
 _REPAIR_SECONDS = 60.0
-_VOTED = 12  # sentences asked again, of three browsers at once
+_VOTED = 12  # sentences embedded again, by three browsers at once
 _SENTENCES = Path(__file__).parents[1] / "assets" / "sentences.txt"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault that the demo made."""
+    """One injected fault."""
 
     at: float  # seconds since the first operation
     what: str
@@ -77,15 +77,15 @@ async def _demonstrate(console: Console) -> int:
     launched: dict[str, LaunchReport] = {}
     with console.status(f"starting Ray and {wanted} ..."):
         await pool.open()
-    # One Ray for both pools: it ends with the last who uses it.
+    # One Ray for both pools: it is stopped when the last one closes.
     ray = await asyncio.to_thread(ray_actors.connect, None, dashboard=False)
     try:
-        return await _both_acts(console, pool, launched, sentences, model, began)
+        return await _both_parts(console, pool, launched, sentences, model, began)
     finally:
         await asyncio.to_thread(ray_actors.disconnect, ray)
 
 
-async def _both_acts(
+async def _both_parts(
     console: Console,
     pool: BrowserPool,
     launched: dict[str, LaunchReport],
@@ -99,32 +99,32 @@ async def _both_acts(
         console.print(f"{pool!r} ready after {time.monotonic() - began:.1f} s")
         results, faults, first = await _embed_all(console, pool, sentences, launched)
         view = await _repaired(pool)
-        results += await _outvote(console, pool, sentences[-_VOTED:], faults, first)
+        results += await _embed_with_votes(console, pool, sentences[-_VOTED:], faults, first)
         view = await _repaired(pool, 3)
         launched.update({f"{name} repaired": report for name, report in view.launches.items()})
         if view.dashboard_url:
-            console.print(f"Ray's dashboard was at {view.dashboard_url} while this ran")
+            console.print(f"Ray's dashboard ran at {view.dashboard_url}")
     finally:
         await pool.close()
     vectors = np.concatenate([result.outputs["embedding"] for result in results])
-    asked = [*sentences, *sentences[-_VOTED:]]
-    reference = await asyncio.to_thread(_native, entry, asked)
+    embedded = [*sentences, *sentences[-_VOTED:]]
+    reference = await asyncio.to_thread(_native, entry, embedded)
     difference = float(np.abs(vectors - reference).max())
-    left = await leaked(list(launched.values()))
+    found = await leaked(list(launched.values()))
 
     console.print(_browser_table(view, results))
     _print_timeline(console, view, results, faults, first)
     _print_levels(console, results)
     _print_nearest(console, sentences, vectors[: len(sentences)])
     passage = await write_passage(console)
-    left += await leaked(passage.launches)
-    return _judge(console, results, difference, passage, left, view)
+    found += await leaked(passage.launches)
+    return _print_checks(console, results, difference, passage, found, view)
 
 
 async def _embed_all(
     console: Console, pool: BrowserPool, sentences: Sequence[str], launched: dict[str, LaunchReport]
 ) -> tuple[list[Result], list[Fault], float]:
-    """Embed every sentence, a few at once, with two faults on the way."""
+    """Embed every sentence, a few at once, and inject two faults meanwhile."""
     view = await pool.state()
     launched.update(view.launches)
     places = asyncio.Semaphore(_AT_ONCE)
@@ -175,41 +175,45 @@ async def _embed_all(
     return list(results), faults, first
 
 
-async def _outvote(
+async def _embed_with_votes(
     console: Console,
     pool: BrowserPool,
     sentences: Sequence[str],
     faults: list[Fault],
     first: float,
 ) -> list[Result]:
-    """Ask at level critical, while one browser answers wrong."""
+    """Embed at level `critical` while one browser answers wrong."""
     faulty = next(h.ref.browser_id for h in pool.hosts() if h.browser is BrowserType.FIREFOX)
     await pool.inject(faulty, wrong_answers(1000, bit=30))
-    faults.append(Fault(time.time() - first, "a bit of each of its answers is flipped", faulty))
-    console.print(f"[red]lying[/red] from now on: {faulty} (bit 30 of one number in each answer)")
+    faults.append(Fault(time.time() - first, "flips a bit in each of its answers", faulty))
+    console.print(
+        f"[red]corrupted[/red] from now on: answers of {faulty} (bit 30 of one number flipped)"
+    )
     return [
         await pool.run_with_recovery("minilm", "embed", {"text": sentence})
         for sentence in sentences
     ]
 
 
-def _busiest(pool: BrowserPool, kind: BrowserType, spared: Sequence[str]) -> str:
-    """The browser of this kind with the most operations under way."""
+def _busiest(pool: BrowserPool, kind: BrowserType, excluded: Sequence[str]) -> str:
+    """The browser of this kind with the most operations in flight."""
     hosts = [
-        host for host in pool.hosts() if host.browser is kind and host.ref.browser_id not in spared
+        host
+        for host in pool.hosts()
+        if host.browser is kind and host.ref.browser_id not in excluded
     ]
     return max(hosts, key=lambda host: host.queue).ref.browser_id
 
 
 async def _repaired(pool: BrowserPool, repairs: int = 2) -> PoolView:
-    """The pool's state once every broken browser is back, or another in its place."""
+    """The pool's state once every broken browser has been repaired or replaced."""
     async with asyncio.timeout(_REPAIR_SECONDS):
         while True:
             view = await pool.state()
             records = view.control.browsers.values()
-            # One that was to replace another and could not (not installed, say) has stopped.
-            over = (Phase.READY, Phase.STOPPED)
-            back = all(r.phase in over or r.replaced_by for r in records)
+            # A replacement that could not be started (not installed, say) is STOPPED.
+            settled = (Phase.READY, Phase.STOPPED)
+            back = all(r.phase in settled or r.replaced_by for r in records)
             if back and len(view.control.repairs) >= repairs:
                 return view
             await pool.changed()
@@ -229,8 +233,8 @@ def _native(entry: ModelEntry, sentences: Sequence[str]) -> np.ndarray[Any, Any]
 
 
 def _browser_table(view: PoolView, results: Sequence[Result]) -> Table:
-    table = Table(title="what each browser answered, and how many of these after a fault")
-    columns = ("browser", "version", "back end", "operations", "recovered", "p50 ms")
+    table = Table(title="operations by browser")
+    columns = ("browser", "version", "back end", "answered", "after recovery", "p50 ms")
     for column in columns:
         table.add_column(column, justify="left" if column in columns[:3] else "right")
     for browser_id, record in view.control.browsers.items():
@@ -263,11 +267,11 @@ def _print_timeline(
     ]
     for repair in view.control.repairs:
         where = f"{repair.browser_id}#{repair.from_epoch}"
-        lines.append((repair.began - first, f"noticed   {where}: {repair.failure.message}"))
+        lines.append((repair.began - first, f"detected  {where}: {repair.failure.message}"))
         if repair.ready is not None:
             took = repair.ready - repair.began
             lines.append(
-                (repair.ready - first, f"[green]repaired[/green]  {where} after {took:.2f} s")
+                (repair.ready - first, f"[green]repaired[/green]  {where} in {took:.2f} s")
             )
     for result in results:
         if result.recovered:
@@ -283,9 +287,9 @@ def _print_timeline(
 
 
 def _print_levels(console: Console, results: Sequence[Result]) -> None:
-    table = Table(title="levels: what an operation was promised, and what became of it")
-    for column in ("level held", "operations", "hit by a fault", "votes", "p50 ms", "slowest ms"):
-        table.add_column(column, justify="left" if column == "level held" else "right")
+    table = Table(title="operations by level")
+    for column in ("level", "operations", "recovered", "votes", "p50 ms", "max ms"):
+        table.add_column(column, justify="left" if column == "level" else "right")
     for level in sorted({result.level_effective for result in results}, key=LEVELS_ASCENDING.index):
         own = [result for result in results if result.level_effective is level]
         votes = sorted({int(result.metrics.get("votes", 1)) for result in own})
@@ -303,17 +307,17 @@ def _print_levels(console: Console, results: Sequence[Result]) -> None:
 def _print_nearest(
     console: Console, sentences: Sequence[str], vectors: np.ndarray[Any, Any]
 ) -> None:
-    console.print("\nnearest sentence by these embeddings (judge for yourself)")
-    likeness = vectors @ vectors.T
-    np.fill_diagonal(likeness, -1.0)
+    console.print("\nnearest sentence by embedding (cosine similarity)")
+    similarity = vectors @ vectors.T
+    np.fill_diagonal(similarity, -1.0)
     for index in range(0, len(sentences), max(len(sentences) // 6, 1)):
-        nearest = int(likeness[index].argmax())
+        nearest = int(similarity[index].argmax())
         console.print(f"  {sentences[index]}", highlight=False)
-        score = likeness[index, nearest]
+        score = similarity[index, nearest]
         console.print(f"    [cyan]{score:.2f}[/cyan]  {sentences[nearest]}", highlight=False)
 
 
-def _judge(
+def _print_checks(
     console: Console,
     results: Sequence[Result],
     difference: float,
@@ -323,21 +327,23 @@ def _judge(
 ) -> int:
     ids = {result.op_id for result in results}
     checks: Mapping[str, bool] = {
-        f"{len(results)} operations asked, {sum(r.success for r in results)} answered, "
-        f"each once": len(ids) == len(results) and all(r.success for r in results),
-        f"{sum(r.recovered for r in results)} recovered from a fault": any(
+        f"{len(results)} operations requested, {sum(r.success for r in results)} answered, "
+        "each exactly once": len(ids) == len(results) and all(r.success for r in results),
+        f"{sum(r.recovered for r in results)} operations recovered from a fault": any(
             r.recovered for r in results
         ),
         f"{len(view.control.repairs)} browsers repaired": all(
             repair.ready is not None for repair in view.control.repairs
         ),
-        f"largest difference to native onnxruntime {difference:.2e} (goal: below "
+        f"largest difference from native onnxruntime: {difference:.2e} (limit: "
         f"{DIFFERENCE_MAX:g})": difference < DIFFERENCE_MAX,
         **passage.checks,
-        "nothing left behind" if not leaked else f"left behind: {', '.join(leaked)}": (not leaked),
-        "no answer simulated": not any(r.simulated for r in results),
+        "no leaked processes, profiles or ports"
+        if not leaked
+        else f"leaked: {', '.join(leaked)}": (not leaked),
+        "no simulated answers": not any(r.simulated for r in results),
     }
     console.print()
     for line, right in checks.items():
-        console.print(f"  {'[green]ok[/green] ' if right else '[red]NOT[/red]'} {line}")
+        console.print(f"  {'[green]ok[/green]    ' if right else '[red]FAILED[/red]'} {line}")
     return 0 if all(checks.values()) else 1

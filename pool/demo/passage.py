@@ -1,7 +1,7 @@
-"""The demonstration's last act: three browsers write a passage, and one is killed in mid-sentence.
+"""The demonstration's last part: three browsers generate a text, and one is killed in mid-sentence.
 
-It is written twice, first without a fault; every token and every bit of every score must be the
-same. This module must not judge the machine: who calls it looks for what was left behind.
+The text is generated twice, first without a fault; the tokens and logits must be bit-identical.
+This module must not search for leaked processes: its caller does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from recovery.kinds import BrowserType
 
 SHARDS = 3
 KILL_AFTER = 24  # tokens: in the middle of a sentence
-ASK: Mapping[str, Any] = {
+INPUTS: Mapping[str, Any] = {
     "text": "And the LORD said unto Moses,",
     "max_new_tokens": 60,
     "temperature": 0.6,
@@ -41,62 +41,62 @@ _REPAIR_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Passage:
-    """How the act went: what was checked, and every launch that there was."""
+    """The outcome: the checks, and every launch of a browser."""
 
     checks: Mapping[str, bool]
     launches: tuple[LaunchReport, ...]
 
 
 def engines() -> dict[str, int]:
-    """One browser of each engine that is here; two of the only one. Raises `SetupError`."""
-    here = installed_kinds()
-    kinds = [str(kind) for kind in _ENGINES if kind in here]
+    """One browser of each installed engine, two if it is the only one. Raises `SetupError`."""
+    installed = installed_kinds()
+    kinds = [str(kind) for kind in _ENGINES if kind in installed]
     if not kinds:
-        raise SetupError("no browser for the passage is installed: `tabpool doctor` names them")
+        raise SetupError("no browser is installed: run `tabpool doctor` to see what to install")
     return dict.fromkeys(kinds, 1) if len(kinds) > 1 else {kinds[0]: 2}
 
 
 async def write_passage(console: Console) -> Passage:
-    """Open a pool, have it write the passage twice, kill a browser the second time; close it."""
+    """Open a pool, generate the text twice, kill a browser the second time; close the pool."""
     model, browsers = kjv_llama_folder(), engines()
-    who = ", ".join(f"{count} {kind}" for kind, count in browsers.items())
+    wanted = ", ".join(f"{count} {kind}" for kind, count in browsers.items())
     began = time.monotonic()
     pool = BrowserPool(browsers, name="passage", backend="wasm", level="high")
     launches: dict[tuple[str, int], LaunchReport] = {}
     try:
-        with console.status(f"a llama, cut into {SHARDS}: starting {who} ...") as status:
+        with console.status(f"starting {wanted} for a llama in {SHARDS} shards ...") as status:
             await pool.open()
             await pool.load("llama", model, shards=SHARDS)
             opened = time.monotonic() - began
-            status.update("writing a passage without a fault ...")
-            right = await pool.run_with_recovery("llama", "generate", ASK)
+            status.update("generating a text without a fault ...")
+            reference = await pool.run_with_recovery("llama", "generate", INPUTS)
             launches.update(await _launched(pool))
         console.print(
             f"\n{len(browsers)} engines, one llama in {SHARDS} shards (ready in {opened:.1f} s): "
-            f"the passage again, and after {KILL_AFTER} tokens the browser of the middle stage is "
+            f"the same text again; after {KILL_AFTER} tokens the browser of the middle stage is "
             "killed",
             highlight=False,
         )
         notes: list[str] = []
-        plain = PlainText(_on(console), notes.append, mark=True)
-        shown = screen_or(console, plain)
-        if shown is plain:
-            _on(console)(ASK["text"])
-        written = await write(pool, "llama", ASK, shown, kill=Kill(KILL_AFTER))
-        for note in notes:  # a screen has shown them already
+        plain = PlainText(_printer(console), notes.append, mark=True)
+        display = screen_or(console, plain)
+        if display is plain:
+            _printer(console)(INPUTS["text"])
+        written = await write(pool, "llama", INPUTS, display, kill=Kill(KILL_AFTER))
+        for note in notes:  # empty if a `Screen` has shown them
             console.print(f"  {note}", **_PLAIN)
-        with console.status("the killed browser is being replaced ..."):
+        with console.status("waiting for the killed browser to be replaced ..."):
             await _repaired(pool)
             launches.update(await _launched(pool))
     finally:
         await pool.close()
-    return Passage(checked(written, right, len(browsers)), tuple(launches.values()))
+    return Passage(checked(written, reference, len(browsers)), tuple(launches.values()))
 
 
 _PLAIN: Mapping[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 
 
-def _on(console: Console) -> Callable[[str], None]:
+def _printer(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(text, **_PLAIN, end="")
 
 
@@ -106,7 +106,7 @@ async def _launched(pool: BrowserPool) -> dict[tuple[str, int], LaunchReport]:
 
 
 async def _repaired(pool: BrowserPool) -> None:
-    """Return when the browser that was killed is back, or another in its place."""
+    """Return when the killed browser has been repaired or replaced."""
     async with asyncio.timeout(_REPAIR_SECONDS):
         while True:
             state = await pool.control()
@@ -117,23 +117,23 @@ async def _repaired(pool: BrowserPool) -> None:
             await pool.changed()
 
 
-def checked(written: Written, right: Result, engines: int) -> dict[str, bool]:
-    """What the passage was to show, and whether it does. `right` is the one without a fault."""
+def checked(written: Written, reference: Result, engines: int) -> dict[str, bool]:
+    """The checks and whether each passes. `reference` is the result without a fault."""
     result, killed = written.result, written.killed
     assert result is not None
-    good = result.success and right.success
-    same_tokens = good and np.array_equal(result.values["tokens"], right.values["tokens"])
-    same_bits = good and result.values["logits"].tobytes() == right.values["logits"].tobytes()
-    text = str(right.values.get("text", ""))
+    good = result.success and reference.success
+    same_tokens = good and np.array_equal(result.values["tokens"], reference.values["tokens"])
+    same_bits = good and result.values["logits"].tobytes() == reference.values["logits"].tobytes()
+    text = str(reference.values.get("text", ""))
     rate = result.metrics["tokens_per_second"]
-    where = "nobody" if killed is None else f"{killed.browser_id} (stage {killed.stage})"
+    where = "no browser" if killed is None else f"{killed.browser_id} (stage {killed.stage})"
     rebuilt = written.rebuilt_after_kill
     again = ", ".join(f"{step.what} in {step.seconds * 1e3:.0f} ms" for step in rebuilt)
     return {
-        f"{len(written.tokens)} tokens by {engines} engines ({rate:.1f} a second); "
-        f"{where} was killed after {KILL_AFTER} of them": killed is not None,
-        f"its stage went on elsewhere: {again or 'it did not'}": bool(rebuilt),
-        "the passage is the same as without the kill, token by token": same_tokens,
-        "so is every bit of every score": same_bits,
-        "its text was delivered once": good and written.text == text,
+        f"{len(written.tokens)} tokens by {engines} engines ({rate:.1f} tokens/s); "
+        f"{where} was killed after {KILL_AFTER} tokens": killed is not None,
+        f"stage rebuilt in another browser: {again or 'no'}": bool(rebuilt),
+        "same tokens as without the kill": same_tokens,
+        "bit-identical logits": same_bits,
+        "text delivered exactly once": good and written.text == text,
     }

@@ -48,7 +48,7 @@ async def broken(
         await workload.load(pool)
         runner = ChaosRunner(pool, workload, plan)
         run = await runner.run()
-    return run.with_leaked(await runner.left_behind())
+    return run.with_leaked(await runner.leaked())
 
 
 def all_kept(run: ChaosRun) -> None:
@@ -134,7 +134,7 @@ def test_command_breaks_browsers_and_reports(tmp_path: Path) -> None:
     assert len(run.operations) == 30
     assert [fault.outcome for fault in run.faults] == ["happened"] * 3
     report = (tmp_path / "report.md").read_text()
-    assert "![Notice](noticed.png)" in report
+    assert "![Detection time](noticed.png)" in report
     cells = tmp_path / "matrix"
     matrix = ["--matrix", "--browsers", "chrome", "--models", "audio", "--faults", "driver_death"]
     done = CliRunner().invoke(app, ["chaos", *matrix, "--ops", "8", "--report", str(cells)])

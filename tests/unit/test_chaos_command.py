@@ -42,7 +42,7 @@ def test_the_list_tells_of_every_fault():
     [
         (["--faults", "earthquake"], "earthquake"),
         (["--intensity", "wild"], "wild"),
-        (["--ops", "0"], "over 0"),
+        (["--ops", "0"], "at least 1"),
         (["--every", "0"], "over 0"),
         (["--browsers", "lynx=1"], "lynx"),
         (["--model", "no/such/model"], "no/such/model"),

@@ -110,7 +110,7 @@ def test_all_is_well():
         ([op(0, answers=0, success=False)], [], {}, "1 lost"),
         ([op(0)], [], {"leaked": ("process 1",)}, "process 1"),
         ([op(0)], [], {"repaired": False}, "every browser"),
-        ([op(0)], [fault(0, CRASH, right=False, noticed=("timeout",))], {}, "noticed otherwise"),
+        ([op(0)], [fault(0, CRASH, right=False, noticed=("timeout",))], {}, "misdetected"),
         ([op(0)], [fault(0, CRASH, outcome="unseen", right=True)], {}, "0 of 1 faults"),
     ],
 )
@@ -164,7 +164,7 @@ def test_growth_is_from_after_warm_up_to_the_end():
 def test_a_run_comes_back_from_its_file(tmp_path):
     account = run([op(0)], [fault(0, CRASH, right=True, noticed=("crash",))])
     assert run_from_json(account.to_json()) == account
-    with pytest.raises(BadInput, match="no account"):
+    with pytest.raises(BadInput, match="not the JSON of a chaos run"):
         run_from_json("{}")
     with pytest.raises(BadInput, match="can't be read"):
         read_run(tmp_path / "missing")

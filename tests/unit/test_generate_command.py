@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from pool.commands import generate as generate_command
 from pool.commands import main as cli
-from pool.commands.generate import account, parse_browsers, summary
+from pool.commands.generate import as_plain, parse_browsers, summary
 from pool.commands.passage_view import Killed, PlainText, Screen, Written, picture, stage_state
 from pool.demo.passage import KILL_AFTER, checked
 from pool.models import bundled as demo_models
@@ -106,7 +106,7 @@ def drawn(written: Written, lines: int | None = None) -> str:
         (("--seed", -1), "seed: expected"),
         (("--kill", 0), "--kill: expected a number of tokens from 1 to 63"),
         (("--kill", 8, "--max-new-tokens", 8), "from 1 to 7"),
-        (("--browsers", "chrome=x"), "--browsers: expected kinds and numbers"),
+        (("--browsers", "chrome=x"), "--browsers: expected browsers and counts"),
         (("--browsers", "netscape=1"), "netscape"),
         (("--browsers", "chrome=0"), "browsers: expected 1 to 32"),
         (("--browsers", "chrome", "--level", "best"), "level: expected one of none, low"),
@@ -128,7 +128,7 @@ def test_too_few_browsers_for_a_level_are_refused(model):
 def test_models_that_take_no_text_are_refused(tmp_path):
     error = generate("--model", LLAMA).exception
     assert isinstance(error, BadInput)
-    assert "has no tokenizer.json beside it" in str(error)
+    assert "no tokenizer.json beside it" in str(error)
     assert isinstance(generate("--model", tmp_path).exception, NotAModel)
 
 
@@ -203,7 +203,7 @@ def test_help_teaches_with_an_example():
     result = generate("--help")
     assert result.exit_code == 0
     assert 'tabpool generate --shards 3 --prompt "In the beginning" --kill 20' in result.stdout
-    assert "SIGKILL the browser of the middle stage" in result.stdout
+    assert "Kill the browser of the middle stage" in result.stdout
 
 
 def test_an_error_is_a_message_and_exit_code_2(monkeypatch, capsys):
@@ -222,8 +222,8 @@ def test_the_picture_has_the_text_a_line_for_each_stage_and_what_happened():
     assert lines[0] == "It is abc"
     header, first, second = (line.split() for line in lines[2:5])
     assert header == ["stage", "layers", "browser", "kind", "position"]
-    assert first == ["0", "0", "to", "2", "chrome-0#2", "Chromium", "1.2", "6", "at", "work"]
-    assert second == ["1", "3", "-", "-", "0", "waits", "for", "a", "browser"]
+    assert first == ["0", "0", "to", "2", "chrome-0#2", "Chromium", "1.2", "6", "running"]
+    assert second == ["1", "3", "-", "-", "0", "waiting", "for", "a", "browser"]
     assert lines[5].strip() == "0.500 s  failed firefox-0#0 (stage 1, position 12): crash (4 ms)"
     assert "restored safari-0#0 (stage 1, position 12): 12 positions copied (20 ms)" in lines[6]
 
@@ -246,10 +246,10 @@ def test_of_a_long_text_the_screen_has_the_end():
 @pytest.mark.parametrize(
     ("where", "rebuilding", "words"),
     [
-        ((), False, "not begun"),
-        ((HostRef("a"),), False, "at work"),
+        ((), False, "not started"),
+        ((HostRef("a"),), False, "running"),
         ((HostRef("a"),), True, "being rebuilt"),
-        ((), True, "waits for a browser"),
+        ((), True, "waiting for a browser"),
     ],
 )
 def test_a_stage_says_what_it_is_at(where, rebuilding, words):
@@ -262,7 +262,7 @@ def test_plain_text_is_the_text_alone_unless_marks_are_wanted():
         written, notes = [], []
         with PlainText(written.append, notes.append, mark=mark) as shown:
             shown.piece("a")
-            shown.struck(killed)
+            shown.browser_killed(killed)
             shown.event(FAILED)
             shown.piece("b")
         assert "".join(written) == text
@@ -273,28 +273,28 @@ def test_plain_text_is_the_text_alone_unless_marks_are_wanted():
 def test_the_screen_leaves_the_whole_passage_behind():
     console = Console(file=io.StringIO(), width=100, height=20, force_terminal=True, no_color=True)
     with Screen(console) as screen:
-        screen.look(Written("It is "))
-        screen.look(passage())
+        screen.update(Written("It is "))
+        screen.update(passage())
     left = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).rpartition("It is")[2]
     assert left.startswith(" abc")
-    assert "at work" in left
+    assert "running" in left
 
 
 def test_the_summary_says_what_was_held_and_what_was_done():
     killed = Killed("firefox-0", 77, 1, after=2, at=0.4)
     assert list(summary(passage(killed), "high")) == [
         "3 tokens in 2.50 s: 1.5 tokens/s, the first after 0.50 s",
-        "killed on purpose after 2 tokens: firefox-0 (stage 1, pid 77)",
+        "killed (--kill) after 2 tokens: firefox-0 (stage 1, pid 77)",
         "failed: firefox-0#0; rebuilt: 1",
-        "level high asked, medium held in the end",
+        "level: high requested, medium at the end",
     ]
-    assert summary(passage(), "medium")[-1] == "level medium held"
+    assert summary(passage(), "medium")[-1] == "level: medium"
     assert summary(passage(success=False), "medium")[-1] == "LOST: no answer"
 
 
 def test_the_account_is_plain_json(model):
     killed = Killed("firefox-0", 77, 1, after=2, at=0.4)
-    said = json.loads(json.dumps(account(passage(killed), model, "high", "progressive")))
+    said = json.loads(json.dumps(as_plain(passage(killed), model, "high", "progressive")))
     assert said["tokens"] == [0, 1, 2]
     assert said["stages"][0] == {
         "layers": [0, 3],

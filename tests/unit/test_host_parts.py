@@ -64,7 +64,7 @@ def test_what_is_over_is_not_present():
     it = incarnation([])
     it.require(REF)
     it.retire()
-    with pytest.raises(BrowserLost, match="is not here"):
+    with pytest.raises(BrowserLost, match="is not current"):
         it.require(REF)
     assert not it.is_present(REF)
 
@@ -133,7 +133,7 @@ async def test_newer_order_ends_a_launch_and_an_older_one_is_refused():
     it = Launching()
     first = await it.order(REF)
     second = await it.order(NEXT)
-    with pytest.raises(BrowserLost, match="stopped while it launched"):
+    with pytest.raises(BrowserLost, match="stopped during its launch"):
         await first
     it.gates[1].set_result(REPORT)
     assert await second == REPORT
@@ -291,7 +291,7 @@ def test_file_that_changed_is_refused_and_one_that_did_not_is_read_once(tmp_path
 def test_packed_copy_beside_a_model_is_refused(tmp_path):
     path = models.add_model(tmp_path / "m.onnx")
     (tmp_path / "m.onnx.gz").write_bytes(b"")
-    with pytest.raises(PageError, match="lies beside the model"):
+    with pytest.raises(PageError, match="is beside the model"):
         check_unchanged(read_signature(path, name="m"), {})
 
 

@@ -80,7 +80,7 @@ async def test_process_that_ends_in_an_outage_was_the_page_s(watched):
     await asyncio.sleep(0)  # the outage has begun, and is not judged
     watched.it.page_process_ended(REF, PAGE)
     await watched.it.judged(REF)
-    assert watched.ended == ["the page is gone (data_closed)"]
+    assert watched.ended == ["the page ended (data_closed)"]
     assert watched.outages == []
 
 
@@ -91,7 +91,7 @@ async def test_end_of_the_page_is_told_and_that_of_a_spare_means_nothing(watched
     assert watched.ended == []
     watched.it.page_process_ended(REF, PAGE)
     await fakes.until(lambda: watched.ended)
-    assert watched.ended == ["the page is gone (process_ended)"]
+    assert watched.ended == ["the page ended (process_ended)"]
 
 
 async def test_end_of_any_alone_is_no_news_while_nobody_knows_which_is_the_page(watched):

@@ -103,7 +103,7 @@ def test_capacity_makes_as_few_shards_as_fit(out):
 )
 def test_times_are_measured_where_they_decide_or_are_asked_for(out, options, measured):
     text = shown(LLAMA, "--shards", 2, "--out", out, *options)
-    assert ("time a step" in text) == measured
+    assert ("time per step" in text) == measured
     assert ("not measured" in text) == (not measured)
     said = json.loads(shown(LLAMA, "--shards", 2, "--out", out, *options, "--json"))
     assert [shard["seconds"] is not None for shard in said["shards"]] == [measured] * 2
@@ -156,7 +156,9 @@ def test_options_that_make_no_sense_are_refused(out, options, said):
 def test_options_for_cutting_are_refused_where_nothing_is_cut(tmp_path, option):
     error = refused(tmp_path, "--strategy", "component_based", *option)
     assert isinstance(error, BadInput)
-    assert f"{option[0]} says how to cut, and component_based cuts nothing" in str(error)
+    assert f"{option[0]} does not apply to --strategy component_based, which cuts nothing" in str(
+        error
+    )
 
 
 def test_a_path_without_a_model_is_refused(tmp_path):
@@ -169,7 +171,7 @@ def test_an_error_is_a_message_and_exit_code_2(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main()
     assert exit_.value.code == 2
-    assert "BadInput: Nothing says how many shards to make" in capsys.readouterr().err
+    assert "BadInput: The number of shards is missing" in capsys.readouterr().err
 
 
 def test_help_has_an_example():
