@@ -259,7 +259,7 @@ def repair_worked(
 
 
 def without_stand_ins(state: PoolState, record: BrowserRecord, at: float) -> Decision:
-    """Stop whatever is being started in place of `record`'s browser."""
+    """Stop the stand-ins that are being started for `record`'s browser."""
     stops = []
     for other in state.browsers.values():
         if other.stands_in_for == record.id and other.phase in COMING:

@@ -54,7 +54,7 @@ class HistoryStore:
     """The samples of one pool, or of several in turn; in memory only where `path` is None.
 
     Whatever may wait is serialised: a query delays the next flush by at most
-    `query_seconds_max`. After an error the file is let go, and opened again by the next call.
+    `query_seconds_max`. After an error the file is closed, and opened again by the next call.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class HistoryStore:
     def flush(self) -> int:
         """Write waiting samples in one transaction; returns the number of rows.
 
-        Raises `HistoryUnavailable`: then nothing was written, and all goes on waiting.
+        Raises `HistoryUnavailable`: then nothing was written, and all samples stay queued.
         """
         with self._using:
             return self._flush()

@@ -3,7 +3,7 @@
 One line of JSON is the form of record: `{"seq", "term", "at", "type", "body"}`. The type is the
 event's class name in snake case and, like every field's name, part of the format: old logs hold
 it. What JSON can't carry (an object in a failure's evidence, half a surrogate pair from a page)
-is written as near as possible; `as_logged` says what a replay will see. This module must not
+is approximated; `as_logged` gives what a replay decodes. This module must not
 touch files.
 """
 
@@ -23,7 +23,7 @@ from typing_extensions import TypeAliasType
 from recovery.control import Body, Event, PoolState
 from recovery.errors import InternalError
 
-EVENT_BYTES_MAX = 256 * 1024  # what is longer is clipped: evidence may hold anything
+EVENT_BYTES_MAX = 256 * 1024  # longer events are clipped: evidence may be of any size
 _CLIPPED_CHARS_MAX = 1_000
 _CLIPPED_ITEMS_MAX = 100
 
@@ -107,7 +107,7 @@ def event_from_plain(plain: Mapping[str, Any]) -> Event:
 
 
 def as_logged(event: Event) -> Event:
-    """`event` as a replay will see it: apply this one, and replay can't differ."""
+    """`event` as a replay decodes it: apply this one, so that a replay gives the same state."""
     return decode(encode(event))
 
 
@@ -133,7 +133,7 @@ def state_from_plain(plain: Mapping[str, Any]) -> PoolState:
     return state
 
 
-# -- whatever there may be in it ------------------------------------------------------------------
+# -- values that JSON can't carry -----------------------------------------------------------------
 
 
 def _encode_slowly(

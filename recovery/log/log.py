@@ -1,6 +1,6 @@
 """The control log: every event is on disk before it is acted on.
 
-One thread writes; whatever is appended while it waits for the disk shares its next write. The
+One thread writes; events appended while it waits for the disk share its next write. The
 form of the files is in `recovery.log.segments`. `show` and `verify` only read, also while a
 pool writes. This module must not decide what an event means, or what a loss of events calls for.
 """

@@ -151,9 +151,9 @@ class Store:
     def append(self, lines: Sequence[bytes], last_seq: int) -> None:
         """Write events up to number `last_seq`; all of them are on disk when this returns.
 
-        Raises `LogUnavailable`; then none of them is in the log. To be followed by `sync_mark`,
-        which nobody needs to wait for: until then a crash of the machine, not of the process,
-        may set the mark back by these events, and they are there all the same.
+        Raises `LogUnavailable`; then none of them is in the log. Call `sync_mark`
+        afterwards, without waiting for it: until then a crash of the machine (not of the process)
+        may set the mark back by these events, but does not lose them.
         """
         data = b"".join(lines)
         with self._translated("written"):

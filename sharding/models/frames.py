@@ -2,9 +2,9 @@
 
 Layout: 8 bytes little-endian header length N, N bytes of JSON header (padded with spaces, so
 that the data begins at a multiple of 8), then the tensors' raw little-endian C-contiguous
-bytes. `__metadata__` carries what a frame is besides its tensors, string to string, as
+bytes. `__metadata__` carries the frame's other fields, string to string, as
 safetensors demands. This module must not open a socket, and must not decide whether a frame is
-still wanted: it only turns bytes into frames, and trusts no byte of them.
+still wanted: it only turns bytes into frames, and validates them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from recovery.errors import BadFrame, BadInput, MessageTooLarge
 Array: TypeAlias = npt.NDArray[Any]
 
 TENSORS_MAX = 1024  # in one frame
-HEADER_BYTES_MAX = 1 << 20  # of JSON; whatever is larger belongs into a tensor
+HEADER_BYTES_MAX = 1 << 20  # of JSON; send larger values as tensors
 INTEGER_MAX = (1 << 53) - 1  # the largest integer that JavaScript holds exactly
 
 _ALIGNMENT = 8
@@ -108,7 +108,7 @@ def encoded_size(frame: Frame) -> int:
 def decode(data: bytes | bytearray | memoryview, *, bytes_max: int) -> Frame:
     """The frame in one message; its tensors are read-only views into `data`, not copies.
 
-    Raises `BadFrame`, and nothing else, for whatever is not exactly one well-formed frame.
+    Raises only `BadFrame`, for anything but exactly one well-formed frame.
     """
     try:
         view = memoryview(data).toreadonly().cast("B")

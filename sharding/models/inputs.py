@@ -1,7 +1,7 @@
-"""Inputs against a signature: what a caller gave, as the arrays that the graph takes, or why not.
+"""Validation of inputs against a signature, and conversion to the arrays that the graph takes.
 
-Everything that can be refused before a browser is touched is refused here. Conversions are
-made only where nothing can be lost and nothing guessed. This module must not read a model, and
+Everything that can be refused before a browser is involved is refused here. Values are converted
+only without loss and without guessing. This module must not read a model, and
 knows no text (that is the pool's).
 """
 
@@ -56,14 +56,16 @@ def check_inputs(spec: ModelSpec, inputs: Mapping[str, Any]) -> dict[str, Array]
 
 
 def warmup_inputs(spec: ModelSpec, *, dim: int = 8) -> dict[str, Array]:
-    """Inputs that a model can be warmed with: zeros, and True for booleans (mask nothing).
+    """Inputs for warming a model up: zeros, and True for booleans (mask nothing).
 
     An open dimension is 1 if it is the first of its tensor (the batch), else `dim`; one name
     has one size everywhere. A tensor of unknown rank gets the shape `(1,)`. Models whose open
     dimensions depend on each other (a cache's length and a mask's) need better ones.
     """
     sizes: dict[str, int] = {}
-    for tensor in spec.inputs:  # First dimensions first: a batch is a batch wherever else it is.
+    for (
+        tensor
+    ) in spec.inputs:  # First dimensions first: a symbol that is a batch is one everywhere.
         if tensor.shape and isinstance(tensor.shape[0], str):
             sizes[tensor.shape[0]] = 1
 
@@ -111,7 +113,7 @@ def _as_array(model: str, tensor: TensorSpec, value: Any) -> Array:
 
 
 def _from_python(problem: str, tensor: TensorSpec, dtype: np.dtype[Any], value: Any) -> Array:
-    """Arrays from Python numbers. By way of objects, since numpy would guess a dtype."""
+    """Arrays from Python numbers. Made as object arrays first, since numpy would guess a dtype."""
     try:
         leaves: Array = np.array(value, dtype=object)
     except ValueError:

@@ -1,7 +1,7 @@
-"""Known answers: inputs that can be made again anywhere, and what a model makes of them.
+"""Known answers: reproducible inputs, and a model's outputs for them.
 
-The native runtime answers first, when a model is loaded; whoever runs the model later can be
-asked the same and compared. Large errors only: native kernels, quantisation and back ends differ
+The native runtime computes them when a model is loaded; hosts that run the model later can be
+compared with them. They reveal large errors only: native kernels, quantisation and back ends differ
 in low bits. Nothing here runs a browser; this module must not decide what a wrong answer means.
 """
 
@@ -20,7 +20,7 @@ from sharding.models.inputs import warmup_inputs
 from sharding.models.native import NativeSession
 from sharding.models.signature import ModelSpec
 
-INPUT_BYTES_MAX = 1 << 20  # of a question: it travels with every order to load the model
+INPUT_BYTES_MAX = 1 << 20  # of the inputs: they are sent with every order to load the model
 ELEMENTS_MAX = 16_384  # kept of one output; of a longer one, every n-th
 # How far a right answer may lie from the native one, as a part of the largest number in it. An
 # int8 model may differ by some percent, as its kernels saturate otherwise on other processors
@@ -46,21 +46,21 @@ class KnownTensor:
 
 @dataclass(frozen=True)
 class KnownAnswer:
-    """A question and what a model answers. Plain data: it travels and is stored."""
+    """Inputs and a model's outputs for them. Plain data, to be sent and stored."""
 
     inputs: Mapping[str, KnownTensor]
     outputs: Mapping[str, KnownTensor]
 
 
 def question(spec: ModelSpec, known: KnownAnswer | None) -> dict[str, Array]:
-    """The inputs to ask with; zeros where nothing is known."""
+    """The inputs; zeros if there is no known answer."""
     if known is None:
         return warmup_inputs(spec)
     return {name: tensor.values().reshape(tensor.shape) for name, tensor in known.inputs.items()}
 
 
 def varied_inputs(spec: ModelSpec, ids_max: int) -> dict[str, Array]:
-    """Inputs of a fixed seed: not zeros, or an answer would tell little. Masks are ones."""
+    """Inputs of a fixed seed: not zeros, which would reveal few errors. Masks are ones."""
     arrays = warmup_inputs(spec)
     rng = np.random.default_rng(_SEED)
     for name, array in arrays.items():
@@ -74,9 +74,9 @@ def varied_inputs(spec: ModelSpec, ids_max: int) -> dict[str, Array]:
 
 
 def record(spec: ModelSpec, example: Mapping[str, Array] | None = None) -> KnownAnswer | None:
-    """Ask the native runtime for what it makes of `example`, or else of made-up inputs. Blocks.
+    """The native runtime's outputs for `example`, or else for made-up inputs. Blocks.
 
-    None where it can't answer, or not twice the same.
+    None if it fails, or does not give the same outputs twice.
     """
     session = NativeSession(spec.files[0].path)
     try:
@@ -93,14 +93,14 @@ def record(spec: ModelSpec, example: Mapping[str, Array] | None = None) -> Known
                 asked = {name: _kept(array, array.size) for name, array in inputs.items()}
                 return KnownAnswer(asked, {name: _kept(array) for name, array in first.items()})
     except NotAModel:
-        return None  # a browser may take what this build of the native runtime does not
+        return None  # a browser may support what this build of the native runtime does not
     finally:
         session.close()
     return None
 
 
 def difference(known: KnownAnswer, outputs: Mapping[str, Array]) -> str:
-    """What is plainly wrong with an answer, in words; empty if nothing is."""
+    """How an answer is clearly wrong, in words; empty if it is not."""
     if known.outputs.keys() != outputs.keys():
         return f"outputs {', '.join(outputs)} instead of {', '.join(known.outputs)}"
     for name, right in known.outputs.items():

@@ -1,6 +1,6 @@
-"""How much memory a model takes while it loads, and how much of one a host has room for.
+"""How much memory a model takes while it loads, and how large a model a host can load.
 
-An estimate by bytes alone. This module must not import onnx, nor ask a browser.
+Estimated from bytes alone. This module must not import onnx, nor contact a browser.
 """
 
 from __future__ import annotations
@@ -15,5 +15,5 @@ def peak_bytes(weight_bytes: int) -> int:
 
 
 def room(capacity_bytes: int) -> int:
-    """Bytes of weights whose peak is what a host holds; negative if it can load nothing."""
+    """Bytes of weights that a host of this capacity can load; negative if it can load nothing."""
     return int((capacity_bytes - LOAD_OVERHEAD_BYTES) // PEAK_FACTOR)

@@ -1,8 +1,8 @@
 """A model in the native runtime: the arbiter of votes, the last rung, and the tests' reference.
 
-The only door to `onnxruntime`; its errors stop here. It computes on the CPU, one kernel after
-the other. This module must not check inputs against a signature (`sharding.models.inputs` does) and
-must not retry.
+The only module that uses `onnxruntime`, whose errors it converts. It computes on the CPU, one
+kernel after the other. This module must not check inputs against a signature
+(`sharding.models.inputs` does) and must not retry.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _RUN_ERRORS = (
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
 )
-_SILENT = 4  # fatal only: whatever is an error is raised, and need not be printed too
+_SILENT = 4  # fatal only: errors are raised, and need not be printed too
 
 # Instruction sets by which the runtime's CPU kernels differ, and with them the last bits.
 _INSTRUCTION_SETS = frozenset(
@@ -51,7 +51,7 @@ _INSTRUCTION_SETS = frozenset(
 
 
 class NativeSession:
-    """One model in native onnxruntime. `open`, any number of `run`, `close`.
+    """One model in native onnxruntime. Call `open`, `run` any number of times, then `close`.
 
     Calls block; `run` may be called from several threads. `threads` is the number that one
     kernel may use (it can change the last bits of an answer, so it is in the `numeric_id`).
@@ -81,7 +81,7 @@ class NativeSession:
         )
 
     def open(self) -> None:
-        """Loads the model. Raises `NotAModel` if the runtime cannot. Open twice is open once."""
+        """Loads the model. Raises `NotAModel` if the runtime cannot. A second call does nothing."""
         if self._session is not None:
             return
         options = onnxruntime.SessionOptions()

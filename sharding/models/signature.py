@@ -1,8 +1,8 @@
-"""What a model file is, read once: inputs, outputs, files, digest.
+"""The spec of a model file, read once: inputs, outputs, files, digest.
 
-The only door to `onnx`. A spec is plain data: whoever holds one needs neither the file nor
-onnx. This module must not run a model, and must not load the weights that lie in external
-data files (it reads them once, in pieces, for their digest).
+Imports `onnx`. A spec is plain data: using one needs neither the file nor onnx. This module must
+not run a model, and must not load the weights that lie in external data files (it reads them once,
+in pieces, for their digest).
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def read_signature(
     without a name counts as unknown (Silero VAD's exporter writes those). `load_peak_bytes` is
     an estimate by the files' bytes (`load_memory.peak_bytes`), not a measurement.
 
-    Raises `NotAModel`, saying what was expected and what came: no such file, a folder, no ONNX,
-    truncated, external data that is missing, too short or outside the model's folder, inputs
+    Raises `NotAModel`, saying what was expected and what was found: no such file, a folder, no
+    ONNX, truncated, external data that is missing, too short or outside the model's folder, inputs
     or outputs that are no tensors of a supported dtype.
     """
     path = Path(path).absolute()
@@ -146,7 +146,7 @@ def read_signature(
     except (DecodeError, UnicodeDecodeError) as error:
         raise _not_onnx(path, data) from error
     if not outputs or not opsets:
-        # Bytes that are no model, and models cut off between two fields, can parse as this.
+        # Other files, and models truncated between two fields, can parse as an empty model.
         raise _not_onnx(path, data)
     graph_file = ModelFile(str(path), path.name, len(data), hashlib.sha256(data).hexdigest())
     files = (graph_file, *_external_files(path, external))

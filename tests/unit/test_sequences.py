@@ -38,11 +38,11 @@ def failure(category=Category.CRASH, scope=Scope.BROWSER, what="") -> Failure:
 def test_cure_by_level_and_failure(category, scope):
     page_lives = category in BRIEF and scope in (Scope.PAGE, Scope.OPERATION)
     other = failure(category, scope)
-    cures = {level: recovery_action(level, other, 1, 5) for level in LEVELS_ASCENDING}
-    assert cures[Level.NONE] is GIVE_UP
-    assert cures[Level.LOW] is (ASK if page_lives else GIVE_UP)
+    actions = {level: recovery_action(level, other, 1, 5) for level in LEVELS_ASCENDING}
+    assert actions[Level.NONE] is GIVE_UP
+    assert actions[Level.LOW] is (ASK if page_lives else GIVE_UP)
     for level in (Level.MEDIUM, Level.HIGH, Level.CRITICAL):
-        assert cures[level] is (ASK if page_lives else REBUILD)
+        assert actions[level] is (ASK if page_lives else REBUILD)
 
 
 @pytest.mark.parametrize("what", sorted(MISADDRESSED))
