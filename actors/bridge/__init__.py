@@ -1,4 +1,4 @@
-"""The server that one browser's page talks to: its files and its two sockets."""
+"""The server of one browser's page: its files and its two sockets."""
 
 from actors.bridge.bridge import Bridge
 from actors.bridge.records import PROTOCOL, BridgeEvent, FrameSeen, PageConfig

@@ -1,8 +1,8 @@
-"""Who may come in: one page, of the present epoch, from its own origin, with its token.
+"""Access control: admits one page, of the current epoch, from its own origin, with its token.
 
 The page enters once with a single-use ticket and gets the token in a cookie; sockets also carry it
 as a subprotocol, and every request's Host and Origin are checked. The page itself is served once
-only, so that one which was loaded again (and so has no models) can't take the place of the first.
+only, so that a reloaded page (without models) can't replace the first.
 This module must not serve anything.
 """
 
@@ -19,10 +19,10 @@ _COOKIE = "tabpool"
 
 
 class Admission:
-    """The secrets of the present page, and whether it is out of reach on purpose.
+    """The secrets of the current page, and whether a fault blocks it.
 
-    What is refused raises aiohttp's errors, which are the answers. `socket_paths` are those whose
-    requests carry the token themselves.
+    Refusals raise aiohttp's HTTP errors. `socket_paths` are those whose requests carry the token
+    themselves.
     """
 
     def __init__(self, socket_paths: frozenset[str], clock: Callable[[], float]) -> None:
@@ -33,7 +33,7 @@ class Admission:
         self._token = ""
         self._ticket = ""
         self._served = False  # the page of this epoch
-        self._away_until = -math.inf  # no request is answered before, of this page
+        self._away_until = -math.inf  # requests of this page are refused until then
 
     @property
     def host(self) -> str:
@@ -46,11 +46,11 @@ class Admission:
 
     @property
     def token(self) -> str:
-        """The token of the present page; empty: there is none."""
+        """The token of the current page; empty: there is none."""
         return self._token
 
     def begin(self, epoch: int, host: str) -> str:
-        """Expect a page of `epoch`; returns the path that lets it in."""
+        """Expect a page of `epoch`; returns its entry path."""
         self._epoch, self._host = epoch, host
         self._token, self._ticket = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         self._served = False
@@ -58,20 +58,20 @@ class Admission:
         return f"/enter/{self._ticket}"
 
     def end(self) -> None:
-        """Refuse the present page from now on."""
+        """Refuse the current page from now on."""
         self._token = self._ticket = ""
 
     def stay_away(self, seconds: float) -> None:
-        """Answer this page nothing for so long."""
+        """Refuse all requests of this page for `seconds` (fault injection)."""
         self._away_until = self._clock() + seconds
 
     def check(self, request: web.Request) -> None:
-        """Of any request. Raises what it is refused with."""
+        """Check any request. Raises an HTTP error if it is refused."""
         # The Host check defeats DNS rebinding, the Origin check pages of other origins.
         if request.host != self._host:
             raise web.HTTPForbidden(text="wrong host")
         if self._clock() < self._away_until:
-            raise web.HTTPServiceUnavailable(text="out of reach, on purpose")
+            raise web.HTTPServiceUnavailable(text="blocked by fault injection")
         origin = request.headers.get("Origin")
         if origin is not None and origin != f"http://{self._host}":
             raise web.HTTPForbidden(text="wrong origin")
@@ -83,7 +83,7 @@ class Admission:
             raise web.HTTPForbidden(text="no token")
 
     def check_socket(self, request: web.Request) -> str:
-        """Of a request for a socket, too; returns the token. Raises what it is refused with."""
+        """Also check a socket's request; returns the token. Raises an HTTP error if refused."""
         offered = [p.strip() for p in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
         if len(offered) != 2 or not self._is_token(offered[1]):
             raise web.HTTPForbidden(text="no token")
@@ -95,13 +95,13 @@ class Admission:
         return bool(self._token) and hmac.compare_digest(offered.encode(), self._token.encode())
 
     def take_ticket(self, offered: str) -> None:
-        """Let the page in; one try. Raises what it is refused with."""
+        """Use the page's ticket, which is valid once. Raises an HTTP error if it is invalid."""
         ticket, self._ticket = self._ticket, ""
         if not (ticket and hmac.compare_digest(offered.encode(), ticket.encode())):
             raise web.HTTPForbidden(text="no ticket")
 
     def take_page(self) -> None:
-        """Have the page served, once. Raises what it is refused with."""
+        """Mark the page as served. Raises an HTTP error the second time."""
         if self._served:
             raise web.HTTPForbidden(text="the page was served already")
         self._served = True

@@ -1,8 +1,8 @@
-"""The bridge between a browser host and its page: a face over a server and two sockets.
+"""The bridge between a browser host and its page: a server and two sockets.
 
 `data` is the worker's socket (frames), `control` the main thread's (ping, console, visibility), so
 that a busy worker still answers pings. This module must not launch browsers or judge failures: it
-reports what it sees through `on_event`.
+reports events through `on_event`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sharding.models.signature import ModelSpec
 
 
 class Bridge:
-    """Serves one page at a time; a new epoch ends the one before."""
+    """Serves one page at a time; a new epoch ends the previous page."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Bridge:
     # -- the page --------------------------------------------------------------------------------
 
     def begin_epoch(self, epoch: int, host: str) -> str:
-        """End the page before and expect one of `epoch`; returns the path that lets it in.
+        """End the previous page and expect one of `epoch`; returns its entry path.
 
         `host` is the authority (host or host:port) under which the browser sees this server.
         """
@@ -84,7 +84,7 @@ class Bridge:
         return path
 
     def end_page(self, why: str) -> None:
-        """Refuse the present page from now on, and fail whoever waits for it."""
+        """Refuse the current page from now on, and fail its pending requests."""
         self._admission.end()
         self._sockets.end()
         self._exchanges.fail(why)
@@ -117,13 +117,13 @@ class Bridge:
         return await self._sockets.serve("data", request, limit, hear)
 
     def _closed(self, name: str, epoch: int) -> None:
-        """The page's socket has closed by itself, or was dropped."""
+        """A socket of the page was closed by the page, or dropped."""
         part = self._exchanges if name == "data" else self._control
         part.fail(f"the page's {name} socket closed", "socket_closed")
         if epoch == self._admission.epoch:
             self._on_event(BridgeEvent("closed", epoch, {"socket": name}))
 
-    # -- what is said ----------------------------------------------------------------------------
+    # -- messages --------------------------------------------------------------------------------
 
     async def request(self, frame: Frame, seconds_max: float = WORK_SECONDS) -> Frame:
         """Send a frame and wait for the reply to its operation id; see `Exchanges.request`."""
@@ -135,49 +135,49 @@ class Bridge:
         return self._exchanges.outstanding
 
     def overdue(self) -> tuple[float, str]:
-        """In how many seconds what the page works on has taken too long, and what that is.
+        """Seconds until the page's current request is overdue, and its operation id.
 
-        0 or less: it has. Infinity and an empty name when it works on nothing.
+        0 or less: it is overdue. Infinity and an empty name when the page is idle.
         """
         return self._exchanges.overdue()
 
     @property
     def frames(self) -> deque[FrameSeen]:
-        """The headers of the last frames, either way."""
+        """The headers of the last frames, in both directions."""
         return self._exchanges.frames
 
     async def ping(self) -> None:
         """Return when the page's main thread has answered. Raises `BrowserLost`.
 
-        Does not wait for a socket that is away: `what` is `socket_closed` then.
+        Does not wait for a closed socket: `what` is `socket_closed` then.
         """
         await self._control.ping()
 
     async def tell(self, message: Mapping[str, Any]) -> None:
-        """Say something to the page's main thread. Raises `BrowserLost`."""
+        """Send a message to the page's main thread. Raises `BrowserLost`."""
         await self._control.tell(message)
 
     @property
     def console(self) -> deque[str]:
-        """What the page has written to its console, and what it said that was refused."""
+        """The page's console, and notes on its messages that were refused."""
         return self._control.console
 
     @property
     def visibility(self) -> str:
-        """Of the page, as it said last."""
+        """The page's last reported visibility."""
         return self._control.visibility
 
-    # -- faults on purpose -----------------------------------------------------------------------
+    # -- fault injection -------------------------------------------------------------------------
 
     def stay_away(self, seconds: float) -> None:
-        """Break every connection, and answer this page nothing for so long."""
+        """Break all connections, and refuse all requests of this page for `seconds`."""
         self._admission.stay_away(seconds)
         self.drop()
 
     def spoil(self, how: Sequence[str]) -> None:
-        """Serve the next files of models so: "500", "half" or "wrong" (a byte of it), each once."""
+        """Serve the next model files with a fault each: "500", "half", or "wrong" (one byte)."""
         self._files.spoil(how)
 
     def drop(self, names: Iterable[str] = SOCKETS) -> None:
-        """Break connections, as a network does; the page may open them again."""
+        """Break connections, as a network does; the page may reopen them."""
         self._sockets.drop(names)

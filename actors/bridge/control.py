@@ -1,7 +1,7 @@
-"""What the page's main thread says and is told: pings, console, visibility, over its socket.
+"""Messages with the page's main thread over its socket: pings, console, visibility.
 
-Apart from the worker's socket, so that a page whose worker is busy still answers pings. This module
-must not judge what it hears: it reports.
+Separate from the worker's socket, so that a page whose worker is busy still answers pings. This
+module must not act on messages: it reports them.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ _CONSOLE_LINES_MAX = 100
 
 
 class Control:
-    """The main thread of a page, as this side knows it."""
+    """The control connection to a page's main thread."""
 
     def __init__(self, sockets: Sockets, on_event: Callable[[BridgeEvent], None]) -> None:
         self._sockets = sockets
         self._on_event = on_event
         self._pongs: dict[int, asyncio.Future[None]] = {}
         self.console: deque[str] = deque(maxlen=_CONSOLE_LINES_MAX)
-        self.visibility = ""  # of the page, as it said last
+        self.visibility = ""  # last reported by the page
 
     def begin(self) -> None:
-        """Nothing is known of the page that is expected now."""
+        """Reset for a new page."""
         self.visibility = ""
         self.console.clear()
 
     def hear(self, text: Any, epoch: int, epoch_now: int) -> None:
-        """Take in a message from a page of `epoch`, while that of `epoch_now` is expected."""
+        """Handle a message from a page of `epoch`, while that of `epoch_now` is expected."""
         try:
             message = json.loads(text)
             kind = str(message["kind"])
@@ -46,7 +46,7 @@ class Control:
             self.console.append("unreadable control message")
             return
         if epoch != epoch_now:
-            return  # last words of a page that has been replaced
+            return  # from a page that has been replaced
         if kind == "pong":
             number = message.get("id")
             waiting = self._pongs.pop(number, None) if isinstance(number, int) else None
@@ -60,7 +60,7 @@ class Control:
         self._on_event(BridgeEvent(kind, epoch, message))
 
     async def tell(self, message: Mapping[str, Any]) -> None:
-        """Say something to the page's main thread. Raises `BrowserLost`."""
+        """Send a message to the page's main thread. Raises `BrowserLost`."""
         socket = self._sockets.get("control")
         with contextlib.suppress(ConnectionError):
             await socket.send_str(json.dumps(message))
@@ -68,7 +68,7 @@ class Control:
     async def ping(self) -> None:
         """Return when the page's main thread has answered. Raises `BrowserLost`.
 
-        Does not wait for a socket that is away: `what` is `socket_closed` then.
+        Does not wait for a closed socket: `what` is `socket_closed` then.
         """
         socket = self._sockets.get("control")
         number = secrets.randbits(48)
@@ -85,6 +85,6 @@ class Control:
             self._pongs.pop(number, None)
 
     def fail(self, why: str, what: str = "") -> None:
-        """The socket is closed: no pong comes any more."""
+        """The socket is closed: fail all pending pings."""
         waiting, self._pongs = self._pongs, {}
         fail_waiting(waiting.values(), why, what)

@@ -1,7 +1,7 @@
 """Requests to the page's worker and their replies: frames over the data socket.
 
-Knows what the page has not answered yet, and since when it works on the first of that. This module
-must not judge a page that is slow: it says how slow.
+Tracks unanswered requests, and since when the page works on the first of them. This module must
+not act on a slow page: it reports how slow it is.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from actors.bridge.sockets import Sockets, fail_waiting
 from recovery.errors import BadFrame, BrowserLost, PageError
 from sharding.models.frames import Frame, decode, encode
 
-WORK_SECONDS = 300.0  # of one request, where the caller does not say
+WORK_SECONDS = 300.0  # default limit of one request
 _FRAMES_MAX = 64
-_FRAME_OVERHEAD_BYTES = 1 << 20  # a reply's header, over the limit on its tensors
+_FRAME_OVERHEAD_BYTES = 1 << 20  # for a reply's header, on top of the limit on its tensors
 
 
 class Exchanges:
-    """The requests under way to a page. `complain` hears of what the page says wrong."""
+    """The requests in flight to a page. `complain` is called with notes on invalid messages."""
 
     def __init__(
         self,
@@ -38,19 +38,21 @@ class Exchanges:
         self._complain = complain
         self._clock = clock
         self._pending: dict[str, asyncio.Future[Frame]] = {}
-        # What the page has not answered, in the order in which it works, with the longest that
-        # each may take; abandoned ones too, since the page still computes them.
+        # Unanswered requests in the order of execution, with the time limit of each; abandoned ones
+        # too, since the page still computes them.
         self._exchanges: OrderedDict[str, float] = OrderedDict()
         self._head_since = 0.0
-        self.frames: deque[FrameSeen] = deque(maxlen=_FRAMES_MAX)  # the last ones, either way
+        self.frames: deque[FrameSeen] = deque(
+            maxlen=_FRAMES_MAX
+        )  # the last ones, in both directions
 
     @property
     def reply_bytes_max(self) -> int:
-        """Of a message from the page."""
+        """Size limit of a message from the page."""
         return self._message_bytes_max + _FRAME_OVERHEAD_BYTES
 
     def hear(self, data: Any, epoch: int, epoch_now: int) -> None:
-        """Take in a message from a page of `epoch`, while that of `epoch_now` is expected."""
+        """Handle a message from a page of `epoch`, while that of `epoch_now` is expected."""
         try:
             frame = decode(data, bytes_max=self.reply_bytes_max)
         except (BadFrame, TypeError) as error:
@@ -90,9 +92,9 @@ class Exchanges:
         return len(self._exchanges)
 
     def overdue(self) -> tuple[float, str]:
-        """In how many seconds what the page works on has taken too long, and what that is.
+        """Seconds until the page's current request is overdue, and its operation id.
 
-        0 or less: it has. Infinity and an empty name when it works on nothing.
+        0 or less: it is overdue. Infinity and an empty name when the page is idle.
         """
         for op_id, seconds in self._exchanges.items():  # the head is what it works on
             return seconds - (self._clock() - self._head_since), op_id
@@ -101,10 +103,10 @@ class Exchanges:
     async def request(self, frame: Frame, seconds_max: float = WORK_SECONDS) -> Frame:
         """Send a frame and wait for the reply to its operation id.
 
-        `seconds_max` is how long the page may work on it before `overdue` names it; time spent
-        behind others does not count, nor does the time until a data socket that is away is open
-        again. Raises `BrowserLost` when the socket closes (`what` is `socket_closed`) or the page
-        is ended, and `PageError` when it reports an error.
+        `seconds_max` is how long the page may work on it before `overdue` names it; time in the
+        queue does not count, nor does the time until a closed data socket is open again.
+        Raises `BrowserLost` when the socket closes (`what` is `socket_closed`) or the page is
+        ended, and `PageError` when it reports an error.
         """
         data = encode(frame, bytes_max=self._message_bytes_max)
         self._note("to", frame)
@@ -128,7 +130,7 @@ class Exchanges:
         return answer
 
     def fail(self, why: str, what: str = "") -> None:
-        """The socket is closed: no reply comes any more."""
+        """The socket is closed: fail all pending requests."""
         waiting, self._pending = self._pending, {}
-        self._exchanges.clear()  # the page drops what it has not begun
+        self._exchanges.clear()  # the page drops requests that it has not started
         fail_waiting(waiting.values(), why, what)

@@ -1,6 +1,6 @@
-"""The files that a page fetches: its own, onnxruntime-web's and those of registered models.
+"""Serves the files that a page fetches: its own, onnxruntime-web's and those of models.
 
-Looked up by their whole path in a table (`actors.assets`). This module must not ask who fetches.
+They are looked up by path in a table (`actors.assets`). This module must not do access control.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ HEADERS = {
 
 
 class Files:
-    """The table of files, and how the next of them are served."""
+    """The table of files, and faults to inject into the next ones."""
 
     def __init__(self) -> None:
         self._assets: dict[str, Asset] = {}
-        self._spoilt: deque[str] = deque(maxlen=_SPOILT_MAX)  # how the next models are served
+        self._spoilt: deque[str] = deque(maxlen=_SPOILT_MAX)  # faults of the next model files
 
     def find(self) -> None:
-        """Have the page's and the runtime's own files. Raises `SetupError` if they are missing."""
+        """Add the page's and the runtime's files. Raises `SetupError` if they are missing."""
         self._assets.update(static_assets())
 
     def register(self, spec: ModelSpec) -> None:
@@ -46,7 +46,7 @@ class Files:
             self._assets.pop(path, None)
 
     def spoil(self, how: Sequence[str]) -> None:
-        """Serve the next files of models so: "500", "half" or "wrong" (a byte of it), each once."""
+        """Serve the next model files with a fault each: "500", "half", or "wrong" (one byte)."""
         self._spoilt.extend(how)
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
@@ -64,9 +64,9 @@ class Files:
 
 
 async def _spoilt(how: str, path: Path, headers: Mapping[str, str]) -> web.StreamResponse:
-    """A file of a model, served as it should not be."""
+    """A model file served with a fault."""
     if how == "500":
-        raise web.HTTPInternalServerError(text="a fault on purpose")
+        raise web.HTTPInternalServerError(text="injected fault")
     content = bytearray(await asyncio.to_thread(path.read_bytes))
     if how == "half":
         del content[len(content) // 2 :]

@@ -1,4 +1,4 @@
-"""What a bridge is told, and what it reports. Frozen data; nothing here acts."""
+"""Configuration and events of a bridge: frozen data. This module must not act."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ PROTOCOL = "tabpool.v1"
 
 @dataclass(frozen=True)
 class PageConfig:
-    """What the page is told. `probe`: look for WebGPU and WebNN too (costs some 100 ms).
+    """Configuration of the page. `probe`: detect WebGPU and WebNN too (takes some 100 ms).
 
-    `faults`: it may be told to answer wrong on purpose.
+    `faults`: whether faults may be injected into it.
     """
 
     threads: int
@@ -24,8 +24,8 @@ class PageConfig:
 
 @dataclass(frozen=True)
 class BridgeEvent:
-    """Something seen on a socket: `what` is one of hello, closed, console, worker_failed,
-    visibility; `epoch` is the page's. After `closed` the page may open that socket again."""
+    """An event of a socket: `what` is one of hello, closed, console, worker_failed,
+    visibility; `epoch` is the page's. After `closed` the page may reopen that socket."""
 
     what: str
     epoch: int
@@ -33,7 +33,7 @@ class BridgeEvent:
 
 
 class FrameSeen(NamedTuple):
-    """The header of a frame to or from the page: no numbers of anybody's. `at` is wall time in
+    """The header of a frame to or from the page, without data. `at` is wall time in
     seconds, `tensors` are name, dtype and shape of each."""
 
     at: float

@@ -1,7 +1,7 @@
-"""The HTTP server of one browser's page, bound to loopback: what is answered at which path.
+"""The HTTP server of one browser's page, bound to loopback, and its routes.
 
-Who may come in is for `actors.bridge.admission`, what comes over sockets for the handlers of their
-paths. This module must not know what either says.
+`actors.bridge.admission` does access control; the handlers of `sockets` handle messages. This
+module must not do either.
 """
 
 from __future__ import annotations

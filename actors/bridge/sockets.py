@@ -1,7 +1,7 @@
 """The two sockets of a page: `control` of its main thread, `data` of its worker.
 
-A socket that closes does not end the page: it opens another with the same token, as often as it
-must, until `end`. This module must not know what is said over them.
+A closed socket does not end the page: it reconnects with the same token, until `end`. This module
+must not interpret messages.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ SOCKETS = ("control", "data")
 
 
 class Sockets:
-    """The sockets that are open now, of the page that `admission` lets in.
+    """The open sockets of the page that `admission` admits.
 
-    `on_closed` hears the name and the page's epoch of each that closes by itself.
+    `on_closed` is called with the name and the page's epoch of each that the page closes.
     """
 
     def __init__(self, admission: Admission, on_closed: Callable[[str, int], None]) -> None:
@@ -41,7 +41,7 @@ class Sockets:
         bytes_max: int,
         on_message: Callable[[Any, int], None],
     ) -> web.StreamResponse:
-        """Open a socket of the page; `on_message` hears what comes, with the page's epoch."""
+        """Serve a socket of the page; `on_message` gets each message and the page's epoch."""
         token = self._admission.check_socket(request)
         # Compression would cost more than loopback does.
         socket = web.WebSocketResponse(
@@ -57,7 +57,7 @@ class Sockets:
             return socket
         epoch = self._admission.epoch
         self._sockets[name], self._requests[name] = socket, request
-        self._tell_change()
+        self._notify()
         try:
             async for message in socket:
                 if message.type in (WSMsgType.BINARY, WSMsgType.TEXT):
@@ -97,35 +97,35 @@ class Sockets:
                 await self.opened(name)
 
     def drop(self, names: Iterable[str] = SOCKETS) -> None:
-        """Break connections, as a network does; the page may open them again."""
+        """Break connections, as a network does; the page may reopen them."""
         for name in names:
             request = self._requests.get(name)
             if request is not None and request.transport is not None:
                 request.transport.abort()
 
     def end(self) -> None:
-        """Close the sockets, and tell the page not to come back."""
+        """Close the sockets, and tell the page not to reconnect."""
         sockets, self._sockets, self._requests = self._sockets, {}, {}
         for socket in sockets.values():
             closing = asyncio.ensure_future(_close(socket))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
-        self._tell_change()
+        self._notify()
 
-    def _tell_change(self) -> None:
+    def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
 
 def fail_waiting(futures: Iterable[asyncio.Future[Any]], why: str, what: str = "") -> None:
-    """Have whoever waits for something over a socket hear that nothing comes."""
+    """Fail pending replies of a closed socket with `BrowserLost`."""
     facts = {"what": what} if what else {}
     for future in futures:
         if not future.done():
             future.set_exception(BrowserLost(why, **facts))
-            future.exception()  # whoever waited may have gone; that is no unseen error
+            future.exception()  # the waiter may be gone: mark the error as retrieved
 
 
 async def _close(socket: web.WebSocketResponse) -> None:
     with contextlib.suppress(ConnectionError, RuntimeError, asyncio.TimeoutError):
-        await socket.close(code=WSCloseCode.POLICY_VIOLATION)  # tells the page not to come back
+        await socket.close(code=WSCloseCode.POLICY_VIOLATION)  # tells the page not to reconnect

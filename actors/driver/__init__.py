@@ -1,1 +1,1 @@
-"""Processes below a browser: its driver, profile and session, and who ends them."""
+"""A browser's processes: driver, profile, session, and their reaper."""

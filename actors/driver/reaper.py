@@ -1,11 +1,11 @@
-"""The guardian process of one browser: it makes the profile, starts the driver, ends it all.
+"""The reaper process of one browser: creates the profile, starts the driver, kills them all.
 
 A script of its own (standard library only, so that it starts in milliseconds). Its parent, the
 browser actor, holds the other end of its standard input; when that end closes, for whatever
-reason, the reaper kills every descendant and removes the profile directory. It makes itself
-the reaper of its orphans (`PR_SET_CHILD_SUBREAPER`), so that processes which browsers detach
-stay its descendants, and a session of its own, so that a signal to the actor's process group
-passes it by. It must not import anything of the project.
+reason, the reaper kills every descendant and removes the profile directory. It becomes the
+subreaper of its orphans (`PR_SET_CHILD_SUBREAPER`), so that processes which browsers detach
+stay its descendants, and a session of its own, so that it gets no signal sent to the
+actor's process group. It must not import anything of the project.
 
 Input: one JSON line `{"driver": [argv], "xvfb": [argv] | null, "profile": directory to make,
 "template": directory to copy into it | null, "environment": {}}`. Output: JSON lines
@@ -49,7 +49,7 @@ def _begin_child() -> None:
 
 
 def _say(**fields: Any) -> None:
-    # The actor may be gone; the reaper's own job goes on.
+    # The actor may be gone; the reaper continues.
     with contextlib.suppress(OSError):
         os.write(1, json.dumps(fields).encode() + b"\n")
 
@@ -64,7 +64,7 @@ def _parents() -> dict[int, int]:
                     # The command (field 2) may contain spaces and parentheses.
                     parents[int(name)] = int(stat.read().rpartition(b")")[2].split()[1])
             except (OSError, IndexError, ValueError):
-                continue  # it ended while we looked
+                continue  # it ended meanwhile
     return parents
 
 
@@ -93,7 +93,7 @@ def _reap() -> bool:
 def _kill_all(groups: list[int], display: int) -> None:
     """End every descendant. Xvfb (pid `display`, 0 if none) gets a moment to remove its socket."""
     begun = time.monotonic()
-    for group in groups:  # where there is no /proc, the drivers' process groups must do
+    for group in groups:  # the only way where there is no /proc
         if group != display:
             with contextlib.suppress(OSError):
                 os.killpg(group, signal.SIGKILL)
@@ -104,7 +104,7 @@ def _kill_all(groups: list[int], display: int) -> None:
                 os.kill(pid, signal.SIGTERM if polite else signal.SIGKILL)
         if not _reap():
             return
-        time.sleep(0.005)  # orphans come to us one generation at a time
+        time.sleep(0.005)  # orphans are adopted one generation at a time
 
 
 def _start_display(argv: list[str]) -> tuple[subprocess.Popen[bytes], str]:
@@ -112,7 +112,7 @@ def _start_display(argv: list[str]) -> tuple[subprocess.Popen[bytes], str]:
     read_end, write_end = os.pipe()
     xvfb = _spawn([*argv, "-displayfd", str(write_end)], dict(os.environ), (write_end,))
     os.close(write_end)
-    # It writes the number and the line's end apart, and ends if it can't write the second.
+    # It writes the number and the newline separately, and exits if it can't write the second.
     number = ""
     while not number.endswith("\n") and select.select([read_end], [], [], _DISPLAY_SECONDS)[0]:
         piece = os.read(read_end, 16).decode()
@@ -121,7 +121,7 @@ def _start_display(argv: list[str]) -> tuple[subprocess.Popen[bytes], str]:
         number += piece
     os.close(read_end)
     if not number.endswith("\n"):
-        raise OSError(f"{argv[0]} gave no display")
+        raise OSError(f"{argv[0]} started no display")
     return xvfb, f":{number.strip()}"
 
 
@@ -141,15 +141,15 @@ def _spawn(
 
 
 def _make_profile(profile: str) -> None:
-    """Here and not in the actor: whatever becomes of the actor, the one who removes it made it."""
+    """Created here and not in the actor, so that it is removed even if the actor dies."""
     os.mkdir(profile, 0o700)
     os.mkdir(os.path.join(profile, TEMPORARY))
 
 
 def _fill_profile(profile: str, template: str | None) -> None:
     if template:
-        # A file that vanishes meanwhile is no loss in a cache. Contents only: times and modes
-        # would take half as long again.
+        # Files that vanish meanwhile are no loss in a cache. Contents only: copying times and modes
+        # would take 50 % longer.
         with contextlib.suppress(shutil.Error):
             shutil.copytree(
                 template,
@@ -162,7 +162,7 @@ def _fill_profile(profile: str, template: str | None) -> None:
 
 def main() -> None:
     if os.fork():
-        os._exit(0)  # Ray kills the direct children of a worker that ends; this one must live on
+        os._exit(0)  # Ray kills direct children of a worker that ends; the reaper must survive
     _say(started=os.getpid(), what="reaper")
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
@@ -196,7 +196,7 @@ def main() -> None:
                     os.read(wake_read, 4096)
                     _reap()
                 if 0 in ready and not os.read(0, 4096):
-                    break  # the actor let go, or is gone
+                    break  # the actor closed it, or has ended
     except OSError as error:
         _say(error=str(error))
     finally:

@@ -1,8 +1,8 @@
-"""One Selenium session, and the only door to Selenium.
+"""One Selenium session, and the only module that uses Selenium.
 
 Every driver call runs in one thread of the session's own and has a short timeout, because a
 call in progress can't be cancelled: to free the thread, end the driver process. Selenium's
-errors stop here. This module must not serve pages or decide what a failure means.
+errors are converted here. This module must not serve pages or decide what a failure means.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from recovery.kinds import BrowserType
 from recovery.policies import DRIVER_ANSWERS
 
 _T = TypeVar("_T")
-_WINDOW = (1000, 700)  # pixels, of a window that is brought back
-CALL_SECONDS = 20  # the longest that one driver call may take
+_WINDOW = (1000, 700)  # pixels, of a restored window
+CALL_SECONDS = 20  # timeout of one driver call
 
 
 def free_port() -> int:
@@ -50,7 +50,7 @@ def driver_command(binaries: Binaries, port: int) -> list[str]:
         case BrowserType.CHROME | BrowserType.EDGE:
             return [binaries.driver, f"--port={port}"]
         case BrowserType.FIREFOX:
-            # Without a port of its own every Firefox would ask for 9222, and the second one quits.
+            # By default every Firefox uses port 9222, and the second one exits.
             own = ("--websocket-port", str(free_port()))
             return [binaries.driver, "--host", "127.0.0.1", "--port", str(port), *own]
         case BrowserType.SAFARI if binaries.driver.endswith("safaridriver"):
@@ -89,7 +89,7 @@ def _options(settings: LaunchSettings, binaries: Binaries, profile: Path) -> Arg
 
 
 class Session:
-    """A browser under a driver that already runs (see `ProcessReaper`)."""
+    """A browser under a running driver (see `ProcessReaper`)."""
 
     def __init__(self, settings: LaunchSettings, binaries: Binaries, profile: Path) -> None:
         self._settings = settings
@@ -99,7 +99,7 @@ class Session:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"selenium-{settings.kind}")
         self.capabilities: dict[str, Any] = {}
         self.driver_url = ""
-        self._page = ""  # its window's handle, while it is hidden
+        self._page = ""  # handle of the page's window, while hidden
 
     @property
     def id(self) -> str:
@@ -131,7 +131,7 @@ class Session:
 
     @property
     def browser_pid(self) -> int:
-        """The browser's own process id where its driver tells it, else 0."""
+        """The browser's process id if its driver reports it, else 0."""
         for name in ("goog:processID", "ms:processID", "moz:processID"):
             if name in self.capabilities:
                 return int(self.capabilities[name])
@@ -147,24 +147,24 @@ class Session:
             return await self._call(lambda: command(self._require()))
         except (WebDriverException, HTTPError, OSError) as error:
             raise BrowserLost(
-                f"{self._settings.kind} no longer obeys its driver: {_first_line(error)}"
+                f"{self._settings.kind} failed a driver command: {_first_line(error)}"
             ) from error
 
     # -- what a user may do to a page -------------------------------------------------------------
 
     async def reload(self) -> None:
-        # Not the driver's own commands, nor at once: WebKit's would answer after a minute only.
+        # Not by the driver's commands, nor synchronously: WebKit's driver would block for a minute.
         await self._run_soon("location.reload()")
 
     async def leave(self) -> None:
-        """Open another page in place of this one."""
+        """Navigate away from the page."""
         await self._run_soon("location.replace('about:blank')")
 
     async def _run_soon(self, script: str) -> None:
         await self.drive(lambda driver: driver.execute_script(f"setTimeout(() => {script})"))
 
     async def hide(self) -> None:
-        """Open another tab in front of the page; in WebKit, where that stays behind, minimise."""
+        """Open another tab in front of the page; minimise in WebKit, where that has no effect."""
 
         def cover(driver: webdriver.Remote) -> None:
             if self._settings.kind is BrowserType.SAFARI:
@@ -188,16 +188,16 @@ class Session:
         await self.drive(uncover)
 
     async def screenshot(self) -> bytes:
-        """What is to be seen, as PNG."""
+        """A screenshot as PNG."""
         return await self.drive(lambda driver: driver.get_screenshot_as_png())
 
     async def quit(self) -> None:
-        """Ask the browser to close in order, so that its profile is whole on disk."""
+        """Quit the browser cleanly, so that its profile is completely written."""
         await self.drive(lambda driver: driver.quit())
         self._driver = None
 
     def close(self) -> None:
-        """Let the thread go. Ends nothing: the reaper does that."""
+        """Release the thread. Does not end the browser: the reaper does."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _require(self) -> webdriver.Remote:
@@ -210,7 +210,7 @@ class Session:
 
 
 def attach(driver_url: str, session_id: str) -> webdriver.Remote:
-    """Join a session that runs, as a plain Selenium driver. Closing it is its owner's business."""
+    """Attach to a running session with a plain Selenium driver. Its owner must close it."""
 
     class _Attached(webdriver.Remote):
         def start_session(self, capabilities: dict[str, Any]) -> None:
@@ -234,7 +234,7 @@ def _connection(kind: BrowserType, config: ClientConfig) -> RemoteConnection:
 
 
 def _driver_ready(port: int) -> None:
-    # Not through urllib: it would ask a proxy from the environment for loopback, too.
+    # Not with urllib, which would use a proxy of the environment even for loopback.
     connection = HTTPConnection("127.0.0.1", port, timeout=CALL_SECONDS)
     try:
         connection.request("GET", "/status")

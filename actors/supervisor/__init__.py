@@ -1,1 +1,1 @@
-"""The supervisor: what it wants of browsers, and how it gets it."""
+"""The supervisor: keeps the desired browsers and models running."""

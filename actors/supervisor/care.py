@@ -1,7 +1,7 @@
-"""Maintenance between failures: memory, wear and size are looked at, and what is due is ordered.
+"""Periodic maintenance: checks memory, usage and pool size, and orders what is due.
 
-What should happen is decided by `recovery.maintenance`; this module asks the hosts what they carry
-and puts the answer into the journal. It must not act on a browser itself.
+`recovery.maintenance` decides; this module collects the hosts' loads and logs the decisions in the
+journal. It must not act on a browser itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ASK_SECONDS = 2.0
 
 
 class Care:
-    """Knows what the hosts carry, and looks after them."""
+    """Collects the loads of the hosts, and runs the maintenance loop."""
 
     def __init__(
         self,
@@ -40,20 +40,20 @@ class Care:
         self._tasks = tasks
         self._clock = clock
 
-    async def go_on(self) -> None:
-        """Look after the pool until it closes."""
+    async def run(self) -> None:
+        """Maintain the pool until it closes."""
         caretaker = Caretaker(self._config.resources, self._config.scaling)
         while not self._journal.state.closing:
             await asyncio.sleep(self._config.care_seconds)
-            loads, nodes = await self.carried()
+            loads, nodes = await self.loads()
             for body in caretaker.look(self._journal.state, loads, nodes, self._clock()):
                 try:
                     await self._journal.happen(body, ordered=True)
-                except PoolError as error:  # the log is full, say: it can wait
+                except PoolError as error:  # e.g. the log is full: retried next time
                     self._tasks.report("care", error)
 
-    async def carried(self) -> tuple[list[BrowserLoad], list[NodeLoad]]:
-        """What the hosts in service, and their nodes, carry. Who does not answer is left out."""
+    async def loads(self) -> tuple[list[BrowserLoad], list[NodeLoad]]:
+        """The loads of the hosts in service, and of their nodes. Omits hosts that do not answer."""
         found: list[Usage] = []
 
         async def ask(host: Host) -> None:
@@ -72,8 +72,8 @@ class Care:
         return [usage.browser for usage in found], list(nodes.values())
 
     async def refuse_if_full(self, order: ModelOrder) -> None:
-        """Raises `SetupError` if the memory of a machine is too small for a model's load."""
-        loads, nodes = await self.carried()
+        """Raises `SetupError` if a machine has too little memory to load a model."""
+        loads, nodes = await self.loads()
         why = refuse_load(self._config.resources, nodes, loads, order.spec.load_peak_bytes)
         if why:
             raise SetupError(f"{order.spec.name} is not loaded: {why}")

@@ -1,4 +1,4 @@
-"""That something of the pool has changed: the version of its table, and how to wait for more.
+"""The version of the pool's table, and waiting for its changes.
 
 This module must not know what has changed.
 """
@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 
 class Changes:
-    """Counts the changes of one term, and wakes whoever waits for one."""
+    """Counts the changes of one term, and notifies waiters."""
 
     def __init__(self, term: int) -> None:
-        # A later term has newer tables, however many there were before.
+        # Tables of a later term have higher versions.
         self._version = term << 32
         self._changed = asyncio.Condition()
 
@@ -27,6 +27,6 @@ class Changes:
             self._changed.notify_all()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Return when `condition` holds; it is asked again after every change."""
+        """Return when `condition` holds; it is evaluated after every change."""
         async with self._changed:
             await self._changed.wait_for(condition)

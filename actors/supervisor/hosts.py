@@ -1,7 +1,7 @@
-"""The workers that a supervisor has: which one holds which browser, and what it last told of it.
+"""Registry of a supervisor's workers, by browser, with their last launch reports.
 
-A register and nothing more. Whoever adds or removes a worker here also begins or ends its watch
-(`actors.supervisor.watching`); this module must not call a host.
+Callers that add or remove a worker also start or stop its watch (`actors.supervisor.watching`);
+this module must not call a host.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ HostFinder = Callable[[], Awaitable[Mapping[str, Sequence[Host]]]]
 
 
 class Hosts:
-    """The living worker of each browser. Ports and reports outlive it, for the next one."""
+    """The running worker of each browser. Ports and reports are kept for its successor."""
 
     def __init__(self) -> None:
         self._hosts: dict[str, Host] = {}
         self._ports: dict[str, int] = {}
         self._reports: dict[str, LaunchReport] = {}
-        self._deaths: dict[str, Failure] = {}  # of workers, for the breakers of the next ones
+        self._deaths: dict[str, Failure] = {}  # of workers, for the breakers of their successors
 
     def __contains__(self, browser_id: str) -> bool:
         return browser_id in self._hosts
@@ -92,7 +92,7 @@ class Hosts:
         self._hosts.pop(browser_id, None)
 
     def launched(self, browser_id: str, report: LaunchReport) -> None:
-        """Note how a browser was launched. Its worker lives, so an earlier one's death is over."""
+        """Store a launch report. Clears the failure of an earlier worker."""
         self._ports[browser_id], self._reports[browser_id] = report.port, report
         self._deaths.pop(browser_id, None)
 
@@ -100,16 +100,16 @@ class Hosts:
         self._deaths[browser_id] = failure
 
     def death(self, browser_id: str) -> Failure | None:
-        """What ended the worker before, until another has launched the browser."""
+        """The failure that ended the previous worker, until another has launched the browser."""
         return self._deaths.get(browser_id)
 
     def port(self, browser_id: str) -> int:
-        """The port that the browser's slot had last; 0: none yet."""
+        """The last port of the browser's slot; 0: none yet."""
         return self._ports.get(browser_id, 0)
 
     def report(self, browser_id: str) -> LaunchReport | None:
         return self._reports.get(browser_id)
 
     def reports(self) -> dict[str, LaunchReport]:
-        """How each browser's present incarnation was launched."""
+        """The launch report of each browser's current incarnation."""
         return dict(self._reports)

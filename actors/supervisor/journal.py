@@ -1,8 +1,8 @@
-"""The journal: an event comes in, is logged, and replaces the state. That happens here alone.
+"""The journal: logs events and applies them to the state. Only this module does so.
 
-What follows from an event (`recovery.control.decide`) is handed on to be carried out, after the
-event is in the log. While the log can't be written, events wait for it in memory. This module must
-not call a host.
+The instructions that follow from an event (`recovery.control.decide`) are carried out after the
+event is in the log. While the log can't be written, events are buffered in memory. This module
+must not call a host.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from recovery.control import (
 from recovery.log.codec import as_logged
 from recovery.log.segments import LogUnavailable
 
-_UNLOGGED_MAX = 1000  # events that wait for a log that can't be written
-_CHECKPOINT_EVENTS = 1000  # that a new supervisor replays at most, or little more
+_UNLOGGED_MAX = 1000  # events buffered while the log can't be written
+_CHECKPOINT_EVENTS = 1000  # between checkpoints; limits the replay of a new supervisor
 
 
 class EventLog(Protocol):
-    """Where events go before their instructions run. See `recovery.log.log.Log`."""
+    """Stores events before their instructions run. See `recovery.log.log.Log`."""
 
     @property
     def last_seq(self) -> int: ...
@@ -42,7 +42,7 @@ class EventLog(Protocol):
 
 
 class MemoryLog:
-    """A bounded log in memory. It does not outlive the supervisor."""
+    """A bounded log in memory, lost with the supervisor."""
 
     def __init__(self, events_max: int = 10_000) -> None:
         self.events: deque[Event] = deque(maxlen=events_max)
@@ -54,16 +54,16 @@ class MemoryLog:
         self.last_seq = event.seq
 
     async def checkpoint(self, state: PoolState, seq: int) -> None:
-        """A state is in memory already."""
+        """Nothing to do: the state is in memory."""
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to close."""
 
 
 class Journal:
-    """The state of one term, and the log that it can be had from again.
+    """The state of one term, and the log from which it can be restored.
 
-    `carry_out` gets each instruction, in order; `on_repair` each repair that has ended.
+    `carry_out` is called with each instruction, in order; `on_repair` with each completed repair.
     """
 
     def __init__(
@@ -86,9 +86,9 @@ class Journal:
         self._seq = log.last_seq
         self._unlogged: deque[Event] = deque()
         self._trouble = ""  # why the log can't be written now
-        self._lost = ""  # what of it is lost for good
+        self._lost = ""  # which events are lost for good
         self._order = asyncio.Lock()  # events are logged and applied one at a time
-        self._happening: dict[asyncio.Task[None], None] = {}  # on their way into log and state
+        self._happening: dict[asyncio.Task[None], None] = {}  # being logged and applied
 
     @property
     def state(self) -> PoolState:
@@ -106,7 +106,7 @@ class Journal:
         return "; ".join(filter(None, (self._lost, self._trouble)))
 
     def lost(self, text: str) -> None:
-        """Say what of the log is lost, as long as this term lasts."""
+        """Report lost events of the log in `trouble`, for the rest of this term."""
         self._lost = text
 
     @property
@@ -116,23 +116,22 @@ class Journal:
 
     @property
     def is_busy(self) -> bool:
-        """Whether an event or a checkpoint is on its way to the log."""
+        """Whether an event or a checkpoint is being written."""
         return self._order.locked()
 
     @property
     def under_way(self) -> tuple[asyncio.Task[None], ...]:
-        """The events that are not in the state yet, the oldest first."""
+        """The tasks of events not yet applied, oldest first."""
         return tuple(self._happening)
 
     async def happen(self, body: Body, *, ordered: bool = False) -> None:
-        """Log and apply an event, then carry out what follows from it.
+        """Log and apply an event, then carry out its instructions.
 
-        While the log can't be written, what clients order (`ordered`) is refused with
-        `LogUnavailable`; what simply happened is applied all the same, and logged later. Whoever
-        asks may be cancelled meanwhile; the event is then taken to its end all the same, because
-        half of one would leave the log and the state apart.
+        While the log can't be written, clients' orders (`ordered`) are refused with
+        `LogUnavailable`; other events are applied and logged later. If the caller is cancelled,
+        the event is still completed: otherwise log and state would diverge.
         """
-        happening = asyncio.create_task(self._take_place(body, ordered), name="event")
+        happening = asyncio.create_task(self._log_and_apply(body, ordered), name="event")
         self._happening[happening] = None
         happening.add_done_callback(self._happened)
         await asyncio.shield(happening)
@@ -140,11 +139,11 @@ class Journal:
     def _happened(self, happening: asyncio.Task[None]) -> None:
         self._happening.pop(happening, None)
         if not happening.cancelled():
-            happening.exception()  # told to whoever asked, if they still listen
+            happening.exception()  # mark as retrieved: the caller gets it, if not cancelled
 
-    async def _take_place(self, body: Body, ordered: bool) -> None:
+    async def _log_and_apply(self, body: Body, ordered: bool) -> None:
         async with self._order:
-            # As a replay will see it, so that the live state can't differ from a replayed one.
+            # Through the codec, so that the live state equals a replayed one.
             event = as_logged(Event(self._seq + 1, self._term, self._wall(), body))
             before = self._state
             state, instructions = decide(before, event)
@@ -153,13 +152,13 @@ class Journal:
         for instruction in instructions:
             self._carry_out(instruction)
         await self._changes.announce()
-        self._tell_repairs(before, state)
+        self._report_repairs(before, state)
         if self._log.events_since_checkpoint >= _CHECKPOINT_EVENTS:
             await self.checkpoint()
 
     async def _append(self, event: Event, ordered: bool) -> None:
         try:
-            await self._log_what_waits()
+            await self._flush_unlogged()
             await self._log.append(event)
             self._trouble = ""
         except LogUnavailable as error:
@@ -174,16 +173,16 @@ class Journal:
             else:
                 self._unlogged.append(event)
 
-    async def _log_what_waits(self) -> None:
+    async def _flush_unlogged(self) -> None:
         while self._unlogged:
             await self._log.append(self._unlogged[0])
             self._unlogged.popleft()
 
     async def checkpoint(self) -> None:
-        """Write the state beside the log, so that a new supervisor has less of it to replay."""
+        """Write the state beside the log, to shorten the replay of a new supervisor."""
         async with self._order:
             try:
-                await self._log_what_waits()
+                await self._flush_unlogged()
                 if not self._log.events_since_checkpoint:
                     return
                 await self._log.checkpoint(self._state, self._seq)
@@ -196,12 +195,12 @@ class Journal:
             await asyncio.sleep(seconds)
             await self.checkpoint()
 
-    def _tell_repairs(self, before: PoolState, after: PoolState) -> None:
-        """Report the repairs that have ended, for the history."""
+    def _report_repairs(self, before: PoolState, after: PoolState) -> None:
+        """Report completed repairs to the history."""
         if self._on_repair is None or after.repairs is before.repairs:
             return
         for repair in after.repairs:
-            if repair not in before.repairs:  # not now: whatever it does, the event goes on
+            if repair not in before.repairs:  # deferred, so that it can't delay or fail the event
                 record = after.browsers[repair.browser_id]
                 asyncio.get_running_loop().call_soon(self._on_repair, record, repair)
 

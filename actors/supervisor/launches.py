@@ -1,7 +1,7 @@
-"""Launches and reconnections: what brings a browser (back) into service, carried out on its host.
+"""Carries out launches and reconnections of browsers on their hosts.
 
-What comes of an instruction goes into the journal as an event. This module must not decide whether
-another try follows.
+The outcome of an instruction is logged in the journal as an event. This module must not decide
+whether to retry.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from recovery.records import HostRef
 
 
 class Launches:
-    """Launches browsers, in workers that it has made where there are none."""
+    """Launches browsers, and creates their workers where there are none."""
 
     def __init__(
         self,
@@ -45,17 +45,17 @@ class Launches:
         self._journal = journal
         self._term = term
         self._wall = wall
-        self._turns: dict[str, asyncio.Lock] = {}  # by node: one rebuild at a time
+        self._turns: dict[str, asyncio.Lock] = {}  # by node: one relaunch at a time
 
     async def launch(self, order: Launch) -> None:
         await asyncio.sleep(order.delay)
         if not self._is_starting(order):
-            return  # stopped while it waited
+            return  # stopped meanwhile
         if order.epoch == 0:
             await self._launch_now(order)
             return
         report = self._hosts.report(order.browser_id)
-        # When many die, they are rebuilt one at a time: all at once would only starve each other.
+        # When many die, relaunch one at a time: all at once would starve each other of CPU time.
         turn = self._turns.setdefault(report.node if report else "", asyncio.Lock())
         async with turn:
             if self._is_starting(order):
@@ -68,7 +68,7 @@ class Launches:
             if host is None:
                 host = await self._factory(browser_id, order.kind, order.epoch)
                 if not self._is_starting(order):
-                    host.kill()  # stopped before there was anything to stop
+                    host.kill()  # stopped before its worker existed
                     return
                 self._watches.take_on(browser_id, host)
             self._watches.begin(browser_id, host)  # a launch may take longer than a lease
@@ -135,7 +135,7 @@ class Launches:
 
 
 def _repair(order: Launch) -> str:
-    """What a launch repairs its browser by; nothing, if it is the first of its slot."""
+    """The recovery action of a launch; empty if it is the first of its slot."""
     if order.epoch == 0:
         return ""
     return "adjusted restart" if order.adjusted else "restart"

@@ -1,6 +1,6 @@
-"""The lease of a pool's creator: as long as it asks for news, the pool lives.
+"""The lease of a pool's creator: the pool closes when its creator stops polling.
 
-This module must not close anything; it only says when the lease is over.
+This module must not close anything; it only reports the end of the lease.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 
 class CreatorLease:
-    """Renewed by the creator's own questions, and by nobody else's."""
+    """Renewed by requests of the creator only."""
 
     def __init__(self, creator: str, seconds: float, clock: Callable[[], float]) -> None:
         self._creator = creator
@@ -24,6 +24,6 @@ class CreatorLease:
 
     async def over(self) -> None:
         """Return when the lease has ended."""
-        # Renewed far more often than it ends, so look only when it might have.
+        # It is renewed far more often than it ends: check only when it might have ended.
         while (left := self._until - self._clock()) > 0:  # noqa: ASYNC110
             await asyncio.sleep(left)

@@ -1,7 +1,7 @@
-"""Loads and unloads of models, carried out on one host each.
+"""Carries out loads and unloads of models on hosts.
 
-What comes of a load goes into the journal as an event. This module must not decide whether another
-try follows, nor keep any order.
+The outcome of a load is logged in the journal as an event. This module must not decide whether to
+retry, nor store orders.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from recovery.records import HostRef
 
 
 class Loads:
-    """Has hosts load and unload models; `order_of` says what a model's name stands for."""
+    """Loads and unloads models on hosts; `order_of` returns the order of a model's name."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Loads:
             raise
         except PoolError as error:
             if isinstance(error, BrowserLost) and error.fields.get("what") != "socket_closed":
-                return  # its death is an event of its own; an order that got lost is not
+                return  # its death is a separate event; a lost order is not
             failure = categorize_browser_failure(
                 error, {"what": "load_failed", **error.fields, "ref": ref, "at": self._wall()}
             )

@@ -1,7 +1,7 @@
-"""The models of a pool: what clients want loaded, parked ones woken, and the orders behind them.
+"""The models of a pool: loading, reloading parked ones, unloading, and their orders.
 
-A load and an unload of one name don't mix. Who loads what is decided in the journal, and done by
-`actors.supervisor.loads`: this module must not call a host.
+Loads and unloads are serialised. The journal decides which browser loads what, and
+`actors.supervisor.loads` does it: this module must not call a host.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from recovery.errors import BadInput, PoolError
 class Models:
     """The model orders of a pool, in memory and in `store`.
 
-    `require_open` raises once the pool is closing, and `admit` if a model's load asks too much of
-    some machine's memory.
+    `require_open` raises once the pool is closing, and `admit` if a machine has too little memory
+    to load a model.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Models:
         self._require_open = require_open
         self._admit = admit
         self._orders: dict[str, ModelOrder] = {}
-        self._ordering = asyncio.Lock()  # a load and an unload of one name don't mix
+        self._ordering = asyncio.Lock()  # serialises loads and unloads
 
     def get(self, name: str) -> ModelOrder | None:
         return self._orders.get(name)
@@ -51,21 +51,20 @@ class Models:
         return dict(self._orders)
 
     async def restore(self) -> None:
-        """Read the orders of all models that the state has. One without an order is let go."""
+        """Read the orders of all models in the state. Models whose order is lost are dropped."""
         state = self._journal.state
         for name, digest in {**state.parked, **state.models}.items():
             order = await self._store.load(name, digest)
             if order is None:
-                self._tasks.faults.append(f"model {name}: its order is lost; load it again")
+                self._tasks.faults.append(f"model {name}: its order is lost; call load() again")
                 await self._journal.happen(ModelUnwanted(name))
             else:
                 self._orders[name] = order
 
     async def load(self, order: ModelOrder) -> None:
-        """Have every browser, or those that `placing` chooses, load a model.
+        """Load a model on every browser, or on those that `placing` chooses.
 
-        Returns when each has, or has failed to.
-        The table says which is which.
+        Returns when each has loaded it or failed to; the table has the results.
         """
         self._require_open()
         name = order.spec.name
@@ -75,14 +74,14 @@ class Models:
             known = state.models.get(name) or state.parked.get(name)
             if known is not None and known != order.spec.digest:
                 raise BadInput(
-                    f"this pool has another model called {name!r}: unload that first, or choose "
+                    f"this pool has a different model called {name!r}: unload it first, or choose "
                     "another name",
                     expected=known,
                     got=order.spec.digest,
                 )
             if known is None:
                 await self._admit(order)
-            await self._store.save(order)  # also of a known model: its back ends may be others
+            await self._store.save(order)  # also of a known model: its back ends may differ
             before = self._orders.get(name)
             self._orders[name] = order
             try:
@@ -97,7 +96,7 @@ class Models:
         await self._changes.until(lambda: self._settled(name))
 
     async def reload(self, model: str) -> None:
-        """Have a parked model loaded again, without waiting for it. Any other is left as it is.
+        """Reload a parked model, without waiting for it. Does nothing for any other model.
 
         Raises `SetupError` while there is too little memory for it.
         """

@@ -1,7 +1,7 @@
-"""Model orders in memory or on disk, beside the log: what a new supervisor loads models from.
+"""Stores model orders in memory or on disk, beside the log, for the next supervisor.
 
-On disk one JSON file per model, written aside, synced and renamed before the event that wants the
-model is logged. The log itself holds names and digests only, because an order may be large. This
+On disk: one JSON file per model, written to a temporary file, synced and renamed before the
+model's event is logged. The log has names and digests only, because an order may be large. This
 module must not load a model.
 """
 
@@ -22,7 +22,7 @@ ORDER_BYTES_MAX = 32 << 20
 
 
 class OrderStore(Protocol):
-    """Keeps model orders for the next incarnation. Every method may raise `LogUnavailable`."""
+    """Keeps model orders for the next supervisor. Every method may raise `LogUnavailable`."""
 
     async def save(self, order: ModelOrder) -> None: ...
     async def load(self, name: str, digest: str) -> ModelOrder | None: ...
@@ -30,7 +30,7 @@ class OrderStore(Protocol):
 
 
 class MemoryOrders:
-    """Model orders that end with the supervisor."""
+    """Model orders in memory, lost with the supervisor."""
 
     def __init__(self) -> None:
         self._orders: dict[str, ModelOrder] = {}
@@ -47,17 +47,17 @@ class MemoryOrders:
 
 
 class DiskOrders:
-    """An order store in a folder of its own, made when it is first needed."""
+    """An order store in its own folder, created on demand."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     async def save(self, order: ModelOrder) -> None:
-        """Raises `LogUnavailable` if it could not be kept."""
+        """Raises `LogUnavailable` if it can't be written."""
         await asyncio.to_thread(self._save, order)
 
     async def load(self, name: str, digest: str) -> ModelOrder | None:
-        """The order for this content of the model; None if there is none that can be read."""
+        """The order for this digest of the model; None if there is none or it is unreadable."""
         return await asyncio.to_thread(self._load, name, digest)
 
     async def remove(self, name: str) -> None:
@@ -72,7 +72,10 @@ class DiskOrders:
     def _save(self, order: ModelOrder) -> None:
         data = _ORDER.dump_json(order)
         if len(data) > ORDER_BYTES_MAX:
-            raise LogUnavailable(f"the order of {order.spec.name} takes {len(data)} bytes")
+            raise LogUnavailable(
+                f"the order of {order.spec.name} takes {len(data)} bytes, over the limit of "
+                f"{ORDER_BYTES_MAX}"
+            )
         path = self._path(order.spec.name)
         aside = path.with_suffix(".new")
         try:

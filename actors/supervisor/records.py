@@ -1,6 +1,6 @@
-"""What a supervisor is told and what it tells its clients: its configuration, orders, the table.
+"""Records of the supervisor: its configuration, model orders, and the table for clients.
 
-Frozen data that crosses process borders. Nothing here acts.
+Frozen data, sent between processes. This module must not act.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sharding.models.signature import ModelSpec
 
 @dataclass(frozen=True)
 class SupervisorConfig:
-    """What a pool's supervisor is told once. `creator` is the client whose lease is the pool's."""
+    """Configuration of a pool's supervisor. The pool closes when the lease of `creator` ends."""
 
     name: str
     level: Level
@@ -35,14 +35,14 @@ class SupervisorConfig:
     persistent: bool  # outlive the creator
     browsers_max: int = 32
     creator: str = ""
-    run: str = ""  # tells pools of one name apart, one after the other
+    run: str = ""  # distinguishes successive pools of one name
     folder: str = ""  # of the log and the model orders; empty: in memory only
     checkpoint_seconds: float = 60.0
     resources: ResourceLimits = field(default_factory=ResourceLimits)
     scaling: Mapping[BrowserType, ScalingLimits] = field(default_factory=dict)
-    care_seconds: float = 5.0  # between two looks at memory, wear and size; 0: never
-    history: str = ""  # file of the samples; empty: none are kept
-    history_spare: str = ""  # to be used while another pool writes to that
+    care_seconds: float = 5.0  # between maintenance checks; 0: never
+    history: str = ""  # file of the samples; empty: no history
+    history_spare: str = ""  # used while another pool writes to `history`
     history_limits: HistoryConfig = field(default_factory=HistoryConfig)
 
 
@@ -50,7 +50,7 @@ class SupervisorConfig:
 class ModelOrder:
     """A model to load. `entry` is the pool's own record of it as plain JSON, for clients.
 
-    `known` is what the native runtime answers to a question that any browser can be asked.
+    `known` is an answer of the native runtime, to check browsers with.
     """
 
     spec: ModelSpec
@@ -62,7 +62,7 @@ class ModelOrder:
 
 @dataclass(frozen=True)
 class Route:
-    """A host that clients may ask."""
+    """A host that clients may send operations to."""
 
     status: HostStatus
     host: Host
@@ -71,11 +71,11 @@ class Route:
 
 @dataclass(frozen=True)
 class Table:
-    """What clients know of the pool. A newer one has a higher version."""
+    """The state of the pool for clients. A newer one has a higher version."""
 
     version: int
     state: PoolState
     routes: tuple[Route, ...]
     models: Mapping[str, ModelOrder] = field(default_factory=dict)
     log_trouble: str = ""  # why the log can't be written, or what of it was lost
-    faults: tuple[str, ...] = ()  # what the supervisor itself could not carry out, the last of it
+    faults: tuple[str, ...] = ()  # the supervisor's own latest errors

@@ -1,6 +1,6 @@
-"""Repairs on request: for callers who know of a failure that no watch can see.
+"""Repairs on request, for failures that callers detected.
 
-How a browser is repaired is decided in the journal. This module must not call a host.
+The journal decides how to repair. This module must not call a host.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from recovery.kinds import RecoveryLevel
 
 
 class Repairs:
-    """Reports failures in somebody's name, and waits for what comes of them."""
+    """Logs failures reported by callers, and waits for their repair."""
 
     def __init__(self, journal: Journal, changes: Changes) -> None:
         self._journal = journal
@@ -23,11 +23,11 @@ class Repairs:
     async def repair(
         self, browser_id: str, failure: Failure, start: RecoveryLevel | None = None
     ) -> Repair:
-        """As `Supervisor.repair`, of a pool that is open. Raises `BadInput`."""
+        """See `Supervisor.repair`; the pool must be open. Raises `BadInput`."""
         record = self._journal.state.browsers.get(browser_id)
         if record is None:
             raise BadInput(f"there is no browser {browser_id!r} in this pool.", got=browser_id)
-        # Of one incarnation a failure is told once, however often and by whomever.
+        # Only the first failure of an incarnation counts.
         epoch = failure.ref.epoch if failure.ref else record.epoch
         if record.epoch == epoch and record.repair is None and record.phase is Phase.READY:
             await self._journal.happen(BrowserFailed(browser_id, epoch, failure, start=start))
@@ -35,4 +35,4 @@ class Repairs:
         for repair in reversed(self._journal.state.repairs):
             if (repair.browser_id, repair.from_epoch) == (browser_id, epoch):
                 return repair
-        raise BadInput(f"browser {browser_id!r} is not in service, so there is nothing to do.")
+        raise BadInput(f"browser {browser_id!r} is not in service, so it can't be repaired.")

@@ -1,4 +1,4 @@
-"""Drains and stops: what takes a browser out of service, carried out on its host.
+"""Carries out drains and stops of browsers on their hosts.
 
 A worker that does not stop in time is killed. This module must not launch anything.
 """
@@ -16,12 +16,12 @@ from actors.supervisor.watching import Watches
 from recovery.control import BrowserStopped, Drain, Phase, Stop
 from recovery.errors import PoolError
 
-_STOP_SECONDS = 10.0  # longer than a reaper takes; then the worker is killed, and its reaper acts
-_DRAIN_SECONDS = 300.0  # what is in flight has deadlines of its own
+_STOP_SECONDS = 10.0  # longer than a reaper takes; then the worker is killed
+_DRAIN_SECONDS = 300.0  # operations in flight have their own deadlines
 
 
 class Stops:
-    """Stops browsers, and knows which stops are under way."""
+    """Stops browsers, and tracks the stops in progress."""
 
     def __init__(
         self, hosts: Hosts, watches: Watches, journal: Journal, tasks: Tasks, term: int
@@ -35,7 +35,7 @@ class Stops:
 
     @property
     def under_way(self) -> frozenset[asyncio.Task[None]]:
-        """The stops that were begun and are not over; those at the end of a drain not counted."""
+        """The stops in progress, except those at the end of a drain."""
         return frozenset(self._under_way)
 
     def begin(self, order: Stop) -> None:
@@ -54,7 +54,7 @@ class Stops:
 
     async def _stop(self, browser_id: str, epoch: int) -> None:
         if self._journal.state.browsers[browser_id].epoch != epoch:
-            return  # its slot was started anew meanwhile
+            return  # its slot was restarted meanwhile
         host = self._hosts.get(browser_id)
         self._watches.let_go(browser_id)
         if host is not None:

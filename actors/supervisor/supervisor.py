@@ -1,11 +1,10 @@
-"""The supervisor: creates, watches and replaces browsers, and alone may do so.
+"""The supervisor: creates, watches and replaces browsers. Nothing else may do so.
 
-A thin shell around `recovery.control.decide`: whatever happens becomes an event, the event is
-logged and applied (`journal`), and the instructions that follow are carried out on hosts
-(`launches`, `stops`, `loads`). It is on no operation's way. When its process dies, the next
-incarnation begins a new term: it takes the state from the log, asks the living what they have, and
-finishes or repeats what was under way (`takeover`). A plain class; hosts, clock and log come in as
-arguments. It must not decide anything.
+A thin shell around `recovery.control.decide`: every event is logged and applied (`journal`), and
+the instructions that follow are carried out on hosts (`launches`, `stops`, `loads`). Operations do
+not pass through it. When its process dies, the next incarnation begins a new term: it restores the
+state from the log, queries the running workers, and finishes or repeats interrupted instructions
+(`takeover`). A plain class; hosts, clock and log are arguments. It must not decide anything.
 """
 
 from __future__ import annotations
@@ -115,7 +114,7 @@ class Supervisor:
     # -- the term ----------------------------------------------------------------------------------
 
     async def open(self, browsers: Mapping[str, BrowserType]) -> None:
-        """Begin: every browser in `browsers` (id to type) is started."""
+        """Open the pool: start every browser in `browsers` (id to type)."""
         config = self._config
         await self._journal.happen(
             PoolOpened(config.name, config.level, config.strategy, config.limit, self._term)
@@ -124,9 +123,9 @@ class Supervisor:
         self._begin_watching()
 
     async def resume(self, find: HostFinder, trouble: str = "") -> None:
-        """Go on with the state that was given: reconcile it with the hosts that `find` finds.
+        """Continue from the given state: reconcile it with the hosts that `find` returns.
 
-        `trouble` says what of the log was lost, if anything was.
+        `trouble` says which events of the log were lost, if any.
         """
         self._journal.lost(trouble)
         await self._journal.happen(TermBegan(self._term))
@@ -146,16 +145,16 @@ class Supervisor:
             work = partial(self._journal.checkpoint_every, config.checkpoint_seconds)
             self._tasks.spawn(work, "checkpoints")
         if config.care_seconds:
-            self._tasks.spawn(self._care.go_on, "care")
+            self._tasks.spawn(self._care.run, "care")
 
     async def close(self) -> None:
-        """Stop every browser; returns when all are gone."""
+        """Stop every browser; returns when all have stopped."""
         if not self.state.closing:
             await self._journal.happen(PoolClosing())
         await self._changes.until(
             lambda: not any(r.phase in ALIVE for r in self.state.browsers.values())
         )
-        # What failed meanwhile counts as stopped before it is gone, and what happened is logged.
+        # A browser that failed meanwhile counts as stopped early; wait for its stop and its events.
         while under_way := {*self._stops.under_way, *self._journal.under_way}:
             await asyncio.wait(under_way)
         await self._journal.close()
@@ -175,7 +174,7 @@ class Supervisor:
     # -- orders from clients -----------------------------------------------------------------------
 
     async def want(self, browsers: Mapping[str, BrowserType]) -> None:
-        """Start these browsers (id to type) as well. One that is there already is no error."""
+        """Start these browsers too (id to type). Existing ones are no error."""
         self._require_open()
         for browser_id, kind in browsers.items():
             known = self.state.browsers.get(browser_id)
@@ -183,7 +182,7 @@ class Supervisor:
                 await self._journal.happen(BrowserWanted(browser_id, kind), ordered=True)
 
     async def drain(self, browser_id: str) -> None:
-        """Take one browser out of service in order; returns when it has stopped."""
+        """Drain one browser; returns when it has stopped."""
         self._require_open()
         await self._journal.happen(BrowserUnwanted(browser_id), ordered=True)
         await self._changes.until(
@@ -191,14 +190,14 @@ class Supervisor:
         )
 
     async def load(self, order: ModelOrder) -> None:
-        """Have every browser, or those that `placing` chooses, load a model.
+        """Load a model on every browser, or on those that `placing` chooses.
 
-        Returns when each has, or has failed to. The table says which is which.
+        Returns when each has loaded it or failed to; the table has the results.
         """
         await self._models.load(order)
 
     async def reload(self, model: str) -> None:
-        """Have a parked model loaded again, without waiting for it. Any other is left as it is.
+        """Reload a parked model, without waiting for it. Does nothing for any other model.
 
         Raises `SetupError` while there is too little memory for it.
         """
@@ -210,20 +209,20 @@ class Supervisor:
     async def repair(
         self, browser_id: str, failure: Failure, start: RecoveryLevel | None = None
     ) -> Repair:
-        """Recover one browser from `failure` as the pool's strategy says; returns what came of it.
+        """Recover one browser from `failure` by the pool's strategy; returns the completed repair.
 
-        `start` is the rung to begin with, if not the usual one for the failure. For callers who
-        know of a failure that no watch can see. Raises `BadInput`.
+        `start` is the first rung, if not the usual one for the failure. For failures that the
+        caller detected. Raises `BadInput`.
         """
         self._require_open()
         return await self._repairs.repair(browser_id, failure, start)
 
-    # -- what clients are told ---------------------------------------------------------------------
+    # -- state for clients -------------------------------------------------------------------------
 
     async def watch(self, client: str, version: int, seconds: float) -> Table:
-        """The table as soon as it is newer than `version`, or after `seconds` in any case.
+        """The table as soon as it is newer than `version`, or after `seconds`.
 
-        Asking renews the client's lease.
+        The call renews the client's lease.
         """
         self._lease.renew(client)
         with contextlib.suppress(TimeoutError):
@@ -239,15 +238,15 @@ class Supervisor:
 
     @property
     def faults(self) -> deque[str]:
-        """What the supervisor itself could not carry out, the last of it."""
+        """The supervisor's own latest errors."""
         return self._tasks.faults
 
     def trouble(self, text: str) -> None:
-        """Have the table say what is wrong with the log, as long as this term lasts."""
+        """Report a problem of the log in the table, for the rest of this term."""
         self._journal.lost(text)
 
     def reports(self) -> Mapping[str, LaunchReport]:
-        """How each browser's present incarnation was launched."""
+        """The launch report of each browser's current incarnation."""
         return self._hosts.reports()
 
     async def memory(self) -> Mapping[str, int]:

@@ -1,6 +1,6 @@
-"""The routing table that clients get: whom they may ask, and how the pool stands.
+"""The table for clients: routes to browsers, and the pool's state.
 
-Drawn up anew from the other parts whenever somebody asks. This module must not change any of them.
+Built from the other parts at each request. This module must not change any of them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from recovery.records import HostRef, HostStatus
 _FAULTS_SHOWN = 8
 _ROUTED = {
     Phase.READY: Readiness.READY,
-    Phase.RECONNECTING: Readiness.STARTING,  # it may be back in a moment, with all it had
+    Phase.RECONNECTING: Readiness.STARTING,  # it may be back soon, with its models
     Phase.DRAINING: Readiness.DRAINING,
 }
 
 
 class Tables:
-    """Draws up the table of one term."""
+    """Builds the table of one term."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""What a new incarnation does first: it greets the living workers and takes over what they have.
+"""The first step of a new supervisor: takes over the running workers.
 
-The difference between the state from the log and the living is worked out by
-`recovery.control.reconcile`, then reported and ordered. This module must not launch anything.
+`recovery.control.reconcile` compares the logged state with the workers; the resulting events and
+orders are carried out. This module must not launch anything.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from actors.supervisor.watching import Watches
 from recovery.control import Instruction, Seen, reconcile
 from recovery.errors import PoolError
 
-_HELLO_SECONDS = 5.0  # a worker that says nothing to a new supervisor for so long is given up
+_HELLO_SECONDS = 5.0  # a worker that does not answer within this is killed
 
 
 class Takeover:
-    """Takes over the workers of the incarnation before."""
+    """Takes over the workers of the previous supervisor."""
 
     def __init__(
         self,
@@ -42,15 +42,15 @@ class Takeover:
         self._carry_out = carry_out
 
     async def run(self, find: HostFinder) -> None:
-        """Reconcile the state with the hosts that `find` finds."""
+        """Reconcile the state with the hosts that `find` returns."""
         found = await find()
         greetings = [self._greet(name, host) for name, hosts in found.items() for host in hosts]
         seen = self._adopt([greeting for greeting in await asyncio.gather(*greetings) if greeting])
         todo = reconcile(self._journal.state, seen, self._wall())
         for event in todo.events:
             await self._journal.happen(event)
-        for order_again in todo.orders:
-            self._carry_out(order_again)
+        for instruction in todo.orders:
+            self._carry_out(instruction)
 
     async def _greet(self, browser_id: str, host: Host) -> tuple[str, Host, HostReport] | None:
         try:
@@ -62,7 +62,7 @@ class Takeover:
             return None
 
     def _adopt(self, greetings: Sequence[tuple[str, Host, HostReport]]) -> dict[str, Seen]:
-        """Take over the newest worker of each slot; whatever else of this pool lives is ended."""
+        """Take over the newest worker of each slot; kill all others of this pool."""
         seen: dict[str, Seen] = {}
         for browser_id, host, report in sorted(greetings, key=lambda each: -each[2].ref.epoch):
             if browser_id in self._hosts or browser_id not in self._journal.state.browsers:

@@ -1,7 +1,7 @@
-"""The supervisor's background tasks: kept alive, and none of their failures passes unseen.
+"""The supervisor's background tasks: referenced while they run, with their errors recorded.
 
-What can't be carried out is noted in `faults`, which clients see in the table. This module must not
-know what a task is for.
+Errors are added to `faults`, which clients see in the table. This module must not know what a
+task is for.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Tasks:
         return task
 
     async def guarded(self, work: Callable[[], Awaitable[None]], name: str) -> None:
-        """Run a task whose failure must not pass unseen."""
+        """Run a task and record its error, if any."""
         try:
             await work()
         except PoolError as error:
             self.report(name, error)
 
     def report(self, name: str, error: Exception) -> None:
-        """Note what went wrong with what is called `name`."""
+        """Record an error of the task called `name`."""
         self.faults.append(f"{name}: {type(error).__name__}: {error}")

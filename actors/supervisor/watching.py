@@ -1,8 +1,8 @@
-"""The watch over the workers: a long poll of each, whose news and whose silence become events.
+"""Watches the workers: a long poll of each; its events and its silence are logged as events.
 
-By asking, the supervisor renews a host's lease; one that does not answer within it is given up.
-This module must not launch or stop browsers: a worker that is gone is killed and reported, and what
-follows is decided elsewhere.
+Each poll renews the host's lease; a host that does not answer within its lease is given up. This
+module must not launch or stop browsers: a lost worker is killed and reported, and the journal
+decides what follows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from recovery.records import HostRef
 
 
 class Watches:
-    """One watch for each worker in `hosts`; workers come and go by its hand."""
+    """One watch for each worker in `hosts`; adds and removes workers there."""
 
     def __init__(
         self,
@@ -40,23 +40,23 @@ class Watches:
         self._term = term
         self._lease_seconds = lease_seconds
         self._wall = wall
-        self._seen: dict[str, int] = {}  # the last event of each host that was taken in
+        self._seen: dict[str, int] = {}  # the last event handled of each host
         self._watches: dict[str, asyncio.Task[None]] = {}
 
     def take_on(self, browser_id: str, host: Host, seen: int = 0) -> None:
-        """Have `host` as the browser's worker; `seen` is the last of its events that is known."""
+        """Register `host` as the browser's worker; `seen` is its last known event."""
         self._hosts.put(browser_id, host)
         self._seen[browser_id] = seen
 
     def begin(self, browser_id: str, host: Host) -> None:
-        """Watch from now on. A watch that goes on already is left alone."""
+        """Start watching, unless it is being watched already."""
         if browser_id not in self._watches:
             self._watches[browser_id] = self._tasks.spawn(
                 partial(self._watch, browser_id, host), f"watch {browser_id}"
             )
 
     def let_go(self, browser_id: str) -> None:
-        """Forget the browser's worker, and watch it no more."""
+        """Remove the browser's worker, and stop watching it."""
         self._hosts.remove(browser_id)
         self._seen.pop(browser_id, None)
         watch = self._watches.pop(browser_id, None)
@@ -64,7 +64,7 @@ class Watches:
             watch.cancel()
 
     async def _watch(self, browser_id: str, host: Host) -> None:
-        """Wait for news of a host, and by asking renew its lease, for as long as it lives."""
+        """Poll a host for events, which renews its lease, for as long as it runs."""
         while self._hosts.get(browser_id) is host:
             try:
                 lease = self._lease_seconds
@@ -79,7 +79,7 @@ class Watches:
                 frozen = BrowserLost(f"the worker of {browser_id} does not answer")
                 await self._worker_gone(browser_id, host, frozen)
                 return
-            except PoolError as error:  # also a worker that answers nonsense is of no more use
+            except PoolError as error:  # also a worker whose answers are invalid
                 await self._worker_gone(browser_id, host, error)
                 return
             if event is not None:

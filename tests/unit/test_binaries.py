@@ -61,7 +61,7 @@ def test_missing_browser_says_what_to_install_and_what_else_to_do(machine, kind)
 
 def test_missing_driver_is_named(machine):
     browser = machine.install("firefox")
-    with pytest.raises(BrowserMissing, match=f"{browser} is here, but no driver"):
+    with pytest.raises(BrowserMissing, match=f"found {browser}, but no driver"):
         find_binaries(BrowserType.FIREFOX)
 
 
@@ -93,7 +93,7 @@ def test_minibrowser_gets_a_display_unless_it_is_to_be_seen_on_one(machine, monk
     (machine.folder / "lib").mkdir()
     machine.install("lib/MiniBrowser")
     machine.install("WebKitWebDriver")
-    with pytest.raises(BrowserMissing, match="no Xvfb"):
+    with pytest.raises(BrowserMissing, match="Xvfb was not found"):
         find_binaries(BrowserType.SAFARI)
     xvfb = machine.install("Xvfb")
     assert find_binaries(BrowserType.SAFARI).xvfb == xvfb

@@ -105,7 +105,7 @@ async def test_lock_that_is_never_free_is_a_failed_launch(monkeypatch):
     monkeypatch.setitem(profiles.TEMPLATE_FREES, "stop", stop_after_attempt(1))
     template = templates_root() / "chrome"
     async with template_lock(template):
-        with pytest.raises(LaunchFailed, match="holds the profile template"):
+        with pytest.raises(LaunchFailed, match="keeps the profile template"):
             async with template_lock(template):
                 raise AssertionError("two are in")
     async with template_lock(template):

@@ -55,7 +55,7 @@ async def test_who_does_not_answer_or_does_not_serve_carries_nothing():
         await asyncio.Event().wait()
 
     silent.usage = silent.memory_bytes = usage
-    loads, nodes = await care(parts).carried()
+    loads, nodes = await care(parts).loads()
     assert [load.browser_id for load in loads] == ["b-1"]
     assert [node.node for node in nodes] == ["node"]
     assert await care(parts).memory() == {"b-1": 1 << 20, "b-2": 1 << 20}
@@ -70,7 +70,7 @@ async def test_care_that_the_log_refuses_waits_for_the_next_look():
     host.usage_said = {"served": 9}
     parts.log.full = True
     caring = care(parts, resources=ResourceLimits(recycle_operations=5))
-    parts.tasks.spawn(caring.go_on, "care")
+    parts.tasks.spawn(caring.run, "care")
     await asyncio.sleep(1.5)
     assert parts.tasks.faults[0].startswith("care: LogUnavailable")
     assert not parts.journal.state.browsers["b-0"].recycling

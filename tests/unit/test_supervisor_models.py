@@ -144,7 +144,7 @@ async def test_another_model_of_the_same_name_is_refused():
     await parts.open()
     ours = models(parts)
     await ours.load(order())
-    with pytest.raises(BadInput, match="another model called 'm'"):
+    with pytest.raises(BadInput, match="a different model called 'm'"):
         await ours.load(order(digest="other"))
 
 
@@ -169,7 +169,7 @@ async def test_orders_of_the_term_before_are_restored_and_a_lost_one_is_told_of(
     await ours.restore()
     assert ours.orders() == {"m": order()}
     assert parts.logged[-1] == ModelUnwanted("n")
-    assert list(parts.tasks.faults) == ["model n: its order is lost; load it again"]
+    assert list(parts.tasks.faults) == ["model n: its order is lost; call load() again"]
 
 
 @in_virtual_time
