@@ -30,7 +30,7 @@ class Run:
             seconds=5.0,
             elapsed=self.elapsed,
             on_step=self.on_step,
-            tell=lambda number, question, result, why: self.told.append((number, why)),
+            on_bad_result=lambda number, question, result, why: self.told.append((number, why)),
         )
 
     def elapsed(self) -> float:

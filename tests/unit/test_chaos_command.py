@@ -47,7 +47,7 @@ def test_the_list_tells_of_every_fault():
         (["--browsers", "lynx=1"], "lynx"),
         (["--model", "no/such/model"], "no/such/model"),
         (["--plan", "no/such/plan.json"], "can't be read"),
-        (["--browsers", "safari=1", "--faults", "gpu_process_crash"], "can happen"),
+        (["--browsers", "safari=1", "--faults", "gpu_process_crash"], "applies to"),
         (["--matrix", "--models", "smell"], "smell"),
         (["--matrix", "--platforms", "cuda"], "cuda"),
     ],

@@ -76,7 +76,7 @@ async def test_skew_is_by_an_event_of_now(pool):
 async def test_without_a_model_nothing_can_be_logged(pool):
     pool.loaded = ()
     reader = ControlLogReader(pool, SupervisorClock())
-    await reader.have_something_logged()
+    await reader.log_an_event()
     await reader.read()
     assert reader.last_seq == 0
 

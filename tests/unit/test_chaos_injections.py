@@ -34,7 +34,7 @@ class Parts:
     async def until_noticed(self, injected) -> None:
         self.calls.append(f"noticed {injected.fault.kind}")
 
-    async def until_whole(self) -> bool:
+    async def until_repaired(self) -> bool:
         self.calls.append("whole")
         await self.gate.wait()
         return True
@@ -132,7 +132,7 @@ async def test_whoever_comes_meanwhile_waits_until_it_has_happened():
     first = asyncio.create_task(run.injections.on_operation(1))
     second = asyncio.create_task(run.injections.on_operation(2))
     await asyncio.sleep(0.01)
-    assert run.progress.waiting_for == "every browser to be back"
+    assert run.progress.waiting_for == "all browsers to be ready"
     assert not first.done()
     assert not second.done()
     run.parts.gate.set()

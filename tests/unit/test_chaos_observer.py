@@ -10,7 +10,7 @@ import pytest
 from pool.chaos import observer as module
 from pool.chaos.clock import SupervisorClock
 from pool.chaos.control_log import ControlLogReader
-from pool.chaos.observer import Observer, is_whole
+from pool.chaos.observer import Observer, is_repaired
 from pool.leaks import Traces
 from recovery.control import ModelPhase, Phase
 from recovery.faults import Fault, FaultKind, Intensity
@@ -52,17 +52,17 @@ async def test_repairs_are_taken_once_by_our_clock(pool):
     pool.control_state = state_of(record(), repairs=(done, repair(epoch=1, began=999.0)))
     seen = observer(pool, clock)
     await seen.look()
-    await seen.until_whole()
+    await seen.until_repaired()
     first, second = seen.repairs
     assert (first.began, first.ready, first.repair) == (998.0, 999.5, done)
     assert (second.began, second.ready) == (999.0, None)
 
 
-async def test_a_pool_is_whole_when_it_says_so_and_not_before(pool):
+async def test_a_pool_is_repaired_when_it_says_so_and_not_before(pool):
     pool.away = 3  # so often nobody answers
-    assert await observer(pool).until_whole(5.0)
+    assert await observer(pool).until_repaired(5.0)
     pool.control_state = state_of(record(phase=Phase.STARTING))
-    assert not await observer(pool).until_whole(0.02)
+    assert not await observer(pool).until_repaired(0.02)
 
 
 async def test_waiting_ends_when_the_fault_was_noticed(pool):
@@ -106,16 +106,16 @@ async def test_a_full_disk_is_waited_for_until_it_has_room_again(pool):
     assert time.monotonic() - before >= 0.09
 
 
-def test_a_pool_is_whole_only_with_every_browser_and_model():
+def test_a_pool_is_repaired_only_with_every_browser_and_model():
     given_up = record("chrome-1", phase=Phase.GIVEN_UP)
     loading = record(models={"m": ModelPhase.LOADING})
     loaded = record(models={"m": ModelPhase.LOADED, "n": ModelPhase.FAILED})
-    assert is_whole(state_of(loaded))
-    assert is_whole(state_of(record(), replace(given_up, replaced_by="chrome-2")))
-    assert not is_whole(state_of(record(), given_up))
-    assert not is_whole(state_of(loading))
-    assert not is_whole(state_of(record(), record("chrome-1", repair=repair())))
-    assert not is_whole(state_of(record(phase=Phase.STOPPED))), "nobody serves"
-    assert not is_whole(state_of())
+    assert is_repaired(state_of(loaded))
+    assert is_repaired(state_of(record(), replace(given_up, replaced_by="chrome-2")))
+    assert not is_repaired(state_of(record(), given_up))
+    assert not is_repaired(state_of(loading))
+    assert not is_repaired(state_of(record(), record("chrome-1", repair=repair())))
+    assert not is_repaired(state_of(record(phase=Phase.STOPPED))), "nobody serves"
+    assert not is_repaired(state_of())
     for phase in (Phase.STARTING, Phase.RECONNECTING, Phase.REPLACING):
-        assert not is_whole(state_of(record(), record("chrome-1", phase=phase)))
+        assert not is_repaired(state_of(record(), record("chrome-1", phase=phase)))

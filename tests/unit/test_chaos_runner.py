@@ -51,7 +51,7 @@ async def test_a_run_is_an_account_of_all_that_happened(pool):
     told, workload = [], FakeWorkload()
     workload.wrong = {12}
     plan = Plan(Schedule(7, due), 45, at_once=3, settings={"level": "high"})
-    runner = ChaosRunner(pool, workload, plan, tell=lambda *what: told.append(what[0]))
+    runner = ChaosRunner(pool, workload, plan, on_bad_result=lambda *what: told.append(what[0]))
     run = await runner.run()
 
     assert (run.seed, run.settings, run.schedule) == (7, {"level": "high"}, plan.schedule)
@@ -72,7 +72,7 @@ async def test_a_run_is_an_account_of_all_that_happened(pool):
     assert (run.repaired, run.notes, run.leaked) == (True, (), ())
     assert runner.progress.began == 45
     assert list(run.faults) == runner.progress.faults
-    assert await runner.left_behind() == ()
+    assert await runner.leaked() == ()
 
 
 async def test_a_fault_is_made_before_its_operation_and_may_cost_it_an_attempt(pool):

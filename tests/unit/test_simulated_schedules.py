@@ -35,7 +35,7 @@ def run(schedule: Schedule, level: Level):
 
 
 @pytest.mark.parametrize("level", [Level.MEDIUM, Level.HIGH])
-@pytest.mark.parametrize("seed", [*range(6), FRESH])
+@pytest.mark.parametrize("seed", [*range(6), pytest.param(FRESH, id="fresh")])
 def test_every_operation_is_answered_under_any_schedule_but_lies(seed, level):
     outcome = run(drawn(seed), level)
     assert outcome.failed == 0
@@ -43,7 +43,7 @@ def test_every_operation_is_answered_under_any_schedule_but_lies(seed, level):
     assert sum(outcome.applied.values()) >= 10
 
 
-@pytest.mark.parametrize("seed", [*range(4), FRESH])
+@pytest.mark.parametrize("seed", [*range(4), pytest.param(FRESH, id="fresh")])
 def test_at_critical_lies_are_outvoted_too(seed):
     outcome = run(drawn(seed, lies=True), Level.CRITICAL)  # which compares every answer
     assert outcome.failed == 0
