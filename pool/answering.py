@@ -423,7 +423,7 @@ class Answering:
         ballots = [answer.ballot for answer in (*self._answers, *late)]
         return count_votes(ballots, self._question.tolerance)
 
-    # -- the account ------------------------------------------------------------------------------
+    # -- results ----------------------------------------------------------------------------------
 
     def _ready(self) -> int:
         model = self._question.model
