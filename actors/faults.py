@@ -1,7 +1,7 @@
-"""Faults for tests and demonstrations, made from outside on a browser of this machine.
+"""Fault injection for tests and demonstrations, from outside, into a browser of this machine.
 
-Only processes below a pool's own reaper can be touched: anything else is refused. Nothing here
-runs unless it is called. For faults by kind and intensity, on any node, see `actors.injector`.
+This module must not signal processes other than those below a pool's reaper. For faults by kind
+and intensity, on any node, see `actors.injector`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def kill_process(report: LaunchReport, which: str) -> int:
     pid = report.pids.get(which, 0)
     ours = {process.pid for process in _tree(report)} | {report.pids.get("worker", 0)}
     if not pid or pid not in ours:
-        raise BadInput(f"{which}: process {pid} is not one of this browser's", got=pid)
+        raise BadInput(f"{which}: process {pid} does not belong to this browser", got=pid)
     os.kill(pid, signal.SIGKILL)
     return pid
 
 
 def crash_tab(report: LaunchReport, kind: BrowserType) -> Sequence[int]:
-    """SIGKILL the page's processes while the browser itself lives; returns their pids.
+    """SIGKILL the page's processes, but not the browser; returns their pids.
 
     Raises `BadInput` if there are none.
     """
@@ -64,7 +64,7 @@ def kill_network(report: LaunchReport) -> int:
 def wrong_answers(
     times: int = 1, *, bit: int = 30, element: int = 0, model: str = ""
 ) -> dict[str, object]:
-    """What `inject` takes to have a page flip one bit of its next answers, of all or one model.
+    """A fault for `inject`: the page flips one bit of its next answers, of all or one model.
 
     `bit` counts from the lowest of one number: 30 is the top of a float32's exponent. The pool
     must have been made with `faults=True`.
@@ -73,7 +73,7 @@ def wrong_answers(
 
 
 def drop_sockets(bridge: Bridge, names: Iterable[str] = ("control", "data")) -> None:
-    """Break the connections between a page and its server. Both live, and may connect again."""
+    """Break the connections between a page and its server; the page may reconnect."""
     bridge.drop(names)
 
 

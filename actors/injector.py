@@ -1,11 +1,10 @@
-"""Breaks one browser on purpose, as the world does: signals, sockets, memory, files, lies. And the
-supervisor: its death, a full disk, a clock that jumps.
+"""Fault injection. Into a browser: signals, sockets, memory, files, wrong answers. Into the
+supervisor: its death, a full disk, a clock step.
 
-An injector lives in the very worker that it breaks, on whatever node that is, and touches nothing
-but processes below the browser's reaper, the worker itself, and on order the raylet above it. What
-each fault is said to do at each intensity is in `recovery.faults`. Whether it really happened is
-for others to say (`pool.chaos.evidence`). This module must not repair anything, nor decide when to
-break what.
+An injector runs in the worker of its browser, on any node, and affects only processes below the
+browser's reaper, the worker itself, and for node faults the raylet above it. `recovery.faults`
+describes each fault at each intensity; `pool.chaos.evidence` decides whether it really happened.
+This module must not repair anything, nor choose faults.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ from recovery.faults import (
 )
 from recovery.records import HostRef
 
-_FLOOD_EXTRA_BYTES = 2 << 20  # over the limit on a message, its overhead included
+_FLOOD_EXTRA_BYTES = 2 << 20  # above the message size limit, overhead included
 _HOLD_BYTES, _HOLD_SECONDS = 512 << 20, 2.0
-_GROWTH_BYTES = 64 << 20  # that processes may still grow by when memory is said to be exhausted
-_LIMIT_SECONDS = 10.0  # after which that is lifted again, unless for good
-_SELF_SECONDS = 0.05  # the answer leaves before the worker ends itself
-_LAUNCHES_MAX = 8  # that are to fail
+_GROWTH_BYTES = 64 << 20  # growth allowed under a memory limit
+_LIMIT_SECONDS = 10.0  # after which the memory limit is lifted, unless permanent
+_SELF_SECONDS = 0.05  # lets the reply leave before the worker kills itself
+_LAUNCHES_MAX = 8  # maximum number of failing launches
 _FOR_EVER = 1 << 30
 
 SIGNALS = {
@@ -65,8 +64,12 @@ _SOCKETS = {
     Intensity.SEVERE: ("control", "data"),
 }
 _SPOILT = {Intensity.MILD: "500", Intensity.MODERATE: "half", Intensity.SEVERE: "wrong"}
-_LIES = {Intensity.MILD: (0, 1), Intensity.MODERATE: (22, 3), Intensity.SEVERE: (30, _FOR_EVER)}
-# What a browser that does not start is replaced by, for one launch.
+_CORRUPTIONS = {
+    Intensity.MILD: (0, 1),
+    Intensity.MODERATE: (22, 3),
+    Intensity.SEVERE: (30, _FOR_EVER),
+}
+# Scripts that replace the browser for one failing launch.
 _ENDS = "#!/bin/sh\nexit 1\n"
 _HANGS = "#!/bin/sh\nexec sleep 600\n"
 
@@ -91,9 +94,9 @@ class Driven(Protocol):
 
 @dataclass(frozen=True)
 class InjectionTarget:
-    """The present incarnation of a browser, as whoever breaks it needs it.
+    """The current incarnation of a browser, as a target of fault injection.
 
-    `ask` says something to the page's worker; `circuit` is the state of the browser's own circuit
+    `ask` sends a request to the page's worker; `circuit` is the state of the browser's own circuit
     breaker, `bytes_max` the limit on a message, `device` whether a model is on a WebGPU device.
     """
 
@@ -108,8 +111,7 @@ class InjectionTarget:
 
 
 class _Hit(NamedTuple):
-    """What was done: to which processes, how long it lasts if it ends, and when (wall time; None:
-    when it was ordered)."""
+    """The effect: pids hit, duration if temporary, and wall time (None: when it was ordered)."""
 
     pids: Sequence[int] = ()
     seconds: float | None = None
@@ -117,7 +119,7 @@ class _Hit(NamedTuple):
 
 
 class BrowserFailureInjector:
-    """Breaks whatever incarnation its browser is at. Off unless `allowed`."""
+    """Injects faults into its browser's current incarnation. Off unless `allowed`."""
 
     def __init__(
         self,
@@ -128,30 +130,30 @@ class BrowserFailureInjector:
         self._allowed = allowed
         self._wall = wall
         self._raylet = raylet
-        self._failing: deque[str] = deque(maxlen=_LAUNCHES_MAX)  # launches to come, as scripts
-        self._destroy_next = 0  # devices of pages to come
+        self._failing: deque[str] = deque(maxlen=_LAUNCHES_MAX)  # scripts for the next launches
+        self._destroy_next = 0  # number of next pages whose device is destroyed
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def inject(
         self, target: InjectionTarget, fault: Fault, *, use_circuit_breaker: bool = True
     ) -> Injected:
-        """Make `fault` happen to `target`; says what was done.
+        """Inject `fault` into `target`; returns what was done.
 
-        With `use_circuit_breaker` a browser whose circuit is open is left alone, and one on trial
-        is not broken severely. Raises `FaultRefused`, or `BrowserLost` for a browser that is gone.
+        With `use_circuit_breaker`, faults on a browser whose breaker is open are refused, and
+        severe ones if it is half-open. Raises `FaultRefused`, or `BrowserLost` if it has ended.
         """
         if not self._allowed:
             raise refused("off")
         if use_circuit_breaker and not may_inject(target.circuit, fault.intensity):
             raise FaultRefused(
-                f"{fault}: the circuit of {target.ref} is {target.circuit}, so it is left alone. "
-                "Wait until it has closed, or inject ungated.",
+                f"{fault}: refused, since the circuit breaker of {target.ref} is {target.circuit}. "
+                "Wait until it has closed, or pass gated=False.",
                 what="circuit_open",
             )
         if target.processes.kind not in FAULTS[fault.kind].engines:
-            raise impossible(fault, f"{target.processes.kind} has none")
+            raise impossible(fault, f"{target.processes.kind} does not support it")
         if FAULTS[fault.kind].place is not FaultSite.BROWSER:
-            raise impossible(fault, "it is aimed at a supervisor")
+            raise impossible(fault, "it is a fault of the supervisor, not of a browser")
         ordered = self._wall()
         hit = await self._break(target, fault)
         at = ordered if hit.at is None else hit.at
@@ -166,7 +168,7 @@ class BrowserFailureInjector:
         )
 
     async def _break(self, target: InjectionTarget, fault: Fault) -> _Hit:
-        """What `fault` says."""
+        """Inject `fault`."""
         how, processes, server = fault.intensity, target.processes, target.server
         match fault.kind:
             case FaultKind.LAUNCH_FAILURE:
@@ -200,7 +202,7 @@ class BrowserFailureInjector:
                 server.spoil([_SPOILT[how]])
                 return self._send(fault, processes.pages(), signal.SIGKILL)
             case FaultKind.WRONG_ANSWER:
-                bit, times = _LIES[how]
+                bit, times = _CORRUPTIONS[how]
                 await target.ask({"what": "lie", "times": times, "bit": bit, "element": 0})
             case FaultKind.PAGE_REFRESH:
                 await _refresh(target, how)
@@ -224,8 +226,8 @@ class BrowserFailureInjector:
     # -- launches ---------------------------------------------------------------------------------
 
     def launched_with(self, binaries: Binaries, folder: Path) -> Binaries:
-        """What the next launch starts: `binaries`, or a browser that does not start. That is a
-        script, which is written to `folder`."""
+        """The binaries of the next launch: `binaries`, or a failing browser (a script, written to
+        `folder`)."""
         if not self._failing:
             return binaries
         script = folder / "broken-browser"
@@ -234,12 +236,12 @@ class BrowserFailureInjector:
         return replace(binaries, browser=str(script))
 
     async def page_is_ready(self, ask: Callable[[Mapping[str, Any]], Awaitable[object]]) -> None:
-        """A page has just come: what was to befall it does."""
+        """Inject the faults that were ordered for the next page."""
         if self._destroy_next:
             self._destroy_next -= 1
             await ask({"what": "destroy", "times": 1})
 
-    # -- what takes more than a line --------------------------------------------------------------
+    # -- helpers ----------------------------------------------------------------------------------
 
     def _send(
         self, fault: Fault, processes: Sequence[psutil.Process], number: signal.Signals
@@ -257,12 +259,12 @@ class BrowserFailureInjector:
         if not stopped:
             raise impossible(fault, "it has no such process")
 
-        async def go_on() -> None:
+        async def resume() -> None:
             await asyncio.sleep(seconds)
             for process in stopped:
                 _signal(process, signal.SIGCONT)
 
-        self._later(go_on())
+        self._later(resume())
         return _Hit([process.pid for process in stopped], seconds, at)
 
     async def _destroy(self, target: InjectionTarget, fault: Fault) -> None:
@@ -318,7 +320,7 @@ class BrowserFailureInjector:
             if psutil.Process(pid).name() == "raylet":
                 return pid
         raise FaultRefused(
-            f"{fault}: process {pid} is no raylet, so it is left alone", what="not_ours"
+            f"{fault}: refused, since process {pid} is not a raylet", what="not_ours"
         )
 
     def _end_soon(self, number: signal.Signals) -> _Hit:
@@ -336,18 +338,18 @@ class BrowserFailureInjector:
 
 
 class SupervisorFailureInjector:
-    """Breaks the process that a supervisor runs in, from inside; and is its wall clock."""
+    """Injects faults into the supervisor's own process; also its wall clock."""
 
     def __init__(self, wall: Callable[[], float] = time.time) -> None:
         self._wall = wall
         self._ahead_seconds = 0.0
 
     def wall(self) -> float:
-        """Wall time in seconds, as far as this process knows."""
+        """The supervisor's wall time in seconds, injected clock steps included."""
         return self._wall() + self._ahead_seconds
 
     def inject(self, fault: Fault) -> Injected:
-        """Make `fault` happen to this process; says what was done. Raises `FaultRefused`."""
+        """Inject `fault` into this process; returns what was done. Raises `FaultRefused`."""
         loop, how, at = asyncio.get_running_loop(), fault.intensity, self._wall()
         pids, until = (os.getpid(),), None
         match fault.kind:
@@ -355,7 +357,7 @@ class SupervisorFailureInjector:
                 at += _SELF_SECONDS
                 loop.call_later(_SELF_SECONDS, _end_self, SIGNALS[how])
             case FaultKind.FULL_DISK:
-                # The kernel refuses every byte that this process would add to a file.
+                # The kernel refuses all writes of this process to files.
                 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
                 until = at + _FULL_SECONDS[how]
@@ -364,7 +366,7 @@ class SupervisorFailureInjector:
             case FaultKind.CLOCK_STEP:
                 self._ahead_seconds += CLOCK_STEP_SECONDS[how]
             case _:
-                raise impossible(fault, "it is aimed at a browser")
+                raise impossible(fault, "it is a fault of a browser, not of the supervisor")
         return Injected(fault, at, fault.dose.what, "", -1, pids, until)
 
 
@@ -395,7 +397,7 @@ async def _flood(target: InjectionTarget, how: Intensity) -> None:
 
 def refused(what: str) -> FaultRefused:
     return FaultRefused(
-        "this pool allows no faults: make it with faults=True, and only where nothing real is lost",
+        "fault injection is off: create the pool with faults=True (for tests only)",
         what=what,
     )
 
@@ -413,7 +415,7 @@ def _signal(process: psutil.Process, number: signal.Signals) -> bool:
 
 
 def _end_node(raylet: int, number: signal.Signals) -> None:
-    """The raylet and all it started: workers would outlive it by seconds. This one goes last."""
+    """Kill the raylet and its descendants, which would outlive it by seconds; this process last."""
     with contextlib.suppress(psutil.Error):
         node = psutil.Process(raylet)
         below = [process for process in node.children(recursive=True) if process.pid != os.getpid()]

@@ -12,8 +12,8 @@ NAMES = ("transport", "recovery", "levels", "scaling", "sharding", "breaker", "l
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path, metavar="DIRECTORY")
+    parser.add_argument("--quick", action="store_true", help="run fewer repeats")
+    parser.add_argument("--json", type=Path, metavar="DIRECTORY", help="save reports there")
     options = parser.parse_args()
     worst = 0
     for name in NAMES:

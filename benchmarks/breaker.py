@@ -1,7 +1,7 @@
-"""What a circuit breaker costs a call that goes through, beside the breakers of others.
+"""Overhead of a circuit breaker per admitted call, compared with other libraries.
 
-Every contender protects the same empty function in one thread, in turns of one run; what the bare
-call costs is taken off. "Everything" is a registry's breaker with a window by time, both rates,
+Every library protects the same empty function in one thread, interleaved in one run; the cost of
+the bare call is subtracted. "Everything" is a registry's breaker with a window by time, both rates,
 a lock and a listener: the others have none of these but the listener and, at pybreaker, a lock.
 The peers are the `bench` extra; one that is not installed is named and left out.
 """

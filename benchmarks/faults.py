@@ -1,7 +1,7 @@
-"""Faults that benchmarks make on purpose, and the question that browsers are asked meanwhile.
+"""Faults that benchmarks inject, and the operation that browsers run meanwhile.
 
-An operation long enough for a fault to fall into the middle of it, and what native onnxruntime
-answers to it. This module must not measure.
+The operation is long enough to inject a fault in the middle; native onnxruntime gives the expected
+answer. This module must not measure.
 """
 
 from __future__ import annotations

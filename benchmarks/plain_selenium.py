@@ -1,4 +1,4 @@
-"""The baseline: what a careful person writes with Selenium alone.
+"""The baseline: a careful implementation with Selenium alone.
 
 A page served from loopback, a model loaded once, inference through `execute_async_script`; on
 any error what is left of driver and browser is ended, the browser launched again, the page and

@@ -98,7 +98,7 @@ def quantile(values: Sequence[float], q: float) -> float:
 def run(name: str, measure: Callable[[Report, bool, Console], None]) -> int:
     """Parse the command line, measure, show and save."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, for a first look")
+    parser.add_argument("--quick", action="store_true", help="run fewer repeats")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the report there")
     options = parser.parse_args()
     console = Console(stderr=True)

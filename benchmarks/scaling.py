@@ -1,7 +1,7 @@
 """From one browser to three under load and back, and what a browser costs in memory.
 
 Eight callers ask without a pause until three browsers serve; then one caller asks twice a second
-until one browser is left. Every answer is held against native onnxruntime's, and none may be
+until one browser is left. Every answer is compared with native onnxruntime's, and none may be
 missing. Memory is the resident set of the whole process tree, in which what processes share counts
 for each of them.
 """

@@ -1,8 +1,8 @@
-"""The answering loop of one operation: copies are sent, answers compared, failures outlived.
+"""The answering loop of one operation: sends copies, compares answers, retries after failures.
 
-What to do next is decided in `recovery.answering`, `recovery.levels` and `recovery.voting`; this
-module sends, waits and keeps the account. It must not know how a browser is reached (`routing`
-does), nor repair one.
+`recovery.answering`, `recovery.levels` and `recovery.voting` decide what to do next; this module
+sends, waits and records. It must not know how a browser is reached (`routing` does), nor repair
+one.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from recovery.voting import (
 Tensors: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
 Simulate: TypeAlias = Callable[[Tensors, float], Awaitable[RunReply]]
 
-_FROZEN_GRACE_SECONDS = 0.5  # past its deadline an operation is not waited for longer
+_FROZEN_GRACE_SECONDS = 0.5  # maximum wait past an operation's deadline
 
 
 @dataclass(frozen=True)
 class Question:
-    """One operation as it is sent: to what model, and what an answer must be like."""
+    """One operation as it is sent: its model, level and tolerance."""
 
     op_id: str
     model: str
@@ -66,10 +66,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Rules:
-    """What holds for all operations of a call.
+    """Rules for all operations of a call.
 
-    `strict`: an answer at `critical` takes two that agree, however few browsers are left.
-    `late_seconds`: a copy that takes longer gets company, at the levels that have it.
+    `strict`: `critical` needs two answers that agree, even if few browsers are left.
+    `late_seconds`: after this, levels with hedging send another copy.
     """
 
     attempts_max: int = 3
@@ -80,7 +80,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class _Copy:
-    """One copy of the operation, under way on one host."""
+    """One copy of the operation, in flight on one host."""
 
     status: HostStatus
     began: float
@@ -97,10 +97,10 @@ class _Answer:
 class Answering:
     """The answering loop of one operation.
 
-    `on_wrong(ref, failure)` is told of each host that was outvoted, also after the answer was
-    given; `on_audit` is given the tasks that wait for those. `on_stuck()` is called when no host
-    can be asked, and says why waiting is in vain, if it is. `simulate` computes natively, as the
-    last resort; None forbids it.
+    `on_wrong(ref, failure)` is called for each outvoted host, also after the answer was returned;
+    `on_audit` gets the tasks that wait for those. `on_stuck()` is called when no host is
+    available, and returns why waiting can't help, if so. `simulate` computes natively, as the last
+    resort; None forbids it.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Answering:
         self._steps: list[RecoveryStep] = []
         self._copies: list[_Copy] = []
         self._answers: list[_Answer] = []
-        self._verdict: Verdict = Undecided("")  # on the answers that have come
+        self._verdict: Verdict = Undecided("")  # on the answers so far
         copies = COPIES[question.level]
         self._policy = AnsweringPolicy(
             question.level, rules.attempts_max * copies, rules.wait_when_full
@@ -138,7 +138,7 @@ class Answering:
         self._sent = False
 
     async def run(self, tensors: Tensors, seconds: float) -> tuple[Result, RunReply | None]:
-        """The one answer within `seconds`, or why there is none. Raises `PoolBusy`."""
+        """The answer within `seconds`, or why there is none. Raises `PoolBusy`."""
         end = self._begun + seconds
         try:
             while True:
@@ -159,7 +159,7 @@ class Answering:
                 copy.task.cancel()
 
     def _begin(self) -> None:
-        """The first copy is about to be sent: what is ready now is what the operation has."""
+        """Before the first copy: fix the effective level by the browsers ready now."""
         ready = self._ready()
         self._level_effective = effective_level(self._question.level, ready)
         if not self._rules.strict and ready < QUORUM:
@@ -169,7 +169,7 @@ class Answering:
     # -- sending ----------------------------------------------------------------------------------
 
     def _send_copies(self, tensors: Tensors, end: float) -> Action | None:
-        """Send as many copies as there should be; what kept one from being sent, if any was."""
+        """Send the copies that are due; returns what prevented one, if anything did."""
         while len(self._copies) + len(self._answers) < copies_wanted(
             self._question.level, len(self._answers), len(self._copies), late=self._is_late()
         ):
@@ -255,7 +255,7 @@ class Answering:
     # -- waiting ----------------------------------------------------------------------------------
 
     async def _wait(self, stuck: Action | None, end: float, seen: int) -> None:
-        """Until a copy is back, another one is due, or (where that can help) the table changes."""
+        """Wait until a copy ends, another one is due, or (if that can help) the table changes."""
         if not self._copies:
             why = stuck.why if isinstance(stuck, WaitForHost) else ""
             await self._wait_for_table(why, self._patience(end), seen)
@@ -283,7 +283,7 @@ class Answering:
 
     def _until_late(self) -> float | None:
         if self._is_late() or self._question.level not in REDUNDANT:
-            return None  # each copy has a limit of its own
+            return None  # each copy has its own limit
         return self._copies[0].began + self._rules.late_seconds - self._elapsed()
 
     async def _wait_for_table(self, why: str, seconds: float, seen: int) -> None:
@@ -292,13 +292,13 @@ class Answering:
         if self._steps:
             took = self._elapsed() - began
             last = self._steps[-1]
-            if last.what == "waited":  # one step, however many changes woke us
+            if last.what == "waited":  # one step, even after several changes
                 self._steps.pop()
                 began, took = last.at, took + last.seconds
             self._steps.append(RecoveryStep("waited", "", began, took, why))
 
     def _patience(self, end: float) -> float:
-        """How long to wait for a browser: the native runtime needs time of its own."""
+        """How long to wait for a browser; leaves time for the native runtime."""
         left = end - time.monotonic()
         if self._simulate is None:
             return left
@@ -309,27 +309,27 @@ class Answering:
     async def _last_resort(
         self, stuck: Action | None, tensors: Tensors, end: float
     ) -> tuple[Result, RunReply | None] | None:
-        """With nothing under way: wait on (None), refuse, compute natively, or give up."""
+        """With no copy in flight: wait on (None), refuse, compute natively, or give up."""
         left = end - time.monotonic()
         if len(self._answers) >= COPIES[Level.CRITICAL] and not self._others():
-            return self._failed(self._with_spread("there is no other browser to ask")), None
+            return self._failed(self._with_spread("no other browser is available")), None
         match stuck:
             case Refuse(why):
-                raise PoolBusy(f"{why}; wait (when_full='wait'), or add browsers.")
+                raise PoolBusy(f"{why}; pass when_full='wait', or add browsers.")
             case GiveUp(why):
                 pass
             case _:
                 why = stuck.why if isinstance(stuck, WaitForHost) else "no browser answered"
-                vain = self._on_stuck() if stuck is not None else ""
-                if not vain and self._patience(end) > 0:
+                hopeless = self._on_stuck() if stuck is not None else ""
+                if not hopeless and self._patience(end) > 0:
                     return None
-                why = vain or why
+                why = hopeless or why
         if self._simulate is not None and left > 0:
             return await self._simulated(why, tensors, left, final=isinstance(stuck, GiveUp))
         return self._failed(self._with_spread(why)), None
 
     def _others(self) -> bool:
-        """Whether anybody in service has the model and was not asked."""
+        """Whether another browser in service has the model."""
         answered = {answer.status.ref for answer in self._answers}
         if len(answered) >= COPIES_MAX:
             return False
@@ -341,24 +341,24 @@ class Answering:
     async def _simulated(
         self, why: str, tensors: Tensors, left: float, *, final: bool
     ) -> tuple[Result, RunReply | None] | None:
-        """The native answer. None: there is none, but a browser may yet be ready in time."""
+        """The native answer. None: it failed, but a browser may still be ready in time."""
         assert self._simulate is not None
         began = self._elapsed()
         try:
             async with asyncio.timeout(left):
                 reply = await self._simulate(tensors, left)
         except (BrowserError, TimeoutError) as error:
-            self._simulate = None  # it was tried
+            self._simulate = None  # try once
             if not final:
                 return None
-            return self._failed(f"{why}; and the native runtime: {error}"), None
+            return self._failed(f"{why}; the native runtime failed, too: {error}"), None
         took = self._elapsed() - began
         self._steps.append(RecoveryStep("simulated", str(reply.status.ref), began, took, why))
         result = self._answered(reply.status, reply)
         return replace(result, simulated=True, level_effective=Level.NONE), reply
 
     def _settled(self) -> tuple[Result, RunReply | None] | None:
-        """The answer, once there is one that may be believed."""
+        """The result, once enough answers agree."""
         if len(self._answers) < self._quorum:
             return None
         if self._quorum == 1:
@@ -377,9 +377,9 @@ class Answering:
         return replace(result, metrics={**result.metrics, **votes}), winner.reply
 
     def _release(self, follow: Callable[[_Copy], Coroutine[Any, Any, None]]) -> None:
-        """Let copies under way come to their end: until then their hosts count as busy.
+        """Let copies in flight finish in the background; until then their hosts count as busy.
 
-        Nobody waits for it; `follow` sees what comes of each.
+        `follow` handles the outcome of each.
         """
         rest, self._copies = self._copies, []
         for copy in rest:
@@ -396,7 +396,7 @@ class Answering:
 
     def _outvoted(self, ref: HostRef, by: HostRef) -> None:
         failure = categorize_browser_failure(
-            f"{ref} was outvoted: its answer is not that of {by} and another",
+            f"{ref} was outvoted: its answer differs from that of {by} and another",
             {
                 "what": "wrong_answer",
                 "ref": ref,
@@ -414,7 +414,7 @@ class Answering:
         if self._quorum == 1 or not self._answers:
             return why
         if len(self._answers) == 1:
-            return f"only one browser answered, which at level critical is no answer: {why}"
+            return f"only one browser answered, and level critical needs two: {why}"
         if isinstance(self._verdict, Elected):
             return why
         return f"no two of {len(self._answers)} answers agree: {self._verdict.spread}; {why}"
@@ -423,7 +423,7 @@ class Answering:
         ballots = [answer.ballot for answer in (*self._answers, *late)]
         return count_votes(ballots, self._question.tolerance)
 
-    # -- the account ------------------------------------------------------------------------------
+    # -- results ----------------------------------------------------------------------------------
 
     def _ready(self) -> int:
         model = self._question.model

@@ -1,4 +1,4 @@
-"""What a client has running beside what its callers wait for; with the pool, it is ended.
+"""Background tasks of a client, which end with the pool.
 
 This module must not know what the tasks do.
 """
@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-_AUDITS_MAX = 64  # late answers waited for at `critical`, only to be compared
+_AUDITS_MAX = 64  # late answers at `critical` that are still to be compared
 
 T = TypeVar("T")
 
@@ -23,25 +23,25 @@ class BackgroundTasks:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def start(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
-        """Have `work` done; whoever wants its outcome keeps the task."""
+        """Run `work` in the background; returns its task."""
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     def keep_audit(self, audit: asyncio.Task[None]) -> None:
-        """Let a late answer be compared, the oldest ones only as long as they are not too many."""
+        """Keep the task that compares a late answer; beyond a limit the oldest are cancelled."""
         self._audits.append(audit)
         while self._audits and (self._audits[0].done() or len(self._audits) > _AUDITS_MAX):
             self._audits.popleft().cancel()
 
     async def finish(self) -> list[Exception]:
-        """Wait for what was started and still runs; returns what it raised."""
+        """Wait for the running tasks; returns their exceptions."""
         outcomes = await asyncio.gather(*self._tasks, return_exceptions=True)
         return [outcome for outcome in outcomes if isinstance(outcome, Exception)]
 
     async def cancel(self) -> None:
-        """End them all, and wait for that."""
+        """Cancel all tasks, and wait until they end."""
         tasks = (*self._audits, *self._tasks)
         for task in tasks:
             task.cancel()

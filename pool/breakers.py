@@ -1,6 +1,6 @@
-"""The circuit breakers of a pool's browsers: what they have counted, and setting one by hand.
+"""The circuit breakers of a pool's browsers: their metrics, and switching them by hand.
 
-They live in the browsers' workers, which are asked here. This module must not decide when a
+They are in the browsers' workers, which this module queries. This module must not decide when a
 circuit opens.
 """
 
@@ -33,7 +33,7 @@ class Breakers:
         circuits: dict[str, Mapping[str, Any]] = {}
         for ref, each in zip(refs, found, strict=True):
             if isinstance(each, BrowserLost):
-                continue  # it is being replaced: its breakers go with it
+                continue  # it is being replaced
             if isinstance(each, BaseException):
                 raise each
             for model, metrics in each.items():
@@ -47,7 +47,7 @@ class Breakers:
             wanted = BreakerSwitch(to)
         except ValueError:
             raise BadInput(
-                f"a breaker can be set to {', '.join(BreakerSwitch)}, not {to!r}.",
+                f"to: expected one of {', '.join(BreakerSwitch)}, got {to!r}.",
                 expected=list(BreakerSwitch),
                 got=to,
             ) from None

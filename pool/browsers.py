@@ -1,6 +1,6 @@
-"""The browsers of a pool, as a client may order about them: scale, drain, repair, find.
+"""A client's requests about browsers: scale, drain, repair, find.
 
-The supervisor carries it out. This module must not start, stop or repair a browser itself.
+The supervisor carries them out. This module must not start, stop or repair a browser itself.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Browsers:
         self._connection = connection
 
     def hosts(self) -> tuple[HostStatus, ...]:
-        """What this client knows of each browser, without asking anybody."""
+        """The last known status of each browser; sends no request."""
         return tuple(self._connection.routing.candidates())
 
     def serving(self, browser_id: str) -> HostRef:
-        """The incarnation that serves in this slot now, or in its place. Raises `BadInput`."""
+        """The current incarnation of this slot or its replacement. Raises `BadInput`."""
         routing = self._connection.routing
         refs = {status.ref.browser_id: status.ref for status in routing.candidates()}
         records = routing.table.state.browsers if routing.table else {}
@@ -61,7 +61,7 @@ class Browsers:
     ) -> Repair:
         """See `BrowserPool.repair`."""
         supervisor, routing = self._connection.require()
-        if failure.ref is None:  # which incarnation is meant, should the call be repeated
+        if failure.ref is None:  # fix the incarnation, in case the call is repeated
             refs = {status.ref.browser_id: status.ref for status in routing.candidates()}
             failure = replace(failure, ref=refs.get(browser_id))
         return await routing.unless_gone(supervisor.repair(browser_id, failure, start))
@@ -72,12 +72,12 @@ class Browsers:
         config, (supervisor, routing) = connection.config, connection.require()
         counts = replace(config, browsers=dict(browsers)).kinds()
         table = await supervisor.table(connection.client)
-        living = [
+        running = [
             record
             for record in table.state.browsers.values()
             if record.phase in (Phase.READY, *COMING) and not record.stands_in_for
         ]
-        untouched = sum(record.kind not in counts for record in living)
+        untouched = sum(record.kind not in counts for record in running)
         total = untouched + sum(counts.values())
         if not 1 <= total <= config.max_connections:
             raise BadInput(
@@ -88,7 +88,7 @@ class Browsers:
             )
         missing = {}
         for kind, count in counts.items():
-            have = [record for record in living if record.kind is kind]
+            have = [record for record in running if record.kind is kind]
             drains = [supervisor.drain(record.id) for record in have[count:]]
             await routing.unless_gone(asyncio.gather(*drains))
             missing[kind] = max(count - len(have), 0)
@@ -105,7 +105,7 @@ class Browsers:
 
 
 def _serve(state: PoolState, names: Mapping[str, object]) -> bool:
-    """Whether these browsers are known, and neither start nor load any more."""
+    """Whether these browsers exist, and have finished starting and loading."""
     return names.keys() <= state.browsers.keys() and all(
         state.browsers[name].phase not in COMING
         and ModelPhase.LOADING not in state.browsers[name].models.values()

@@ -1,10 +1,10 @@
-"""Failure bundles: what was known when an operation failed, in one file that can be sent to others.
+"""Failure bundles: all data about a failed operation in one file, for a bug report.
 
 A bundle is a zip archive: `bundle.json` (operation, result, model, pool, versions, the plan of a
 chaos run), `events.jsonl` (the end of the control log), `telemetry.json`, and for each browser its
-console, the headers of its last frames and, if its page lives, a screenshot. Of what users sent,
-names, dtypes, shapes and hashes only, unless data was asked for (`inputs.npz`). This module must
-not run anything: `pool.commands.replay` does.
+console, the headers of its last frames and, if its page lives, a screenshot. Of inputs
+it has names, dtypes, shapes and hashes only, unless data is included (`inputs.npz`). This module
+must not run anything: `pool.commands.replay` does.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from sharding.cutting.manifest import MANIFEST_NAME
 FORMAT = 1
 EVENTS_MAX = 500  # of the log's end
 BROWSERS_MAX = 32
-BUNDLE_BYTES_MAX = 512 << 20  # that is read again
+BUNDLE_BYTES_MAX = 512 << 20  # limit when reading
 _COLLECT_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a bundle says. `inputs` are None where no data was asked for."""
+    """The content of a bundle. `inputs` is None if data is not included."""
 
     facts: Mapping[str, Any]
     inputs: Mapping[str, Any] | None = None
@@ -53,7 +53,7 @@ class Bundle:
 
 
 class DiagnosedPool(Protocol):
-    """What a `BrowserPool` has that is looked at here."""
+    """The part of `BrowserPool` that is used here."""
 
     @property
     def log_folder(self) -> Path | None: ...
@@ -73,7 +73,7 @@ async def collect(
     with_data: bool = False,
     chaos: Mapping[str, Any] | None = None,
 ) -> Bundle:
-    """All that is known about `result` now. What can't be had is left out; raises nothing."""
+    """Collect the data about `result`. Omits what is unavailable; does not raise."""
     facts = {
         "format": FORMAT,
         "made_at": time.time(),
@@ -119,7 +119,7 @@ def _last_events(folder: Path) -> bytes:
 
 
 def described(value: Any) -> dict[str, Any]:
-    """What may be said of an input without saying what it is."""
+    """A description of an input without its data."""
     if isinstance(value, str):
         digest = hashlib.sha256(value.encode("utf-8", "replace")).hexdigest()
         return {"kind": "text", "characters": len(value), "sha256": digest}
@@ -162,7 +162,7 @@ def result_as_plain(result: Result) -> dict[str, Any]:
 
 
 def model_as_plain(entry: ModelEntry) -> dict[str, Any]:
-    """Which model it is, and how to load it again."""
+    """The model, and how to load it again."""
     file = Path(entry.spec.files[0].path)
     whole_folder = bool(entry.components) or (file.parent / MANIFEST_NAME).is_file()
     cut_here = entry.in_parts and not whole_folder
@@ -177,7 +177,7 @@ def model_as_plain(entry: ModelEntry) -> dict[str, Any]:
 
 
 def pool_as_plain(config: PoolConfig) -> dict[str, Any]:
-    """The options of a pool that another one needs to behave as it did."""
+    """The options to create a pool that behaves the same."""
     plain = {
         name: value
         for name, value in vars(config).items()
@@ -211,7 +211,9 @@ def read_bundle(path: str | Path) -> Bundle:
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(info.file_size for info in archive.infolist()) > BUNDLE_BYTES_MAX:
-                raise BadInput(f"{path} would unpack to more than {BUNDLE_BYTES_MAX >> 20} MiB")
+                raise BadInput(
+                    f"{path} would unpack to more than the limit of {BUNDLE_BYTES_MAX >> 20} MiB"
+                )
             files = {info.filename: archive.read(info) for info in archive.infolist()}
         facts = json.loads(files.pop("bundle.json"))
         packed = files.pop("inputs.npz", None)
@@ -226,7 +228,7 @@ def read_bundle(path: str | Path) -> Bundle:
         )
     for part in ("operation", "result", "model", "pool"):
         if not isinstance(facts.get(part), dict):
-            raise BadInput(f"{path} is no failure bundle: it says nothing of its {part}")
+            raise BadInput(f"{path} is no failure bundle: its {part} is no JSON object")
     return Bundle(facts, inputs, files)
 
 

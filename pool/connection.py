@@ -1,7 +1,7 @@
-"""What an open pool is connected to: Ray, the supervisor, the routes to browsers, the history.
+"""The connections of an open pool: Ray, the supervisor, the routes to browsers, the history.
 
-Opened and left as one. A pool that this client made is stopped with it; one that it joined, or that
-is persistent, goes on. This module must not know models or operations.
+They are opened and closed together. A pool that this client created is stopped with them; one that
+it joined, or a persistent one, keeps running. This module must not know models or operations.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from recovery.maintenance import first_names
 from recovery.plan import strategy_order
 
 _WATCH_SECONDS_MAX = 5.0
-_CARE_SECONDS = 5.0  # between two looks of the supervisor at memory and wear
-_SCALING_SECONDS = 0.5  # the same, where the number of browsers follows the load
+_CARE_SECONDS = 5.0  # between the supervisor's checks of memory and usage
+_SCALING_SECONDS = 0.5  # the same, with adaptive scaling
 
 
 class Connection:
-    """One client's connection to one pool. `owner`: whether this client makes the pool."""
+    """One client's connection to one pool. `owner`: whether this client creates the pool."""
 
     def __init__(self, config: PoolConfig, client: str, *, owner: bool) -> None:
-        self.config = config  # after `open` with what the running pool has fixed
+        self.config = config  # after `open`, with the running pool's settings
         self.level = config.level_effective  # the pool's
         self.client = client
-        self.log_folder: Path | None = None  # of the control log, if this client made the pool
+        self.log_folder: Path | None = None  # of the control log, if this client created the pool
         self.history: RayHistory | None = None
         self.native: RayNative | None = None
         self._owner = owner
@@ -54,7 +54,7 @@ class Connection:
 
     @property
     def known_routing(self) -> Routing | None:
-        """The routes, if there are any yet; asks for nothing to be open."""
+        """The routes, or None before `open`."""
         return self._routing
 
     @property
@@ -82,10 +82,10 @@ class Connection:
     async def open(self) -> None:
         """Start every browser, or join the running pool; see `BrowserPool.open`.
 
-        Whoever calls it must `leave` if it raises.
+        The caller must `leave` if it raises.
         """
         if self.is_open:
-            raise PoolClosed("this pool is open already")
+            raise PoolClosed("this pool is already open")
         config = self.config
         self._ray = await asyncio.to_thread(connect, config.address, config.dashboard)
         if self._owner:
@@ -107,17 +107,17 @@ class Connection:
         await self._started()
 
     async def open_stores(self) -> SupervisorConfig:
-        """Find the history, and make the native host if it may answer; the pool's own settings."""
+        """Find the history, and create the native host if allowed; returns the pool's settings."""
         theirs, _ = await self.supervisor.config()
         if self.config.simulation:
             self.native = RayNative(theirs)
         if theirs.history:
-            with contextlib.suppress(PoolClosed):  # it could not be kept: the state says why
+            with contextlib.suppress(PoolClosed):  # it could not be opened: `state()` says why
                 self.history = RayHistory.find(theirs)
         return theirs
 
     async def leave(self, *, stop: bool) -> None:
-        """Leave the pool, and with `stop` end it for everybody."""
+        """Disconnect from the pool, and with `stop` end it for all clients."""
         self.history = None
         routing, self._routing = self._routing, None
         if routing is not None:
@@ -148,13 +148,13 @@ class Connection:
         except TimeoutError as error:
             phases = ", ".join(f"{count} {phase}" for phase, count in self.phases().items())
             raise LaunchFailed(
-                f"the pool was not in order within {seconds:.0f} s: {self.config.name} has "
+                f"the pool was not ready within {seconds:.0f} s: {self.config.name} has "
                 f"{phases or 'no browser'}. The machine may be overloaded; `tabpool doctor` shows "
-                "what it has."
+                "its browsers."
             ) from error
 
     def phases(self) -> dict[Phase, int]:
-        """How many browsers are in which phase, as far as this client knows."""
+        """Number of browsers by phase, as last known to this client."""
         counts: dict[Phase, int] = {}
         table = self._routing.table if self._routing is not None else None
         for record in table.state.browsers.values() if table is not None else ():
@@ -197,7 +197,7 @@ class Connection:
         )
 
     async def _joined_config(self, supervisor: RaySupervisor) -> PoolConfig:
-        """This client's configuration with what the running pool has fixed."""
+        """This client's configuration, with the running pool's settings."""
         theirs, hosts = await supervisor.config()
         self.level = theirs.level
         return replace(
@@ -234,12 +234,12 @@ class Connection:
 
 
 def browser_ids(kinds: Mapping[BrowserType, int], taken: tuple[str, ...]) -> dict[str, BrowserType]:
-    """Names for new slots: the type and the first numbers that no living slot has."""
+    """Names for new slots: the type and the first unused numbers."""
     return {name: kind for kind, count in kinds.items() for name in first_names(kind, count, taken)}
 
 
 def why_lost(record: BrowserRecord) -> Exception:
-    """The error that the failure of a browser which can't be started was made from."""
+    """The error for a browser that could not be started, from its recorded failure."""
     failure = record.failure
     message = failure.message if failure else f"{record.id} could not be started"
     name = str(failure.evidence.get("error_type", "")) if failure else ""

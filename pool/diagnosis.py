@@ -1,6 +1,6 @@
-"""Looking into a pool, and breaking it on purpose: pages examined, faults injected.
+"""Diagnostics of pages, and fault injection.
 
-This module must not repair anything, nor decide when to break what.
+This module must not repair anything, nor choose faults.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from recovery.faults import FAULTS, Fault, FaultKind, FaultSite, Injected
 
 
 class Diagnosis:
-    """For whoever looks into a failure, or makes one."""
+    """Diagnostics and fault injection of one pool."""
 
     def __init__(self, connection: Connection, browsers: Browsers) -> None:
         self._connection = connection
@@ -46,8 +46,8 @@ class Diagnosis:
             ours = (this_node(), await supervisor.node())
             if ref.node in ours:
                 raise FaultRefused(
-                    f"{fault}: {ref} is on the node of this client or of the supervisor, and no "
-                    "pool outlives that. Give the pool more nodes.",
+                    f"{fault}: {ref} is on the node of this client or of the supervisor, which the "
+                    "pool would not survive. Add nodes to the Ray cluster.",
                     what="impossible",
                 )
         made = await routing.inject(ref, fault, gated=gated)

@@ -1,7 +1,7 @@
-"""`tabpool doctor`: what this machine has, found by launching it.
+"""`tabpool doctor`: checks the browsers of this machine by launching them.
 
-Every browser is launched as a pool would launch it (without Ray) and asked by its own page what
-it can do. This module must not install or change anything.
+Every browser is launched as by a pool (without Ray), and its own page reports its
+features. This module must not install or change anything.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PACKAGES = ("tabpool", "ray", "selenium", "onnx", "onnxruntime", "aiohttp", "nu
 
 @dataclass(frozen=True)
 class Finding:
-    """One browser: what it has, or why it can't be used and what to do about that."""
+    """One browser: its facts, or why it can't be used and the remedy."""
 
     browser: BrowserType
     usable: bool
@@ -40,11 +40,11 @@ class Finding:
 async def launch_each(
     kinds: Iterable[BrowserType] = tuple(BrowserType), *, headless: bool = True
 ) -> AsyncIterator[Finding]:
-    """Launch each browser in turn and report what it really has."""
+    """Launch each browser in turn and yield its finding."""
     config = HostConfig(
         headless=headless,
         gpu=Gpu.AUTO if has_gpu() else Gpu.SOFTWARE,
-        lease_seconds=3600.0,  # nobody renews it here, and a first launch warms a template
+        lease_seconds=3600.0,  # not renewed here; a first launch also creates a template
     )
     for kind in kinds:
         host = BrowserHost(f"doctor-{kind}", kind, config, lambda: None)
@@ -82,13 +82,13 @@ def _hints(kind: BrowserType, facts: BrowserFacts) -> Iterable[str]:
                 "software one"
             )
     elif facts.webgpu_software:
-        yield "WebGPU is a software adapter: right but slow, so only used with backend='webgpu'"
+        yield "WebGPU is a software adapter: correct but slow, so only used with backend='webgpu'"
     if not facts.webnn:
         yield f"no WebNN ({facts.webnn_note.split(chr(10))[0][:100]})"
 
 
 def machine() -> dict[str, str]:
-    """The versions that matter here."""
+    """Versions of tabpool, its dependencies and the platform."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
@@ -101,7 +101,7 @@ def machine() -> dict[str, str]:
         found["onnxruntime-web"] = ort_version()
     except SetupError as error:
         found["onnxruntime-web"] = str(error)
-    found["gpu"] = "yes" if has_gpu() else "none seen"
+    found["gpu"] = "yes" if has_gpu() else "none found"
     found["executable"] = sys.executable
     return found
 

@@ -1,7 +1,7 @@
-"""How long operations take here lately, and from when on one is late.
+"""Recent durations of operations, and when one counts as late.
 
-Bounded: a window for each kind of operation, and so many kinds. This module must not send
-anything.
+Bounded: a window for each kind of operation, and a limit on kinds. This module must not send
+requests.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 
 _WINDOW = 128
-_ENOUGH = 20  # samples from which a quantile means something
+_ENOUGH = 20  # samples needed for a quantile
 _KINDS_MAX = 256
-_LATE_MIN_SECONDS = 0.02  # a second copy costs more than a wait that is shorter
+_LATE_MIN_SECONDS = 0.02  # below, hedging costs more than waiting
 
 
 class Latencies:
-    """Of one client, by kind of operation (any hashable key)."""
+    """Durations of one client's operations, by kind (any hashable key)."""
 
     def __init__(self, quantile: float, unknown_seconds: float) -> None:
         self._quantile = quantile
@@ -31,7 +31,7 @@ class Latencies:
             self._windows.popitem(last=False)
 
     def late_after(self, kind: object) -> float:
-        """Seconds after which such an operation is late: the quantile, or a guess at first."""
+        """Seconds after which such an operation is late: the quantile, or a default at first."""
         window = self._windows.get(kind, ())
         if len(window) < _ENOUGH:
             return self._unknown_seconds

@@ -1,4 +1,4 @@
-"""What pools left behind: processes, profiles and ports of launches that are over.
+"""Finds leaked processes, profiles and ports of launches that have ended.
 
 This module must not end or remove anything.
 """
@@ -16,20 +16,20 @@ import psutil
 
 from actors.messages import LaunchReport
 
-_GONE_SECONDS = 5.0  # the promise: nothing outlives its owner by more
+_GONE_SECONDS = 5.0  # grace period for processes to end
 
 
 class Traces:
-    """Launches that were seen, to be looked for when they are over."""
+    """Processes, profiles and ports of launches, to check once those have ended."""
 
     def __init__(self) -> None:
-        # Processes as they were: in a long run another may get the number of one that is gone.
+        # As `psutil.Process`, which detects reused pids.
         self._processes: dict[psutil.Process, str] = {}
         self._profiles: set[str] = set()
         self._ports: set[int] = set()
 
     def note(self, reports: Iterable[LaunchReport]) -> None:
-        """Remember what these launches have. To be called while they live."""
+        """Record the processes, profiles and ports of launches; call it while they run."""
         for report in reports:
             self._profiles.add(report.profile)
             self._ports.add(report.port)
@@ -39,14 +39,14 @@ class Traces:
                         self._processes[psutil.Process(pid)] = name
 
     async def left(self) -> list[str]:
-        """What of them is still there although it had time to go."""
+        """What still exists after the grace period."""
         deadline = time.monotonic() + _GONE_SECONDS
-        # Processes, files and ports of several kinds: there is no one event to wait for.
-        while (found := self._there()) and time.monotonic() < deadline:  # noqa: ASYNC110
+        # Processes, files and ports: there is no single event to wait for.
+        while (found := self._existing()) and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
         return found
 
-    def _there(self) -> list[str]:
+    def _existing(self) -> list[str]:
         found = [
             f"process {name} {process.pid}"
             for process, name in self._processes.items()
@@ -57,7 +57,7 @@ class Traces:
 
 
 async def leaked(reports: Iterable[LaunchReport]) -> list[str]:
-    """What of these launches is still there although it had time to go."""
+    """What of these launches still exists after the grace period."""
     traces = Traces()
     traces.note(reports)
     return await traces.left()

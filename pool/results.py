@@ -1,4 +1,4 @@
-"""What an operation comes to: the outputs, where they are from, and what it took to get them."""
+"""Results of operations: outputs, their origin, recovery steps and metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from recovery.kinds import Backend, BrowserType, Level
 
 @dataclass(frozen=True)
 class RecoveryStep:
-    """One step of getting an answer after a failure.
+    """One recovery step of an operation.
 
     `what`: "failed" (an attempt ended without an answer), "waited" (for a browser to be ready),
     "resubmitted" (the same operation id to another browser or incarnation). `at` is seconds
@@ -32,10 +32,10 @@ class RecoveryStep:
 
 @dataclass(frozen=True)
 class Result:
-    """The one answer to one operation.
+    """The result of one operation.
 
-    `metrics` holds duration_ms (the caller's whole wait), in_page_ms (the model's own run),
-    queue_ms (in the browser's queue and worker before it), bytes_in, bytes_out, attempts.
+    `metrics` holds duration_ms (as seen by the caller), in_page_ms (the model's run), queue_ms (in
+    the browser's queue and worker before it), bytes_in, bytes_out, attempts.
     """
 
     op_id: str
@@ -53,7 +53,7 @@ class Result:
     simulated: bool = False
     metrics: Mapping[str, float] = field(default_factory=dict)
     values: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict, repr=False)
-    stages: tuple[str, ...] = ()  # of a model in parts: the browser of each part, in the end
+    stages: tuple[str, ...] = ()  # of a model in parts: the last browser of each part
 
     @property
     def recovered(self) -> bool:

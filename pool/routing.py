@@ -1,8 +1,8 @@
-"""A client's view of the pool: who can take an operation, kept up to date.
+"""A client's routing table: the browsers that can take operations, kept up to date.
 
-The table is a hint; admission belongs to the browsers. One task long-polls the supervisor (which
-also renews the client's lease), and every reply refines what is known of its browser. This
-module must not choose: `recovery.answering` does.
+The table is a hint; browsers decide on admission. One task long-polls the supervisor (which also
+renews the client's lease), and every reply updates its browser's status. This module must not
+choose a browser: `recovery.answering` does.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from recovery.faults import Fault, Injected
 from recovery.kinds import Readiness
 from recovery.records import HostRef, HostStatus
 
-_QUEUE_NEWS_SECONDS = 0.1  # a host that said it is full is asked again after this
+_QUEUE_NEWS_SECONDS = 0.1  # after this, a full host is tried again
 _EXCLUDED_SECONDS = 2.0  # a dead browser is usually replaced or dropped within this
-_UNREACHABLE_SECONDS = 0.2  # between two calls of a supervisor that is out of reach
+_UNREACHABLE_SECONDS = 0.2  # between two calls of an unreachable supervisor
 
 
 T = TypeVar("T")
@@ -65,15 +65,15 @@ class Routing:
         self._statuses: dict[HostRef, HostStatus] = {}
         self._hosts: dict[HostRef, Host] = {}
         self._outstanding: dict[HostRef, int] = {}
-        self._heard: dict[HostRef, float] = {}  # when each host last spoke for itself
+        self._heard: dict[HostRef, float] = {}  # when each host last reported its own status
         self._changed = asyncio.Condition()
-        self.changes = 0  # counts announcements, so that none is missed
+        self.changes = 0  # number of announcements, so that waiters miss none
         self._task: asyncio.Task[None] | None = None
         self.table: Table | None = None
         self.gone: PoolClosed | None = None
 
     async def start(self) -> None:
-        """Get the first table and keep it up to date from then on."""
+        """Get the first table, and start keeping it up to date."""
         await self._take(await self._source.watch(self._client, -1, 0.0))
         self._task = asyncio.create_task(self._follow(), name="routing")
 
@@ -84,7 +84,7 @@ class Routing:
                 await self._task
         if self.gone is None:
             self.gone = PoolClosed("this pool has been closed")
-        await self.announce()  # whoever waits for a browser must not wait for its deadline
+        await self.announce()  # wake up waiting operations, which fail now
         await self._links.close()
 
     async def _follow(self) -> None:
@@ -93,9 +93,9 @@ class Routing:
             version = self.table.version if self.table else -1
             try:
                 table = await self._source.watch(self._client, version, self._poll_seconds)
-            except BrowserLost as error:  # out of reach now; after a lease it is given up
+            except BrowserLost as error:  # unreachable; given up after a lease
                 if time.monotonic() - heard > self._patience_seconds:
-                    self.gone = PoolClosed(f"the pool's supervisor is out of reach: {error}")
+                    self.gone = PoolClosed(f"the pool's supervisor is unreachable: {error}")
                 else:
                     await asyncio.sleep(_UNREACHABLE_SECONDS)
                     continue
@@ -114,17 +114,17 @@ class Routing:
         refs = {route.status.ref for route in table.routes}
         for route in table.routes:
             known = self._statuses.get(route.status.ref)
-            # The host's own word on its queue is newer than the supervisor's guess.
+            # The host's own report of its queue is newer than the supervisor's.
             queue_max = known.queue_max if known else self._queue_max
             self._statuses[route.status.ref] = replace(
                 route.status, queue_max=queue_max, blocked=known.blocked if known else {}
             )
             self._hosts[route.status.ref] = route.host
-            if route.status.ref.node == self._node:  # loopback addresses of others mean nothing
+            if route.status.ref.node == self._node:  # loopback addresses of other nodes are useless
                 self._tokens[route.status.ref.address] = route.data_token
-        here = {ref.address for ref in refs if ref.node == self._node}
-        await self._links.keep(here)
-        self._tokens = {at: token for at, token in self._tokens.items() if at in here}
+        local = {ref.address for ref in refs if ref.node == self._node}
+        await self._links.keep(local)
+        self._tokens = {at: token for at, token in self._tokens.items() if at in local}
         for ref in self._statuses.keys() - refs:
             del self._statuses[ref], self._hosts[ref]
             self._heard.pop(ref, None)
@@ -139,8 +139,8 @@ class Routing:
     # -- what operations use ----------------------------------------------------------------------
 
     def candidates(self) -> list[HostStatus]:
-        """Every known host, its queue counted as this client's own operations on it, or as it
-        said itself a moment ago if that is more."""
+        """Every known host; its queue is this client's own operations on it, or what it recently
+        reported if that is more."""
         return [
             replace(
                 status,
@@ -155,14 +155,14 @@ class Routing:
         return self._excluded.get(ref, -math.inf) - asyncio.get_running_loop().time()
 
     def _blocked(self, status: HostStatus) -> Mapping[str, float]:
-        """For how many seconds more breakers refuse, by model."""
+        """Seconds for which breakers still refuse, by model."""
         if not status.blocked:
             return status.blocked
         age = asyncio.get_running_loop().time() - self._heard.get(status.ref, -math.inf)
         return {model: left - age for model, left in status.blocked.items() if left > age}
 
     def _queue_heard(self, status: HostStatus) -> int:
-        # Other clients' operations end without a word to this one, so such news grows old.
+        # Other clients' operations end unnoticed here, so reports expire.
         return status.queue if self._news_left(status.ref) > 0 else 0
 
     def _news_left(self, ref: HostRef) -> float:
@@ -170,7 +170,7 @@ class Routing:
         return _QUEUE_NEWS_SECONDS - age
 
     def any_left(self, model: str) -> bool:
-        """Whether any browser runs, or is being started, that has `model` or may yet load it."""
+        """Whether any running or starting browser has `model` or may still load it."""
         records = self.table.state.browsers.values() if self.table else ()
         return any(
             record.phase in (Phase.READY, *COMING)
@@ -181,10 +181,10 @@ class Routing:
     async def run(
         self, ref: HostRef, request: RunRequest, tensors: Mapping[str, Any]
     ) -> RunReply | None:
-        """Have `ref` run an operation: over the data plane if it is on this node, else by Ray.
+        """Run an operation on `ref`: over the data plane if it is on this node, else by Ray.
 
         None if the table no longer has it, or this client has left: a call through Ray would then
-        connect to it anew, and wait for a cluster that may be gone. Raises `BrowserLost`.
+        reconnect, and wait for a cluster that may have ended. Raises `BrowserLost`.
         """
         host = self._hosts.get(ref)
         if host is None or self.gone is not None:
@@ -194,22 +194,22 @@ class Routing:
                 if not ref.address or ref.node != self._node:
                     return await host.run(request, tensors)
                 return await self._run_linked(ref.address, request, tensors)
-        except BaseException:  # a reply is announced by `learn`; this also frees a place
+        except BaseException:  # replies are announced by `learn`; errors free a place, too
             await self.announce()
             raise
 
     async def inject(
         self, ref: HostRef, fault: Fault | Mapping[str, Any], *, gated: bool = True
     ) -> Injected | None:
-        """Break a host on purpose."""
+        """Inject a fault into a host."""
         return await self._host(ref).inject(ref, fault, gated=gated)
 
     async def diagnose(self, ref: HostRef, *, screenshot: bool = True) -> PageDiagnostics:
-        """What a host knows of its page. Raises `BrowserLost`."""
+        """Diagnostics of a host's page. Raises `BrowserLost`."""
         return await self._host(ref).diagnose(screenshot=screenshot)
 
     async def breaker_metrics(self, ref: HostRef) -> Mapping[str, Mapping[str, Any]]:
-        """What a host's circuit breakers have counted, by model. Raises `BrowserLost`."""
+        """Metrics of a host's circuit breakers, by model. Raises `BrowserLost`."""
         return await self._host(ref).breaker_metrics()
 
     async def switch_breaker(self, ref: HostRef, model: str, to: BreakerSwitch) -> None:
@@ -230,7 +230,7 @@ class Routing:
             return await link.run(request, tensors)
         except BrowserLost as error:
             if error.fields.get("what") == "socket_closed":
-                # Was it the connection or the worker? If this fails, too, it was the worker.
+                # The connection or the worker? If reconnecting fails, it was the worker.
                 await self._link(address)
             raise
 
@@ -240,7 +240,7 @@ class Routing:
 
     async def chain(self, sequence: str, hops: Sequence[Hop]) -> Chain | None:
         """A route for a sequence from worker to worker. None if not all are on this node, or if
-        one is gone; raises nothing of theirs."""
+        one has ended."""
         known = [self._statuses.get(hop.ref) for hop in hops]
         refs = [status.ref for status in known if status is not None]
         if len(refs) < len(hops) or any(r.node != self._node or not r.address for r in refs):
@@ -267,7 +267,7 @@ class Routing:
 
     @contextlib.contextmanager
     def _sending(self, ref: HostRef) -> Iterator[None]:
-        """Count an operation as outstanding on `ref` for as long as it is."""
+        """Count an operation as outstanding on `ref` within this context."""
         self._outstanding[ref] = self._outstanding.get(ref, 0) + 1
         try:
             yield
@@ -277,7 +277,7 @@ class Routing:
                 del self._outstanding[ref]
 
     async def learn(self, status: HostStatus) -> None:
-        """Take in what a host said of itself."""
+        """Update a host's status from its own report."""
         known = self._statuses.get(status.ref)
         if known is not None:  # a host doesn't know its own address: keep the table's
             self._statuses[status.ref] = replace(status, ref=known.ref)
@@ -287,16 +287,16 @@ class Routing:
         await self.announce()
 
     async def exclude(self, ref: HostRef) -> None:
-        """This incarnation failed; leave it alone until the supervisor has replaced it.
+        """Exclude a failed incarnation until the supervisor has replaced it.
 
-        For a while only: should the supervisor not agree that it failed, it is asked again.
+        Only for a while: if the supervisor does not replace it, it is used again.
         """
         if ref in self._statuses:
             until = asyncio.get_running_loop().time() + _EXCLUDED_SECONDS
             self._excluded[ref] = max(until, self._excluded.get(ref, until))
 
     def exclude_faulty(self, ref: HostRef) -> None:
-        """Leave this incarnation alone, whatever it says of itself: it was outvoted."""
+        """Exclude an outvoted incarnation, whatever status it reports."""
         if ref in self._statuses:
             self._excluded[ref] = math.inf
 
@@ -332,7 +332,7 @@ class Routing:
         return self.table
 
     async def unless_gone(self, work: Awaitable[T]) -> T:
-        """What `work` comes to. Raises `PoolClosed` as soon as the supervisor is given up."""
+        """The result of `work`. Raises `PoolClosed` as soon as the supervisor is given up."""
         working = asyncio.ensure_future(work)
         gone = asyncio.create_task(self._until_gone(), name="gone")
         try:

@@ -1,7 +1,7 @@
-"""One text of one caller, from its prompt to its result, over the pool's browsers.
+"""One sequence of one caller, from its prompt to its result, over the pool's browsers.
 
-`sharding.sequences.pipeline` does the work, over `pool.routed_stages`; here what comes of it is
-shown and becomes a `Result`. This module must not choose a browser or a token.
+`sharding.sequences.pipeline` generates it, over `pool.routed_stages`; this module makes the
+tokens, the view and the `Result` of it. This module must not choose a browser or a token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sharding.sequences.stages import StagePipeline
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a sequence begins with. `pipeline` are the stages that it goes through."""
+    """The input of a sequence. `pipeline` are its stages."""
 
     pipeline: StagePipeline
     ids: tuple[int, ...]
@@ -41,14 +41,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class GeneratedToken:
-    """One new token of a stream. `text` is what it adds to the text; `str()` gives that."""
+    """One new token of a stream. `text` is its text, which `str()` returns."""
 
     id: int
     position: int
     text: str
     scores: Array | None = None
-    step_ms: float = 0.0  # from the step's begin to its answer, repairs included
-    in_page_ms: float = 0.0  # of these, in all pages
+    step_ms: float = 0.0  # duration of the step, repairs included
+    in_page_ms: float = 0.0  # of which in the pages
 
     def __str__(self) -> str:
         return self.text
@@ -69,7 +69,7 @@ class StageView:
 
 @dataclass(frozen=True)
 class SequenceView:
-    """A sequence under way: where its stages are, and what has happened to it so far."""
+    """A sequence in progress: its stages, and its recovery steps so far."""
 
     stages: tuple[StageView, ...] = ()
     recovery: tuple[RecoveryStep, ...] = ()
@@ -100,14 +100,14 @@ class Generating:
         self._first_token: float | None = None
         self._tokens: list[Token] = []
         self._error: SequenceLost | None = None
-        # Two clients may give their operations the same names; a page must not mix them up.
+        # Unique, as two clients may use the same operation ids.
         name = f"{op_id}/{secrets.token_hex(4)}"
         self.generation = Generation(
             name, prompt.pipeline, stages, rules, prompt.decoding, barrier=barrier
         )
 
     async def stream(self) -> AsyncGenerator[GeneratedToken]:
-        """The new tokens, each as soon as there is one. Raises `SequenceLost`."""
+        """The new tokens, as they are generated. Raises `SequenceLost`."""
         piece_of = self._encoder.pieces() if self._encoder else lambda _: ""
         try:
             async for token in self.generation.tokens(self._prompt.ids):
@@ -127,7 +127,7 @@ class Generating:
             raise
 
     async def run(self, seconds: float | None = None) -> Result:
-        """All of it, within `seconds`; a sequence that is lost, or late, is a failed result."""
+        """Generate all tokens within `seconds`; a lost or late sequence is a failed result."""
         try:
             async with asyncio.timeout(seconds), contextlib.aclosing(self.stream()) as tokens:
                 async for _ in tokens:
@@ -135,11 +135,11 @@ class Generating:
         except SequenceLost:
             pass
         except TimeoutError:
-            self._error = SequenceLost(f"it was not done within {seconds:g} s")
+            self._error = SequenceLost(f"the sequence was not finished within {seconds:g} s")
         return self.result()
 
     def view(self) -> SequenceView:
-        """How it is now: cheap, and asks nobody."""
+        """The current state: cheap, sends no request."""
         statuses = zip(self._prompt.pipeline.stages, self.generation.statuses(), strict=True)
         return SequenceView(
             tuple(
@@ -169,7 +169,7 @@ class Generating:
         )
 
     def result(self) -> Result:
-        """What has come of it so far. Of a failed one, the tokens that came are in its error."""
+        """The result so far. The error of a failed one has the number of generated tokens."""
         statistics, ended = self.generation.statistics, time.monotonic()
         tokens = np.asarray([token.id for token in self._tokens], np.int64)
         values: dict[str, Array] = {"tokens": tokens}
@@ -196,7 +196,7 @@ class Generating:
             backend=last.models[model].backend if last and model in last.models else None,
             recovery=self._recovery(),
             original_error=self.generation.first_failure,
-            error="" if error is None else f"{error} ({len(tokens)} tokens had come)",
+            error="" if error is None else f"{error} (after {len(tokens)} tokens)",
             metrics={
                 "duration_ms": (ended - self._began) * 1e3,
                 "in_page_ms": statistics.in_page_ms,

@@ -1,4 +1,4 @@
-"""What is known of a pool, as plain JSON. This module must not ask anybody."""
+"""A snapshot of a pool as plain JSON. This module must not send requests."""
 
 from __future__ import annotations
 

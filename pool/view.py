@@ -1,6 +1,6 @@
-"""What `BrowserPool.state` shows, put together from what supervisor and client know.
+"""Builds the result of `BrowserPool.state` from data of supervisor and client.
 
-This module must not ask anybody.
+This module must not send requests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from recovery.records import HostStatus
 
 @dataclass(frozen=True)
 class PoolView:
-    """A pool as it is now."""
+    """The current state of a pool."""
 
     name: str
     level: Level
@@ -31,7 +31,7 @@ class PoolView:
     dashboard_url: str
     operations: Mapping[str, int]
     log_trouble: str = ""  # why the control log can't be written, or what of it was lost
-    faults: tuple[str, ...] = ()  # what the supervisor could not carry out, the last of it
+    faults: tuple[str, ...] = ()  # the supervisor's own latest errors
 
 
 def view_of(
@@ -46,20 +46,20 @@ def view_of(
     dashboard_url: str,
     operations: Mapping[str, int],
 ) -> PoolView:
-    """`wanted_level` is what the pool was asked to hold, `level` what it was opened at."""
+    """`wanted_level` is the configured level, `level` the one that the pool was opened at."""
     records = table.state.browsers.values()
-    alive = [record for record in records if record.phase is Phase.READY]
+    ready = [record for record in records if record.phase is Phase.READY]
     wanted = [
         record
         for record in records
         if record.phase is not Phase.STOPPED and not record.replaced_by and not record.stands_in_for
     ]
-    effective = effective_level(level, len(alive))
+    effective = effective_level(level, len(ready))
     return PoolView(
         name,
         wanted_level,
         effective,
-        degraded=len(alive) < len(wanted)
+        degraded=len(ready) < len(wanted)
         or effective is not wanted_level
         or bool(table.log_trouble),
         control=table.state,

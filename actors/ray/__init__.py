@@ -1,1 +1,1 @@
-"""The door to Ray: workers, handles to them, clusters for tests, metrics."""
+"""All use of Ray: workers, handles to them, clusters for tests, metrics."""

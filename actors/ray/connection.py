@@ -1,6 +1,6 @@
-"""The connection of this process to Ray: joined or started, shared, and left again.
+"""The connection of this process to Ray: joined or started, shared by its pools, and closed.
 
-A process has one at most, whatever number of pools it uses. This module must not know of pools.
+A process has one at most. This module must not know of pools.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _INLINE_BYTES = 4 << 20
 _connecting = threading.Lock()
 _users = 0
 _own = False  # whether this process started the cluster
-_made = False  # whether the connection was made here, and not by whoever uses pools
+_made = False  # whether the connection was made here, not by the application
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _connect(address: str | None, dashboard: bool) -> RaySession:
 
 
 def disconnect(session: RaySession) -> None:
-    """Leave Ray, if it was joined here; the last one out ends a cluster that was started here.
+    """Disconnect from Ray, if connected here; the last call stops a cluster started here.
 
     A process that stayed would be ended with the cluster, without a word.
     """
@@ -90,7 +90,7 @@ def disconnect(session: RaySession) -> None:
 
 
 def cluster_address() -> str:
-    """The address at which other processes can join the Ray cluster of this one."""
+    """The address by which other processes can join this process's Ray cluster."""
     return str(ray.get_runtime_context().gcs_address)
 
 

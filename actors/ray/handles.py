@@ -1,7 +1,7 @@
 """Handles to the actors of `actors.ray.workers`: browsers, the native runtime, the history.
 
-A handle has the methods of the class that it stands for and raises the project's own errors: Ray's
-stop here. This module must not decide anything.
+A handle has the methods of its actor's class and converts Ray's errors to the project's own. This
+module must not decide anything.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _HISTORY_CLOSE_SECONDS = 10.0
 
 
 async def result(reference: Any, whose: str) -> Any:
-    """Await a call; its own error as it was raised, a dead worker as `BrowserLost`."""
+    """Await a call. Raises the callee's error, or `BrowserLost` for a dead worker."""
     try:
         return await reference
     except RayTaskError as error:
@@ -50,7 +50,7 @@ async def result(reference: Any, whose: str) -> Any:
         if isinstance(cause, PoolError):
             raise cause from None
         raise InternalError(f"{whose} failed: {error}") from error
-    except ActorUnavailableError as error:  # it may come back: that is for the lease to say
+    except ActorUnavailableError as error:  # it may come back: the lease decides
         raise BrowserLost(f"{whose} can't be reached now", what="socket_closed") from error
     except RayActorError as error:
         raise BrowserLost(f"the worker of {whose} is gone", what="worker_exited") from error
@@ -102,7 +102,7 @@ class RayHost:
     async def inject(
         self, ref: HostRef, fault: Fault | Mapping[str, Any], *, gated: bool = True
     ) -> Injected | None:
-        """Break the browser on purpose; see `BrowserHost.inject`."""
+        """Inject a fault; see `BrowserHost.inject`."""
         made: Injected | None = await result(self.actor.inject.remote(ref, fault, gated), str(ref))
         return made
 
@@ -140,7 +140,7 @@ class RayHost:
 
 
 class RayNative:
-    """The pool's native runtime on this node: started when it is first asked."""
+    """The pool's native runtime on this node, started on first use."""
 
     def __init__(self, config: SupervisorConfig) -> None:
         self._name = f"{config.name}: native on {this_node()[:8]} ({config.run})"
@@ -149,7 +149,7 @@ class RayNative:
     async def run(
         self, request: RunRequest, spec: ModelSpec, tensors: Mapping[str, Any]
     ) -> RunReply:
-        """As `NativeHost.run`. Raises `BrowserLost` if its worker can't be had."""
+        """As `NativeHost.run`. Raises `BrowserLost` if its worker is unavailable."""
         try:
             actor = await asyncio.to_thread(
                 start_actor,
@@ -202,7 +202,7 @@ class RayHistory:
         await result(self.actor.add.remote(samples), "the history")
 
     def tell(self, samples: Sequence[Sample]) -> None:
-        """As `add`, without an answer."""
+        """As `add`, without waiting for a result."""
         self.actor.add.remote(samples)
 
     def renew(self) -> None:

@@ -1,6 +1,6 @@
-"""How this project's actors are named, placed and started on a Ray cluster.
+"""Names, placement and start of this project's actors on a Ray cluster.
 
-Their names are how a new supervisor finds them again. This module must not know what they do.
+A new supervisor finds actors by their names. This module must not know what they do.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.ray.connection import NAMESPACE, this_node
 from actors.supervisor.records import SupervisorConfig
 
-# How a node says how many browsers it takes: `ray start --resources='{"tabpool_browser": 4}'`.
+# Limits the browsers of a node: `ray start --resources='{"tabpool_browser": 4}'`.
 BROWSER_RESOURCE = "tabpool_browser"
 
 
 def start_actor(
     cls: type, name: str, *arguments: Any, max_restarts: int = 0, **options: Any
 ) -> Any:
-    """A new actor of `cls`: named, detached, and at nobody's expense."""
+    """A new actor of `cls`: named, detached, with `num_cpus=0`."""
     return (
         ray.remote(cls)
         .options(
@@ -36,7 +36,7 @@ def start_actor(
 
 
 def where_browsers_go() -> dict[str, Any]:
-    """Spread over the nodes; only over those that say they have room, if any does."""
+    """Spread over the nodes; only over those with `tabpool_browser` resources, if any has."""
     options: dict[str, Any] = {"scheduling_strategy": "SPREAD"}
     if ray.cluster_resources().get(BROWSER_RESOURCE):  # type: ignore[no-untyped-call]
         options["resources"] = {BROWSER_RESOURCE: 1}
@@ -56,5 +56,5 @@ def history_name(config: SupervisorConfig) -> str:
 
 
 def browser_name(config: SupervisorConfig, browser_id: str, epoch: int) -> str:
-    """What Ray's dashboard shows, and how a new supervisor finds it again."""
+    """The name in Ray's dashboard, by which a new supervisor finds the actor."""
     return f"{config.name}: {browser_id} from epoch {epoch} ({config.run})"

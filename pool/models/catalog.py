@@ -1,7 +1,7 @@
-"""The models that a pool's clients have loaded, as one client knows them.
+"""The loaded models of a pool, as known to one client.
 
-Loading orders a model, or each of its parts, from the supervisor, and waits until every browser has
-what it should; what other clients loaded or unloaded is taken over from the routing table. This
+Loading sends the order for a model, or each of its parts, to the supervisor, and waits until every
+browser has loaded its own; other clients' loads and unloads are read from the routing table. This
 module must not run a model.
 """
 
@@ -38,13 +38,13 @@ from sharding.sequences.stages import STAGE_MARK
 
 
 class ModelCatalog:
-    """Loaded models by name, with the tokenizers that they brought."""
+    """Loaded models by name, with their tokenizers."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._registry = ModelRegistry()
         self._encoders: dict[str, TextEncoder | None] = {}
-        self._loading: dict[str, int] = {}  # loads under way, by model
+        self._loading: dict[str, int] = {}  # loads in progress, by model
 
     async def load(
         self,
@@ -64,7 +64,9 @@ class ModelCatalog:
         entry, parts = await asyncio.to_thread(read_parts, name, path, type, shards, strategy)
         if example is not None:
             if entry.in_parts:
-                raise BadInput("example: a model in parts takes none.", got="example")
+                raise BadInput(
+                    "example: not supported for a model in parts; omit example=.", got="example"
+                )
             parts = (replace(parts[0], tried=check_inputs(entry.spec, example)),)
         self._adopt()
         known = name in self._registry.names()
@@ -82,8 +84,8 @@ class ModelCatalog:
         except BaseException as error:
             if not known:
                 self._forget(name)
-                if not isinstance(error, CallerError):  # what was ordered is not wanted any more
-                    with contextlib.suppress(PoolError):  # the first error is the one that matters
+                if not isinstance(error, CallerError):  # withdraw the order
+                    with contextlib.suppress(PoolError):  # keep the first error
                         for part in entry.parts:
                             await routing.unless_gone(supervisor.unload(part))
             raise
@@ -109,7 +111,7 @@ class ModelCatalog:
 
     @property
     def _probes(self) -> bool:
-        """Whether browsers are asked known answers: from level medium on, unless told not to."""
+        """Whether to probe known answers: from level medium on, unless probe_seconds is 0."""
         level, config = self._connection.level, self._connection.config
         return (
             LEVELS_ASCENDING.index(level) >= LEVELS_ASCENDING.index(Level.MEDIUM)
@@ -117,7 +119,7 @@ class ModelCatalog:
         )
 
     def _too_few(self, state: PoolState, part: str) -> PoolError | None:
-        """Why a model, or a part of one, is not on as many browsers as the level takes."""
+        """The error if a model, or a part of one, is on fewer browsers than the level needs."""
         config = self._connection.config
         records = [r for r in state.browsers.values() if part in r.models]
         loaded = sum(r.models[part] is ModelPhase.LOADED for r in records)
@@ -140,7 +142,7 @@ class ModelCatalog:
         )
 
     async def order_again(self, name: str) -> None:
-        """Have the supervisor see that a loaded model is where it should be; usually it is.
+        """Repeat the order to load a model; changes nothing where it is loaded.
 
         Raises `UnknownModel`, and `PoolError` while the order can't be logged.
         """
@@ -150,7 +152,7 @@ class ModelCatalog:
         await routing.unless_gone(asyncio.gather(*map(supervisor.load, known)))
 
     async def unload(self, name: str) -> None:
-        """Take a model out of every browser. Raises `UnknownModel`."""
+        """Unload a model from every browser. Raises `UnknownModel`."""
         supervisor = self._connection.supervisor
         parts = self._loaded(name).parts
         self._forget(name)
@@ -161,7 +163,7 @@ class ModelCatalog:
         )
 
     def clear(self) -> None:
-        """The pool is left: nothing is known of its models any more."""
+        """Forget all models, when the client disconnects."""
         self._registry = ModelRegistry()
         self._encoders.clear()
 
@@ -171,7 +173,7 @@ class ModelCatalog:
         return tuple(self._registry.names())
 
     def entry(self, name: str) -> ModelEntry:
-        """The model that can be asked by this name: a loaded one, or a component of one.
+        """The model of this name: a loaded one, or a component of one.
 
         Raises `UnknownModel`.
         """
@@ -188,15 +190,17 @@ class ModelCatalog:
         return components[name]
 
     def encoder(self, name: str) -> TextEncoder | None:
-        """The tokenizer of a model, if it brought one."""
+        """The tokenizer of a model, if it has one."""
         return self._encoders.get(name)
 
     def part_specs(self, entry: ModelEntry) -> tuple[ModelSpec, ...]:
-        """What browsers load for it now. Raises `UnknownModel` if a part is gone."""
+        """The specs that browsers load for it now. Raises `UnknownModel` if a part was unloaded."""
         orders = self._connection.routing.models()
         for part in entry.parts:
-            if part not in orders:  # another client has unloaded it, or is about to
-                raise UnknownModel(f"{part} is not loaded any more.", got=part)
+            if part not in orders:  # unloaded by another client
+                raise UnknownModel(
+                    f"{part} is no longer loaded: another client unloaded it.", got=part
+                )
         return tuple(orders[part].spec for part in entry.parts)
 
     def _loaded(self, name: str) -> ModelEntry:
@@ -207,7 +211,7 @@ class ModelCatalog:
             return self._registry.get(name)
 
     def _adopt(self) -> None:
-        """Know the models that clients of this pool have loaded, and forget what they unloaded."""
+        """Add models that other clients loaded, and remove those that they unloaded."""
         routing = self._connection.known_routing
         if routing is None or routing.table is None:
             return

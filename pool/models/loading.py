@@ -1,8 +1,8 @@
-"""From a path to what browsers load: a model whole, its shards, or its components, each with a
-known answer.
+"""Reads a path into what browsers load: a whole model, its shards, or its components, each with
+a known answer.
 
-A cut model's shards are written once, to the cache directory, and found there again; a folder that
-`tabpool shard` made is taken as it is. Blocks; this module must not talk to a browser.
+Shards are written once, to the cache directory, and reused; a folder that `tabpool shard` wrote is
+used as it is. Blocks; this module must not talk to a browser.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from sharding.sequences.stages import (
 
 @dataclass(frozen=True)
 class Part:
-    """What one browser loads: a model, a shard or a component. `tried`: inputs that suit it."""
+    """What one browser loads: a model, a shard or a component. `tried`: valid inputs."""
 
     spec: ModelSpec
     tried: Mapping[str, Array] | None = None
 
     def known_answer(self) -> KnownAnswer | None:
-        """What the native runtime makes of inputs that suit it. Takes a moment."""
+        """The native runtime's answer to `tried`, or to generated inputs. Blocks."""
         return record(self.spec, self.tried)
 
 
@@ -54,8 +54,8 @@ def read_parts(
 ) -> tuple[ModelEntry, tuple[Part, ...]]:
     """The model at `path` and its parts: one, `shards`, or (`component_based`) its components.
 
-    A folder with a manifest is a model that was cut already; `shards` must then be as many as it
-    has, or None. A `strategy` that would change nothing is refused. Raises `BadInput` and
+    A folder with a manifest is a model that is already cut; `shards` must then equal its number of
+    shards, or be None. A `strategy` without effect is refused. Raises `BadInput` and
     `NotAModel` as `read_model` and the cutting do.
     """
     if strategy == COMPONENT_BASED:
@@ -63,16 +63,16 @@ def read_parts(
     if (Path(path) / MANIFEST_NAME).is_file():
         if strategy is not None:
             raise BadInput(
-                f"strategy: {path} holds a model that is cut already; leave strategy= out, or cut "
-                "the model anew.",
+                f"strategy: {path} holds a model that is already cut; omit strategy=, or cut "
+                "the model again with `tabpool shard`.",
                 expected="no strategy",
                 got=strategy,
             )
         return _cut_before(name, Path(path), type, shards)
     if shards is None and strategy is not None:
         raise BadInput(
-            f"strategy: {strategy!r} is a way to cut a model, and into how many parts is not said: "
-            f"pass shards=, or leave strategy= out. Only {COMPONENT_BASED!r} takes no number.",
+            f"strategy: {strategy!r} needs the number of shards: pass shards=, or omit strategy=. "
+            f"Only {COMPONENT_BASED!r} takes no number.",
             expected="shards, or no strategy",
             got=strategy,
         )
@@ -119,7 +119,7 @@ def _example(stage: Stage) -> Mapping[str, Array] | None:
     try:
         return example(stage)
     except KeyError:
-        return None  # an encoder's, of something else than tokens
+        return None  # an encoder of something other than tokens
 
 
 def _components(
@@ -127,7 +127,7 @@ def _components(
 ) -> tuple[ModelEntry, tuple[Part, ...]]:
     if shards is not None:
         raise BadInput(
-            f"shards: {COMPONENT_BASED} loads the models of a folder as they are, and cuts none.",
+            f"shards: {COMPONENT_BASED} loads the models of a folder uncut; omit shards=.",
             expected="no shards",
             got=shards,
         )
@@ -141,8 +141,8 @@ def _cut_before(
     manifest = read_manifest(folder)
     if shards is not None and shards != len(manifest.shards):
         raise BadInput(
-            f"{folder} holds {len(manifest.shards)} shards, not {shards}: leave shards= out, or "
-            "cut the model anew.",
+            f"{folder} holds {len(manifest.shards)} shards, not {shards}: omit shards=, or "
+            "cut the model again with `tabpool shard`.",
             expected=len(manifest.shards),
             got=shards,
         )
@@ -155,10 +155,10 @@ def _cut_before(
 
 
 def cut_once(source: Path, folder: Path, *, shards: int, strategy: str) -> Manifest:
-    """The shards of the model at `source` in `folder`, which are made if they aren't there.
+    """The shards of the model at `source` in `folder`, written if they do not exist.
 
-    `folder` is for this cut alone: shards of the model that are there are taken as they are.
-    Pools may cut the same model at the same time: one does, and the others wait for it.
+    `folder` is for this cut only: existing shards are used as they are. If several pools cut the
+    same model at the same time, one writes the shards and the others wait.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -86,7 +86,7 @@ def test_what_is_no_bundle_is_refused(content, tmp_path):
     with pytest.raises(BadInput, match="another version"):
         read_bundle(tmp_path / "c.zip")
     write_bundle(Bundle(facts(model="a model")), tmp_path / "d.zip")
-    with pytest.raises(BadInput, match="nothing of its model"):
+    with pytest.raises(BadInput, match="its model is no JSON object"):
         read_bundle(tmp_path / "d.zip")
 
 
