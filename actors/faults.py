@@ -1,7 +1,7 @@
 """Fault injection for tests and demonstrations, from outside, into a browser of this machine.
 
 This module must not signal processes other than those below a pool's reaper. For faults by kind
-and intensity, on any node, see `actors.injector`.
+and intensity, on any node, see `actors.injection`.
 """
 
 from __future__ import annotations

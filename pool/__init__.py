@@ -4,10 +4,10 @@ from pool import BrowserPool
 """
 
 from pool.config import PoolConfig
+from pool.execution.sequence import GeneratedToken
 from pool.pool import BrowserPool
 from pool.repair import ProgressiveRecoveryManager, recover_browser
 from pool.results import RecoveryStep, Result
-from pool.sequence import GeneratedToken
 from pool.view import PoolView
 from recovery.breaker import BreakerConfig, RegistryConfig
 from recovery.errors import SequenceLost

@@ -24,12 +24,12 @@ from pool.bundles import collect, write_bundle
 from pool.config import PoolConfig
 from pool.connection import Connection
 from pool.diagnosis import Diagnosis
+from pool.execution.runner import OperationRunner
+from pool.execution.sequence import GeneratedToken, SequenceView
 from pool.models.catalog import ModelCatalog
 from pool.models.registry import ModelEntry
 from pool.operations.registry import OperationRegistry
 from pool.results import Result
-from pool.running import OperationRunner
-from pool.sequence import GeneratedToken, SequenceView
 from pool.telemetry import telemetry
 from pool.view import PoolView, view_of
 from recovery.control import PoolState, Repair

@@ -1,7 +1,7 @@
 """Fault injection: the kinds of faults, what each does at which intensity, how it must be detected
 and which level recovers from it; and schedules of faults, drawn from a seed.
 
-`actors.injector` and `actors.pool_faults` inject the faults; the simulator uses the same
+`actors.injection` injects the faults; the simulator uses the same
 schedules. This module must not inject anything.
 """
 

@@ -78,10 +78,10 @@ class Readiness(StrEnum):
 
 
 _BROWSER_ALIASES = {
-    BrowserType.CHROME: ("chrome", "chromium", "headlesschrome"),
+    BrowserType.EDGE: ("edge", "msedge", "edg"),  # first: its user agent also says "chrome"
     BrowserType.FIREFOX: ("firefox", "gecko"),
+    BrowserType.CHROME: ("chrome", "chromium", "headlesschrome"),
     BrowserType.SAFARI: ("safari", "webkit", "webkitgtk", "minibrowser", "epiphany"),
-    BrowserType.EDGE: ("edge", "msedge", "edg"),
 }
 
 
@@ -92,9 +92,8 @@ def detect_browser_type(name: str) -> BrowserType:
     `"Mozilla Firefox 153.0esr"`. Raises `BadInput` when nothing fits.
     """
     lowered = name.strip().lower()
-    # Edge first: its product string also contains "chrome" in user agents.
-    for kind in (BrowserType.EDGE, BrowserType.FIREFOX, BrowserType.CHROME, BrowserType.SAFARI):
-        if any(re.search(rf"\b{alias}\b", lowered) for alias in _BROWSER_ALIASES[kind]):
+    for kind, aliases in _BROWSER_ALIASES.items():
+        if any(re.search(rf"\b{alias}\b", lowered) for alias in aliases):
             return kind
     raise BadInput(
         f"{name!r} is not a supported browser: expected one of "

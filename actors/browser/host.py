@@ -31,7 +31,8 @@ from actors.browser.serve import OperationServer
 from actors.browser.startup import Startup
 from actors.browser.watch import Watch
 from actors.dataplane import DataServer
-from actors.injector import BrowserFailureInjector, InjectionTarget
+from actors.injection.injector import BrowserFailureInjector
+from actors.injection.target import InjectionTarget
 from actors.messages import (
     HostConfig,
     HostEvent,

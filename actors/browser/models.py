@@ -19,7 +19,7 @@ from actors.browser.incarnation import Incarnation
 from actors.browser.page import Page
 from actors.browser.page_process import PageProcess
 from actors.browser.probes import Probes
-from actors.injector import BrowserFailureInjector
+from actors.injection.injector import BrowserFailureInjector
 from actors.messages import HostConfig
 from recovery.errors import PageError
 from recovery.kinds import Backend

@@ -15,12 +15,12 @@ from pathlib import Path
 from actors.browser.incarnation import Incarnation
 from actors.driver.arguments import LaunchSettings
 from actors.driver.binaries import Binaries
+from actors.driver.engines import ENGINES
 from actors.driver.processes import BrowserProcesses, ProcessReaper, ReaperOrder
 from actors.driver.profiles import new_profile_path
 from actors.driver.session import Session, driver_command, free_port
-from actors.injector import BrowserFailureInjector
+from actors.injection.injector import BrowserFailureInjector
 from recovery.errors import BrowserLost
-from recovery.kinds import BrowserType
 from recovery.records import HostRef
 
 _XVFB_ARGUMENTS = ("-screen", "0", "1024x768x24", "-nolisten", "tcp", "-noreset")
@@ -143,11 +143,8 @@ class BrowserProcess:
 
 
 def _private_directories(binaries: Binaries, profile: Path) -> Mapping[str, str]:
-    """WebKitGTK takes no profile argument: its caches and data follow the XDG variables."""
-    if binaries.kind is not BrowserType.SAFARI:
-        return {}
-    names = {"XDG_CACHE_HOME": "cache", "XDG_DATA_HOME": "data", "XDG_CONFIG_HOME": "config"}
-    return {variable: str(profile / name) for variable, name in names.items()}
+    folders = ENGINES[binaries.kind].private_directories
+    return {variable: str(profile / folder) for variable, folder in folders.items()}
 
 
 def _only_child(reaper: ProcessReaper) -> int:

@@ -20,9 +20,10 @@ from actors.browser.page import Page
 from actors.browser.process import BrowserProcess
 from actors.browser.serve import OperationServer
 from actors.browser.watch import Watch
+from actors.driver.engines import ENGINES
 from actors.messages import HostConfig, HostReport, PageDiagnostics, Usage
 from recovery.errors import BrowserLost
-from recovery.kinds import BrowserType, Readiness
+from recovery.kinds import Readiness
 from recovery.records import HostStatus
 from recovery.resources import BrowserLoad, NodeLoad
 
@@ -130,8 +131,7 @@ class HostReports:
         """Diagnostics of the current page, or the last one."""
         incarnation, bridge, session = self._incarnation, self._page.served, self._process.session
         picture = b""
-        # WebKitGTK's driver never answers that, and blocks all other commands.
-        seen = screenshot and incarnation.kind is not BrowserType.SAFARI
+        seen = screenshot and ENGINES[incarnation.kind].takes_screenshots
         if seen and session is not None and incarnation.readiness is not Readiness.DEAD:
             with contextlib.suppress(BrowserLost, TimeoutError):
                 async with asyncio.timeout(_SCREENSHOT_SECONDS):

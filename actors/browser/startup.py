@@ -18,8 +18,9 @@ from actors.browser.facts import read_facts
 from actors.browser.incarnation import Incarnation
 from actors.browser.page import Page
 from actors.browser.process import BrowserProcess
-from actors.driver.arguments import LaunchSettings, default_settings
+from actors.driver.arguments import LaunchSettings
 from actors.driver.binaries import Binaries, find_binaries
+from actors.driver.engines import ENGINES, default_settings
 from actors.driver.profiles import save_template, template_lock, template_path
 from actors.messages import HostConfig, LaunchOrder
 from recovery.adjustments import merge_arguments
@@ -96,7 +97,7 @@ class Startup:
         # Chromium keys its code cache by origin. A made-up host that resolves to the slot's port
         # gives every slot the same origin, so that one template serves them all.
         host = f"127.0.0.1:{bridge.port}"
-        if settings.kind in (BrowserType.CHROME, BrowserType.EDGE):
+        if ENGINES[settings.kind].maps_hosts:
             rule = f"--host-resolver-rules=MAP tabpool.localhost:80 127.0.0.1:{bridge.port}"
             settings, host = settings.adjusted((rule,)), "tabpool.localhost"
         enter = bridge.begin_epoch(self._incarnation.ref.epoch, host)

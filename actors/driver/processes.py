@@ -21,16 +21,10 @@ from pathlib import Path
 
 import psutil
 
+from actors.driver.engines import ENGINES
 from recovery.errors import LaunchFailed
 from recovery.kinds import BrowserType
 
-# How each engine's page processes can be told from its others, by their command lines.
-PAGE_MARKS = {
-    BrowserType.CHROME: "--type=renderer",
-    BrowserType.EDGE: "--type=renderer",
-    BrowserType.FIREFOX: "-contentproc",
-    BrowserType.SAFARI: "WebKitWebProcess",
-}
 _OWN_UI = "--top-chrome-webui"  # a renderer that draws Chromium's own toolbar
 _STARTED_SECONDS = 15.0
 _WORKED_SECONDS = 0.1  # CPU time has a resolution of 0.01 s, and idle processes collect garbage
@@ -176,7 +170,7 @@ def page_processes(tree: Callable[[], Sequence[psutil.Process]], kind: BrowserTy
     for process in tree():
         with contextlib.suppress(psutil.Error):
             line = " ".join(process.cmdline())
-            if PAGE_MARKS[kind] in line and _OWN_UI not in line:
+            if ENGINES[kind].page_mark in line and _OWN_UI not in line:
                 found.append(process.pid)
     return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -28,8 +28,8 @@ from urllib3.exceptions import HTTPError
 
 from actors.driver.arguments import LaunchSettings
 from actors.driver.binaries import Binaries
+from actors.driver.engines import ENGINES
 from recovery.errors import BrowserLost, LaunchFailed
-from recovery.kinds import BrowserType
 from recovery.policies import DRIVER_ANSWERS
 
 _T = TypeVar("_T")
@@ -46,42 +46,19 @@ def free_port() -> int:
 
 def driver_command(binaries: Binaries, port: int) -> list[str]:
     """The command line that starts the driver on `port` of loopback."""
-    match binaries.kind:
-        case BrowserType.CHROME | BrowserType.EDGE:
-            return [binaries.driver, f"--port={port}"]
-        case BrowserType.FIREFOX:
-            # By default every Firefox uses port 9222, and the second one exits.
-            own = ("--websocket-port", str(free_port()))
-            return [binaries.driver, "--host", "127.0.0.1", "--port", str(port), *own]
-        case BrowserType.SAFARI if binaries.driver.endswith("safaridriver"):
-            return [binaries.driver, "--port", str(port)]
-        case BrowserType.SAFARI:
-            return [binaries.driver, f"--port={port}", "--host=127.0.0.1"]
+    return ENGINES[binaries.kind].command(binaries.driver, port, free_port)
 
 
 def _options(settings: LaunchSettings, binaries: Binaries, profile: Path) -> ArgOptions:
-    arguments = list(settings.arguments)
-    options: Any
-    match settings.kind:
-        case BrowserType.CHROME | BrowserType.EDGE:
-            edge = settings.kind is BrowserType.EDGE
-            options = webdriver.EdgeOptions() if edge else webdriver.ChromeOptions()
-            options.binary_location = binaries.browser
-            arguments.append(f"--user-data-dir={profile}")
-        case BrowserType.FIREFOX:
-            options = webdriver.FirefoxOptions()
-            options.binary_location = binaries.browser
-            arguments += ["-profile", str(profile)]
-            for name, value in settings.preferences.items():
-                options.set_preference(name, value)
-        case BrowserType.SAFARI if binaries.driver.endswith("safaridriver"):
-            options = webdriver.SafariOptions()
-            arguments = []
-        case BrowserType.SAFARI:
-            options = webdriver.WebKitGTKOptions()
-            options.binary_location = binaries.browser
-    for argument in arguments:
-        options.add_argument(argument)
+    engine = ENGINES[settings.kind]
+    name = engine.options(binaries.driver)
+    options: Any = getattr(webdriver, name)()
+    if name != "SafariOptions":  # Apple's driver takes neither a binary nor arguments
+        options.binary_location = binaries.browser
+        for argument in (*settings.arguments, *engine.profile_arguments(profile)):
+            options.add_argument(argument)
+    for preference, value in settings.preferences.items():
+        options.set_preference(preference, value)
     # The page is ready when it says so over its sockets, not when the document has loaded.
     options.page_load_strategy = "none"
     assert isinstance(options, ArgOptions)
@@ -93,6 +70,7 @@ class Session:
 
     def __init__(self, settings: LaunchSettings, binaries: Binaries, profile: Path) -> None:
         self._settings = settings
+        self._engine = ENGINES[settings.kind]
         self._binaries = binaries
         self._profile = profile
         self._driver: webdriver.Remote | None = None
@@ -122,7 +100,7 @@ class Session:
         answers = Retrying(retry=retry_if_exception_type(OSError), **DRIVER_ANSWERS)
         answers(_driver_ready, port)
         config = ClientConfig(url, keep_alive=True, timeout=CALL_SECONDS)
-        connection = _connection(self._settings.kind, config)
+        connection = _connection(self._engine.options(self._binaries.driver), config)
         self._driver = webdriver.Remote(
             command_executor=connection,
             options=_options(self._settings, self._binaries, self._profile),
@@ -167,7 +145,7 @@ class Session:
         """Open another tab in front of the page; minimise in WebKit, where that has no effect."""
 
         def cover(driver: webdriver.Remote) -> None:
-            if self._settings.kind is BrowserType.SAFARI:
+            if not self._engine.covers_windows:
                 driver.minimize_window()
                 return
             self._page = driver.current_window_handle
@@ -179,7 +157,7 @@ class Session:
         """Undo `hide`."""
 
         def uncover(driver: webdriver.Remote) -> None:
-            if self._settings.kind is BrowserType.SAFARI:
+            if not self._engine.covers_windows:
                 driver.set_window_rect(width=_WINDOW[0], height=_WINDOW[1])
                 return
             driver.close()
@@ -221,16 +199,18 @@ def attach(driver_url: str, session_id: str) -> webdriver.Remote:
     return _Attached(command_executor=connection, options=ArgOptions())
 
 
-def _connection(kind: BrowserType, config: ClientConfig) -> RemoteConnection:
-    match kind:
-        case BrowserType.CHROME:
-            return ChromeRemoteConnection(config.remote_server_addr, client_config=config)
-        case BrowserType.EDGE:
-            return EdgeRemoteConnection(config.remote_server_addr, client_config=config)
-        case BrowserType.FIREFOX:
-            return FirefoxRemoteConnection(config.remote_server_addr, client_config=config)
-        case BrowserType.SAFARI:
-            return RemoteConnection(client_config=config)
+# Drivers with commands of their own; the others speak plain WebDriver.
+_CONNECTIONS: Mapping[str, Callable[..., RemoteConnection]] = {
+    "ChromeOptions": ChromeRemoteConnection,
+    "EdgeOptions": EdgeRemoteConnection,
+    "FirefoxOptions": FirefoxRemoteConnection,
+}
+
+
+def _connection(options: str, config: ClientConfig) -> RemoteConnection:
+    if options in _CONNECTIONS:
+        return _CONNECTIONS[options](config.remote_server_addr, client_config=config)
+    return RemoteConnection(client_config=config)
 
 
 def _driver_ready(port: int) -> None:

@@ -17,7 +17,8 @@ import ray
 from ray.exceptions import RayError
 from tenacity import AsyncRetrying, retry_if_exception_type
 
-from actors.injector import SupervisorFailureInjector, refused
+from actors.injection.supervisor import SupervisorFailureInjector
+from actors.injection.target import refused
 from actors.messages import HostConfig, LaunchReport
 from actors.ray.connection import NAMESPACE, this_node
 from actors.ray.handles import RayHistory, RayHost

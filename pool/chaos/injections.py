@@ -1,6 +1,6 @@
 """Triggers each fault of the schedule when it is due, one at a time.
 
-This module must not choose faults (`recovery.faults` does), inject them itself (`actors.injector`
+This module must not choose faults (`recovery.faults` does), inject them itself (`actors.injection`
 does), or observe their effects (`watch` does).
 """
 

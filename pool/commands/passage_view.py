@@ -20,9 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.faults import kill_process
+from pool.execution.sequence import GeneratedToken, SequenceView, StageView
 from pool.pool import BrowserPool
 from pool.results import RecoveryStep, Result
-from pool.sequence import GeneratedToken, SequenceView, StageView
 from recovery.errors import BadInput, SequenceLost
 
 _POLL_SECONDS = 0.1  # between two updates of the display

@@ -11,11 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from pool.execution.placed import PlacedModel
+from pool.execution.sequence import Generating
 from pool.models.registry import ModelEntry
 from pool.models.tokens import TextEncoder
-from pool.placed import PlacedModel
 from pool.results import Result
-from pool.sequence import Generating
 from recovery.errors import BadInput
 
 

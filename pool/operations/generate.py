@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from pool.execution.placed import PlacedModel
+from pool.execution.sequence import Generating, Prompt
 from pool.models.registry import ModelEntry
 from pool.models.tokens import TextEncoder
 from pool.operations.base import Operation
-from pool.placed import PlacedModel
 from pool.results import Result
-from pool.sequence import Generating, Prompt
 from recovery.errors import BadInput
 from sharding.sequences.decoding import OPTIONS, decoding_from
 from sharding.sequences.stages import check_length

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+from pool.execution.placed import PlacedModel
 from pool.models.registry import ModelEntry
 from pool.models.tokens import TextEncoder
 from pool.operations.base import Operation
-from pool.placed import PlacedModel
 from pool.results import Result
 from recovery.errors import BadInput
 from sharding.models.frames import Array

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pool.execution.placed import PlacedModel
 from pool.models.components import Reader, characters_of, find_reader, input_of
 from pool.models.registry import ModelEntry
 from pool.models.tokens import TextEncoder
 from pool.ocr.reading import LINE_HEIGHT, prepare_lines, read_page
 from pool.operations.base import Operation
-from pool.placed import PlacedModel
 from pool.results import Result
 from recovery.errors import BadInput
 from sharding.models.frames import Array

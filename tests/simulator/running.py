@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from unittest import mock
 
-import pool.answering
+import pool.execution.answering
 import pool.routing
 from recovery.kinds import Level
 from recovery.supervision import RestartLimit
@@ -63,7 +63,7 @@ def simulate(
             loop = runner.get_loop()
             clock = SimpleNamespace(monotonic=loop.time, time=loop.time)
             with (
-                mock.patch.object(pool.answering, "time", clock),
+                mock.patch.object(pool.execution.answering, "time", clock),
                 mock.patch.object(pool.routing, "time", clock),
             ):
                 return runner.run(whole())

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pool.answering import Answering, Question, Rules
+from pool.execution.answering import Answering, Question, Rules
 from pool.results import Result
 from pool.routing import Routing
 from recovery.control import ALIVE, COMING, BrowserRecord, ModelPhase, Phase, PoolState

@@ -8,8 +8,9 @@ from zipfile import ZipFile
 
 import pytest
 
-from actors.driver.arguments import Gpu, LaunchSettings, default_settings
+from actors.driver.arguments import Gpu, LaunchSettings
 from actors.driver.binaries import find_binaries
+from actors.driver.engines import default_settings
 from recovery.adjustments import (
     ADJUSTMENTS,
     BROWSER_ORDER,

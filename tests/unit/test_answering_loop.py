@@ -1,4 +1,6 @@
-"""The answering loop of `pool.answering`, over a real supervisor and routing, on fake hosts."""
+"""The answering loop of `pool.execution.answering`, over a real supervisor and routing, on fake
+hosts.
+"""
 
 import asyncio
 import contextlib
@@ -13,7 +15,7 @@ import pytest
 from actors.messages import RunReply
 from actors.supervisor.records import SupervisorConfig
 from actors.supervisor.supervisor import Supervisor
-from pool.answering import Answering, Question, Rules
+from pool.execution.answering import Answering, Question, Rules
 from pool.results import Result
 from pool.routing import Routing
 from recovery.errors import OperationFailed, PageError, PoolBusy, PoolClosed

@@ -271,9 +271,9 @@ def test_main_classes_are_made_without_any_io(monkeypatch):
     from actors.bridge import Bridge, PageConfig
     from actors.browser.host import BrowserHost
     from actors.dataplane import DataLink, DataServer
-    from actors.driver.arguments import default_settings
     from actors.driver.binaries import Binaries
     from actors.driver.death_watch import DeathWatch
+    from actors.driver.engines import default_settings
     from actors.driver.processes import ProcessReaper
     from actors.driver.session import Session
     from actors.messages import HostConfig

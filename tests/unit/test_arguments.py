@@ -2,8 +2,9 @@ import pickle
 
 import pytest
 
-from actors.driver.arguments import Gpu, LaunchSettings, default_settings
+from actors.driver.arguments import Gpu, LaunchSettings
 from actors.driver.binaries import Binaries
+from actors.driver.engines import default_settings
 from actors.driver.session import driver_command
 from recovery.kinds import BrowserType
 

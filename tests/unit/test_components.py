@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
+from pool.execution.placed import run_stages
 from pool.models.bundled import ocr_folder
 from pool.models.components import example_for, find_reader
 from pool.models.loading import read_parts
@@ -13,7 +14,6 @@ from pool.models.registry import ModelEntry, entry_from_plain, entry_to_plain
 from pool.operations.embed import EMBED
 from pool.operations.graph import INFERENCE
 from pool.operations.read import prepare_read
-from pool.placed import run_stages
 from recovery.errors import BadInput, NotAModel, SetupError
 from recovery.kinds import ModelType
 from sharding.models.known_answers import record

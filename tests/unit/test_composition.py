@@ -9,12 +9,12 @@ import pytest
 
 from actors.supervisor.records import ModelOrder, SupervisorConfig
 from actors.supervisor.supervisor import Supervisor
-from pool.answering import Rules
-from pool.composition import Composition
-from pool.latency import Latencies
+from pool.execution.answering import Rules
+from pool.execution.composition import Composition
+from pool.execution.latency import Latencies
+from pool.execution.placed import run_stages
+from pool.execution.requests import PartRequests
 from pool.models.registry import ModelEntry
-from pool.placed import run_stages
-from pool.requests import PartRequests
 from pool.results import Result
 from pool.routing import Routing
 from recovery.errors import BadInput, MessageTooLarge, OperationFailed, PoolBusy

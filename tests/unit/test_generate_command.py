@@ -15,9 +15,9 @@ from pool.commands import main as cli
 from pool.commands.generate import as_plain, parse_browsers, summary
 from pool.commands.passage_view import Killed, PlainText, Screen, Written, picture, stage_state
 from pool.demo.passage import KILL_AFTER, checked
+from pool.execution.sequence import GeneratedToken, SequenceView, StageView
 from pool.models import bundled as demo_models
 from pool.results import RecoveryStep, Result
-from pool.sequence import GeneratedToken, SequenceView, StageView
 from recovery.errors import BadInput, LevelUnavailable, NotAModel, SetupError
 from recovery.failures import categorize_browser_failure
 from recovery.kinds import BrowserType, Level

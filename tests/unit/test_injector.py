@@ -14,13 +14,12 @@ import pytest
 
 from actors.driver.binaries import Binaries
 from actors.driver.processes import BrowserProcesses
-from actors.injector import (
-    SIGNALS,
-    BrowserFailureInjector,
-    InjectionTarget,
-    SupervisorFailureInjector,
-    ignored_by,
-)
+from actors.injection import on_processes
+from actors.injection.actions import ACTIONS
+from actors.injection.injector import BrowserFailureInjector
+from actors.injection.signals import SIGNALS, ignored_by
+from actors.injection.supervisor import SupervisorFailureInjector
+from actors.injection.target import InjectionTarget
 from recovery.breaker import CircuitState
 from recovery.errors import FaultRefused
 from recovery.faults import FAULTS, Fault, FaultKind, FaultSite, Intensity
@@ -142,9 +141,7 @@ async def test_only_what_is_below_the_reaper_is_hit(tree):
 
 
 async def test_a_stop_ends_by_itself_where_it_says_so(tree, monkeypatch):
-    monkeypatch.setitem(
-        BrowserFailureInjector.inject.__globals__["_STOPPED_SECONDS"], Intensity.MILD, 1.0
-    )
+    monkeypatch.setitem(on_processes._STOPPED_SECONDS, Intensity.MILD, 1.0)
     (page,) = psutil.Process(tree.pid).children()
     made = await BrowserFailureInjector(True).inject(
         target_of(Said(), tree.pid), Fault(FaultKind.MACHINE_SUSPENDED, Intensity.MILD)
@@ -211,7 +208,7 @@ async def test_every_kind_says_something_at_every_intensity(tree):
 async def test_a_supervisors_disk_is_full_for_as_long_as_it_says_and_its_clock_jumps(tmp_path):
     script = (
         "import asyncio, sys, time\n"
-        "from actors.injector import SupervisorFailureInjector\n"
+        "from actors.injection.supervisor import SupervisorFailureInjector\n"
         "from recovery.faults import Fault, FaultKind, Intensity\n"
         "async def main(path):\n"
         "    injector = SupervisorFailureInjector()\n"
@@ -241,12 +238,12 @@ async def test_a_supervisors_disk_is_full_for_as_long_as_it_says_and_its_clock_j
 
 
 def test_signals_are_such_that_no_engine_ignores():
-    assert signal.SIGTERM not in BrowserFailureInjector.inject.__globals__["SIGNALS"].values()
+    assert signal.SIGTERM not in SIGNALS.values()
 
 
 _ENDS_ITSELF = """
 import asyncio, signal, sys
-from actors.injector import SupervisorFailureInjector
+from actors.injection.supervisor import SupervisorFailureInjector
 from recovery.faults import Fault, FaultKind, Intensity
 signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # as a shell does for what it runs in the background
 async def main():
@@ -274,3 +271,8 @@ def test_what_a_process_ignores_is_read_from_the_kernel():
         assert signal.SIGTERM not in ignored_by(process.pid)
         process.stdin.close()
     assert ignored_by(process.pid) == set()
+
+
+def test_table_has_every_fault_of_a_browser_and_no_other():
+    of_browsers = {kind for kind, facts in FAULTS.items() if facts.place is FaultSite.BROWSER}
+    assert set(ACTIONS) == of_browsers

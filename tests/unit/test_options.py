@@ -140,7 +140,7 @@ def test_documents_name_no_option_of_a_pool_that_nobody_takes(document):
 
 
 # Keywords of others in the documents: of filters and views, of Ray, of browsers' own arguments.
-_NOT_OURS = {"by", "error_type", "resources", "limit"}
+_NOT_OURS = {"by", "error_type", "resources", "limit", "race"}
 
 
 @pytest.mark.parametrize("document", documents(), ids=lambda path: path.name)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from actors.driver.processes import ProcessReaper, ReaperOrder, busiest, cpu_seconds, kill_trees
-from actors.injector import ignored_by
+from actors.injection.signals import ignored_by
 from recovery.errors import LaunchFailed
 from tests.fakes import until
 

@@ -12,13 +12,13 @@ from actors.supervisor.records import ModelOrder, SupervisorConfig
 from actors.supervisor.supervisor import Supervisor
 from pool.background import BackgroundTasks
 from pool.config import PoolConfig
+from pool.execution.placed import PlacedModel
+from pool.execution.runner import OperationRunner
 from pool.models.registry import ModelEntry
 from pool.operations.base import Operation
 from pool.operations.registry import OperationRegistry
-from pool.placed import PlacedModel
 from pool.results import Result
 from pool.routing import Routing
-from pool.running import OperationRunner
 from recovery.errors import BadInput, InternalError, MessageTooLarge, PoolBusy, UnknownOperation
 from recovery.kinds import Backend, BrowserType, Level
 from recovery.placement import Placing

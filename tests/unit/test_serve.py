@@ -12,7 +12,7 @@ from actors.browser.incarnation import Incarnation
 from actors.browser.models import LoadedModels
 from actors.browser.page_process import PageProcess
 from actors.browser.serve import OperationServer
-from actors.injector import BrowserFailureInjector
+from actors.injection.injector import BrowserFailureInjector
 from actors.messages import HostConfig, RunRequest
 from recovery.breaker import BreakerConfig
 from recovery.errors import BrowserLost, MessageTooLarge, PageError

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import actors.supervisor.journal
-import pool.answering
+import pool.execution.answering
 from recovery.answering import GiveUp
 from recovery.control import DEAD_MAX, BrowserReady, Event, Phase, PoolState, decide
 from recovery.kinds import Level
@@ -137,12 +137,12 @@ def test_supervisor_that_errs_is_noticed(decides: Callable[..., Any], monkeypatc
 
 
 def test_operation_that_is_given_up_too_early_is_noticed(monkeypatch):
-    ask = pool.answering.next_action
+    ask = pool.execution.answering.next_action
 
     def impatient(policy: Any, model: Any, attempts: Any, *facts: Any, **more: Any) -> Any:
         return GiveUp("tired") if attempts else ask(policy, model, attempts, *facts, **more)
 
-    monkeypatch.setattr(pool.answering, "next_action", impatient)
+    monkeypatch.setattr(pool.execution.answering, "next_action", impatient)
     plan = FaultPlan(1, tuple(Fault(Kind.PAGE_CRASH, n, Clock.OPERATIONS) for n in (20, 40)))
     with pytest.raises(SimulationFailed, match="failed without need") as failed:
         simulate(plan)

@@ -12,7 +12,7 @@ from typing import Any
 
 from actors.messages import RunRequest
 from actors.relay import Hop
-from pool.latency import Latencies
+from pool.execution.latency import Latencies
 from pool.routing import Routing
 from recovery.errors import BrowserError
 from recovery.failures import Failure, categorize_browser_failure

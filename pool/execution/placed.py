@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pool.composition import Composition, PartFailed
+from pool.execution.composition import Composition, PartFailed
+from pool.execution.requests import PartRequests
+from pool.execution.sequence import Generating, Prompt
 from pool.models.registry import ModelEntry
-from pool.requests import PartRequests
 from pool.results import Result
-from pool.sequence import Generating, Prompt
 from recovery.errors import BadInput, InternalError
 from sharding.models.frames import Array
 from sharding.models.signature import ModelSpec

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from pool.answering import Answering, Question, Rules, Simulate, Tensors
-from pool.latency import Latencies
+from pool.execution.answering import Answering, Question, Rules, Simulate, Tensors
+from pool.execution.latency import Latencies
 from pool.results import Result
 from pool.routing import Routing
 from recovery.errors import MessageTooLarge

@@ -1,7 +1,7 @@
 """Several parts of a model asked for one answer, with one record of what it took.
 
-Which parts are asked, with what, is for the model's form to say (`pool.placed`). This module must
-not choose a browser, and knows no operation's meaning.
+Which parts are asked, with what, is for the model's form to say (`pool.execution.placed`). This
+module must not choose a browser, and knows no operation's meaning.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Awaitable, Mapping
 from dataclasses import replace
 
-from pool.answering import Tensors
+from pool.execution.answering import Tensors
+from pool.execution.requests import PartRequests
 from pool.models.registry import ModelEntry
-from pool.requests import PartRequests
 from pool.results import Result
 from recovery.errors import CallerError
 from recovery.levels import LEVELS_ASCENDING, effective_level

@@ -1,7 +1,7 @@
 """The operations of one client: checked, counted, run on a placed model, recorded.
 
 `inputs` go down this way once, and the answer comes up once. This module must not know what an
-operation means (`pool.operations`) nor how a model's parts are asked (`pool.placed`).
+operation means (`pool.operations`) nor how a model's parts are asked (`pool.execution.placed`).
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import Any
 from actors.messages import RunReply, RunRequest
 from actors.ray.metrics import ClientMetrics
 from actors.supervisor.records import SupervisorConfig
-from pool.answering import Rules, Simulate, Tensors
 from pool.background import BackgroundTasks
 from pool.connection import Connection
-from pool.latency import Latencies
+from pool.execution.answering import Rules, Simulate, Tensors
+from pool.execution.follow_up import FaultyBrowsers, ParkedModels
+from pool.execution.latency import Latencies
+from pool.execution.placed import Call, place
+from pool.execution.requests import PartRequests
+from pool.execution.routed_stages import RoutedStages
+from pool.execution.sequence import GeneratedToken, Generating, Prompt, SequenceView
 from pool.models.catalog import ModelCatalog
 from pool.models.registry import ModelEntry
 from pool.operations.registry import OperationRegistry
-from pool.placed import Call, place
 from pool.recorder import Recorder
-from pool.repairs import FaultyBrowsers, ParkedModels
-from pool.requests import PartRequests
 from pool.results import Result
-from pool.routed_stages import RoutedStages
-from pool.sequence import GeneratedToken, Generating, Prompt, SequenceView
 from recovery.errors import BadInput, MessageTooLarge, PageError, PoolBusy
 from recovery.kinds import Level, Strategy
 from recovery.levels import LEVELS_ASCENDING

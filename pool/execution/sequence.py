@@ -1,7 +1,7 @@
 """One sequence of one caller, from its prompt to its result, over the pool's browsers.
 
-`sharding.sequences.pipeline` generates it, over `pool.routed_stages`; this module makes the
-tokens, the view and the `Result` of it. This module must not choose a browser or a token.
+`sharding.sequences.pipeline` generates it, over `pool.execution.routed_stages`; this module makes
+the tokens, the view and the `Result` of it. This module must not choose a browser or a token.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pool.execution.routed_stages import RoutedStages
 from pool.models.registry import ModelEntry
 from pool.models.tokens import TextEncoder
 from pool.results import RecoveryStep, Result
-from pool.routed_stages import RoutedStages
 from recovery.errors import SequenceLost
 from recovery.levels import effective_level
 from recovery.records import HostRef
