@@ -19,8 +19,13 @@ setup:  ## install everything the project needs, as locked
 demo: setup  ## run a model in real browsers and kill one of them
 	@$(PYTHON) -m pool.demo
 
-test: setup  ## run the whole test suite
+test: setup  ## run the whole test suite, or what ARGS names
+ifdef ARGS
 	$(PYTHON) -m pytest $(ARGS)
+else
+	$(PYTHON) -m pytest -q -n 2 tests/unit
+	$(PYTHON) -m pytest tests/browser
+endif
 
 test-busy: setup  ## run the real-browser tests (or ARGS) TIMES times beside BUSY busy processes
 	$(PYTHON) scripts/test-busy --times $(TIMES) --busy $(BUSY) $(ARGS)
