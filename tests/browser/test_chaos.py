@@ -42,7 +42,7 @@ async def broken(
     every = 10
     due = tuple(Due(float(every * (n + 1)), fault) for n, fault in enumerate(faults))
     plan = Plan(Schedule(0, due), every * (len(faults) + 1), gated=False)
-    settings = {"state_dir": str(tmp_path), "launch_seconds": 15.0, "dashboard": False}
+    settings = {"state_dir": str(tmp_path), "launch_seconds": 60.0, "dashboard": False}
     async with chaos_pool(counts, **settings, **options) as pool:
         workload = Workload([source_of(model)])
         await workload.load(pool)
