@@ -5,8 +5,8 @@ an order of rungs, and `plan` cuts a strategy's order to the rung at which this 
 start. The supervisor carries a plan out and moves on to its next step. This module must not act,
 wait or read a clock.
 
-Sources of the start rungs: the tables "Recovery Strategy Selection" and "Browser Failure Types"
-of the documents that the project came from, as `docs/architecture.md` lists them.
+Where a failure begins is listed, with what the rung does, in `docs/architecture.md`, "The way of a
+repair".
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ STRATEGIES: dict[str, StrategyOrder] = {
     )
 }
 
+_BUILT_IN = frozenset(STRATEGIES)
+
 
 def register_strategy(name: str, rungs: Iterable[RecoveryLevel], *, race: bool = False) -> None:
     """Let pools of this process use `name` as a strategy. Raises `BadInput`.
@@ -81,7 +83,7 @@ def register_strategy(name: str, rungs: Iterable[RecoveryLevel], *, race: bool =
     that makes the pool has to register it.
     """
     order = StrategyOrder(name, tuple(RecoveryLevel(rung) for rung in rungs), race)
-    if not name or name in [str(known) for known in Strategy]:
+    if not name or name in _BUILT_IN:
         raise BadInput(
             f"{name!r} can't be registered as a strategy: the name is empty, or is "
             "built in. Choose another name.",
@@ -155,13 +157,12 @@ def plan(
     history: Mapping[RecoveryLevel, Tally] | None = None,
     *,
     start: RecoveryLevel | None = None,
-    simulation: bool = False,
 ) -> Plan:
     """The steps against `failure` that `level` allows, in the order of `strategy`.
 
     `breaker` is the browser's; `history` holds the tally of each rung for failures of this kind.
-    `start` overrides the rung to begin with. `simulation` appends rung 5, which is last of any
-    strategy and must be allowed. A strategy that has no rung from the start rung on begins with
+    `start` overrides the rung to begin with. Rung 5 is no step: it answers in place of a browser,
+    at the caller. A strategy that has no rung from the start rung on begins with
     its highest one: a pool whose strategy is only to restart restarts.
     """
     history = history or {}
@@ -186,8 +187,6 @@ def plan(
     if failure.category is Category.WRONG_ANSWER and begin == [FALLBACK] and MODERATE in rungs:
         # Where no other kind of browser can take over, a fresh one of the same kind is next best.
         steps = (*steps, (MODERATE,))
-    if simulation and SIMULATION in allowed:
-        steps = (*steps, (SIMULATION,))
     if not steps:
         why = f"level {level} allows no rung for this failure"
     return Plan(steps, why)

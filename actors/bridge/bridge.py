@@ -81,6 +81,7 @@ class Bridge:
         self.end_page("the browser was replaced")
         path = self._admission.begin(epoch, host)
         self._control.begin()
+        self._exchanges.begin()
         return path
 
     def end_page(self, why: str) -> None:
@@ -140,6 +141,11 @@ class Bridge:
         0 or less: it is overdue. Infinity and an empty name when the page is idle.
         """
         return self._exchanges.overdue()
+
+    @property
+    def working_on(self) -> str:
+        """The model that the page works on, or worked on at its end; see `Exchanges.working_on`."""
+        return self._exchanges.working_on
 
     @property
     def frames(self) -> deque[FrameSeen]:

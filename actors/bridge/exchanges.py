@@ -11,7 +11,7 @@ import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from actors.bridge.records import FrameSeen
 from actors.bridge.sockets import Sockets, fail_waiting
@@ -21,6 +21,13 @@ from sharding.models.frames import Frame, decode, encode
 WORK_SECONDS = 300.0  # default limit of one request
 _FRAMES_MAX = 64
 _FRAME_OVERHEAD_BYTES = 1 << 20  # for a reply's header, on top of the limit on its tensors
+
+
+class _Asked(NamedTuple):
+    """A request that the page has not answered: its time limit, and its model if it has one."""
+
+    seconds_max: float
+    model: str
 
 
 class Exchanges:
@@ -38,9 +45,10 @@ class Exchanges:
         self._complain = complain
         self._clock = clock
         self._pending: dict[str, asyncio.Future[Frame]] = {}
-        # Unanswered requests in the order of execution, with the time limit of each; abandoned ones
-        # too, since the page still computes them.
-        self._exchanges: OrderedDict[str, float] = OrderedDict()
+        # Unanswered requests in the order of execution; abandoned ones too, since the page still
+        # computes them.
+        self._exchanges: OrderedDict[str, _Asked] = OrderedDict()
+        self._interrupted = ""  # model of the request that the end of the last socket cut off
         self._head_since = 0.0
         self.frames: deque[FrameSeen] = deque(
             maxlen=_FRAMES_MAX
@@ -96,9 +104,24 @@ class Exchanges:
 
         0 or less: it is overdue. Infinity and an empty name when the page is idle.
         """
-        for op_id, seconds in self._exchanges.items():  # the head is what it works on
-            return seconds - (self._clock() - self._head_since), op_id
+        for op_id, asked in self._exchanges.items():  # the head is what it works on
+            return asked.seconds_max - (self._clock() - self._head_since), op_id
         return math.inf, ""
+
+    @property
+    def working_on(self) -> str:
+        """The model of the page's current request, if it has one: an operation, probe or load.
+
+        While there is no request: of the one that was cut off by the end of the last socket, until
+        the next request or page.
+        """
+        for asked in self._exchanges.values():
+            return asked.model
+        return self._interrupted
+
+    def begin(self) -> None:
+        """A new page, which has worked on nothing yet."""
+        self._interrupted = ""
 
     async def request(self, frame: Frame, seconds_max: float = WORK_SECONDS) -> Frame:
         """Send a frame and wait for the reply to its operation id.
@@ -115,7 +138,8 @@ class Exchanges:
         self._pending[frame.op_id] = reply
         if not self._exchanges:
             self._head_since = self._clock()
-        self._exchanges[frame.op_id] = seconds_max
+        self._exchanges[frame.op_id] = _Asked(seconds_max, str(frame.body.get("model", "")))
+        self._interrupted = ""
         try:
             await socket.send_bytes(data)
             answer = await reply
@@ -132,5 +156,6 @@ class Exchanges:
     def fail(self, why: str, what: str = "") -> None:
         """The socket is closed: fail all pending requests."""
         waiting, self._pending = self._pending, {}
+        self._interrupted = self.working_on
         self._exchanges.clear()  # the page drops requests that it has not started
         fail_waiting(waiting.values(), why, what)

@@ -186,7 +186,7 @@ class BrowserHost:
 
     def _context(self) -> Mapping[str, Any]:
         """Context for a failure of the whole browser: the console and the running model."""
-        model = self._server.running or self._models.loading
+        model = self.page.working_on
         return {"console": self.page.console, **(self._models.facts_of(model) if model else {})}
 
     def _out_of_touch(self, failure: Failure) -> None:

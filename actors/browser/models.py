@@ -66,11 +66,6 @@ class LoadedModels:
         self.probes.clear()
 
     @property
-    def loading(self) -> str:
-        """The model that is being loaded, if one is."""
-        return self._loading_spec.name if self._loading_spec else ""
-
-    @property
     def busy(self) -> bool:
         """Whether a model is being loaded or released."""
         return self._turn.locked()

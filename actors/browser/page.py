@@ -73,6 +73,11 @@ class Page:
         return self._bridge.outstanding if self._bridge else 0
 
     @property
+    def working_on(self) -> str:
+        """The model that the page works on, or worked on when it ended, if any."""
+        return self._bridge.working_on if self._bridge else ""
+
+    @property
     def console(self) -> tuple[str, ...]:
         return tuple(self._bridge.console) if self._bridge else ()
 

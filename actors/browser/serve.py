@@ -63,17 +63,11 @@ class OperationServer:
         self._status = status
         self._in_flight: OrderedDict[str, asyncio.Task[RunReply]] = OrderedDict()
         self._steps: dict[str, asyncio.Future[None]] = {}  # of sequences, in flight
-        self._running: dict[str, str] = {}  # model of each request at the page, oldest first
         self._answers = AnswerCache(config.answers_kept_max, config.answers_kept_bytes_max)
 
     def queued(self) -> int:
         """Unanswered operations, and abandoned ones that the page still computes."""
         return max(len(self._in_flight) + len(self._steps), self._page.outstanding)
-
-    @property
-    def running(self) -> str:
-        """The model that the page is running, if any: it runs one operation at a time."""
-        return next(iter(self._running.values()), "")
 
     def idle(self, seconds: float) -> bool:
         """Whether nothing is in flight, nor was for so long."""
@@ -132,7 +126,6 @@ class OperationServer:
 
     def _ended(self, key: str, model: str) -> None:
         self._in_flight.pop(key, None)
-        self._running.pop(key, None)
         self.used_at = self._clock()
         self._models.used(model)
         self._on_used()
@@ -170,7 +163,6 @@ class OperationServer:
         body = {"model": request.model, **({"stage": asdict(stage)} if stage else {})}
         position = stage.position if stage else 0
         frame = Frame("run", key, ref.epoch, position=position, body=body, tensors=tensors)
-        self._running[key] = request.model
         try:
             async with asyncio.timeout(request.seconds):
                 answer = await self._page.request(frame)

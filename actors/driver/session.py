@@ -57,8 +57,9 @@ def _options(settings: LaunchSettings, binaries: Binaries, profile: Path) -> Arg
         options.binary_location = binaries.browser
         for argument in (*settings.arguments, *engine.profile_arguments(profile)):
             options.add_argument(argument)
-    for preference, value in settings.preferences.items():
-        options.set_preference(preference, value)
+    if engine.takes_preferences:
+        for preference, value in settings.preferences.items():
+            options.set_preference(preference, value)
     # The page is ready when it says so over its sockets, not when the document has loaded.
     options.page_load_strategy = "none"
     assert isinstance(options, ArgOptions)

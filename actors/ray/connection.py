@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
 from recovery.errors import SetupError
 
@@ -65,7 +64,7 @@ def _connect(address: str | None, dashboard: bool) -> RaySession:
             logging_level=logging.ERROR,
             **(options if own else {}),
         )
-    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises it bare when its node needs over 30 s to start
         raise SetupError(
             f"Ray could not be reached or started ({error}). With `address=` given, check that "
             "the cluster runs (`ray status`) and that RAY_AUTH_TOKEN matches; without it, check "

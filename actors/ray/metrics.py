@@ -1,6 +1,6 @@
 """What Ray's dashboard can plot of a pool: counters, histograms and gauges, by name and tags.
 
-The second and last door to Ray (`ray.util.metrics`). Where they appear is told in
+The only door to `ray.util.metrics`. Where they appear is told in
 docs/monitoring.md. A process makes them once, when it is in Ray. This module must not decide.
 """
 

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from actors.faults import crash_tab, kill_process, wrong_answers
 from actors.messages import LaunchReport
-from actors.ray import connection as ray_actors
+from actors.ray import connection
 from pool import BrowserPool, PoolView, Result
 from pool.demo.passage import Passage, write_passage
 from pool.leaks import leaked
@@ -78,11 +78,11 @@ async def _demonstrate(console: Console) -> int:
     with console.status(f"starting Ray and {wanted} ..."):
         await pool.open()
     # One Ray for both pools: it is stopped when the last one closes.
-    ray = await asyncio.to_thread(ray_actors.connect, None, dashboard=False)
+    ray = await asyncio.to_thread(connection.connect, None, dashboard=False)
     try:
         return await _both_parts(console, pool, launched, sentences, model, began)
     finally:
-        await asyncio.to_thread(ray_actors.disconnect, ray)
+        await asyncio.to_thread(connection.disconnect, ray)
 
 
 async def _both_parts(

@@ -64,8 +64,10 @@ class OperationRunner:
         self._rng = random.Random(connection.client)
         config = connection.config
         self._latencies = Latencies(config.hedge_quantile, config.hedge_seconds)
-        # Of coordinated models: one each for as long as a sequence of it goes on.
-        self._barriers: weakref.WeakValueDictionary[str, Barrier] = weakref.WeakValueDictionary()
+        # Of coordinated models, by name and digest: one for as long as a sequence of it goes on.
+        self._barriers: weakref.WeakValueDictionary[tuple[str, str], Barrier] = (
+            weakref.WeakValueDictionary()
+        )
         self._recorder: Recorder | None = None
 
     async def start_recording(self, theirs: SupervisorConfig) -> None:
@@ -218,7 +220,7 @@ class OperationRunner:
         )
         barrier = None
         if config.strategy == Strategy.COORDINATED:
-            barrier = self._barriers.setdefault(entry.name, Barrier())
+            barrier = self._barriers.setdefault((entry.name, entry.spec.digest), Barrier())
         encoder = self._catalog.encoder(entry.name)
         return Generating(op_id, op, entry, prompt, stages, rules, encoder, barrier)
 

@@ -83,7 +83,8 @@ class ModelCatalog:
             )
         except BaseException as error:
             if not known:
-                self._forget(name)
+                if name in self._registry.names():  # else the pool was closed meanwhile
+                    self._forget(name)
                 if not isinstance(error, CallerError):  # withdraw the order
                     with contextlib.suppress(PoolError):  # keep the first error
                         for part in entry.parts:

@@ -1,7 +1,7 @@
 """What every operation is: one object that checks inputs, then asks a placed model.
 
 A new operation is a class of this kind in a module of its own, and a row in
-`pool.operations.registry.BUILT_IN` (or, a user's, a call of `pool.operations.register`).
+`pool.operations.registry.BUILT_IN` (or, a user's, a call of `BrowserPool.operations.register`).
 This module must not import one.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from pool.execution.placed import PlacedModel
 from pool.execution.sequence import Generating
@@ -27,7 +27,6 @@ class Operation(ABC):
     """
 
     name: str = ""
-    streams: ClassVar[bool] = False  # whether its answer comes piece by piece
 
     @abstractmethod
     def prepare(

@@ -26,7 +26,6 @@ class Generate(Operation):
     """Text or token ids in; `tokens`, `text` (with a tokenizer) and, when asked, `logits` out."""
 
     name = "generate"
-    streams = True
 
     def prepare(
         self, entry: ModelEntry, inputs: Mapping[str, Any], encoder: TextEncoder | None

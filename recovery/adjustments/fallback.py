@@ -1,7 +1,7 @@
 """Which other browser to try for a model of each type when its own can't be repaired.
 
-Orders are those of the source documents ("Browser Fallback Order"). This module must not know
-which browsers a pool has.
+The orders are those that the project was specified with; they are not measured. This module must
+not know which browsers a pool has.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _CHROME, _FIREFOX, _SAFARI, _EDGE = (
     BrowserType.EDGE,
 )
 
-# The best first; all four. A model of unknown type is treated like text.
+# The best first. A model of unknown type is treated like text.
 BROWSER_ORDER: Mapping[ModelType, tuple[BrowserType, ...]] = {
     ModelType.TEXT: (_EDGE, _CHROME, _FIREFOX, _SAFARI),  # Edge has the best WebNN
     ModelType.VISION: (_CHROME, _EDGE, _FIREFOX, _SAFARI),  # Chrome has the best WebGPU

@@ -19,7 +19,7 @@ import pytest
 from actors.browser.host import BrowserHost
 from actors.driver.binaries import find_binaries
 from actors.messages import HostConfig, LaunchOrder, LaunchReport
-from actors.ray import connection as ray_actors
+from actors.ray import connection
 from pool import BrowserPool
 from pool.models.bundled import silero_vad_path
 from recovery.control import ModelPhase, Phase, Repair
@@ -102,9 +102,9 @@ def nothing_left_behind() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """One Ray for all pools of the run; its address, for other processes to join."""
-    session = ray_actors.connect(None, dashboard=False)
-    yield ray_actors.cluster_address()
-    ray_actors.disconnect(session)
+    session = connection.connect(None, dashboard=False)
+    yield connection.cluster_address()
+    connection.disconnect(session)
 
 
 LaunchedHost = tuple[BrowserHost, LaunchReport]

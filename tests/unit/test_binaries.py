@@ -1,11 +1,13 @@
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from actors.driver import binaries
 from actors.driver.binaries import find_binaries
+from actors.driver.engines import ENGINES, Engine
 from recovery.errors import BrowserMissing
 from recovery.kinds import BrowserType
 
@@ -29,19 +31,22 @@ def machine(tmp_path, monkeypatch) -> Machine:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("DISPLAY", raising=False)
-    candidates = {
-        kind: tuple(name for name in names if "/" not in name)
-        for kind, names in binaries._BROWSERS.items()
-    }
-    candidates[BrowserType.SAFARI] = (f"{tmp_path}/*/MiniBrowser", "MiniBrowser")
-    monkeypatch.setattr(binaries, "_BROWSERS", candidates)
-    drivers = {
-        kind: tuple(name for name in names if "/" not in name)
-        for kind, names in binaries._DRIVERS.items()
-    }
-    monkeypatch.setattr(binaries, "_DRIVERS", drivers)
-    monkeypatch.setattr(binaries, "_packaged_geckodriver", lambda: None)
+    engines = {kind: only_on_path(engine) for kind, engine in ENGINES.items()}
+    engines[BrowserType.SAFARI] = replace(
+        engines[BrowserType.SAFARI], browsers=(f"{tmp_path}/*/MiniBrowser", "MiniBrowser")
+    )
+    monkeypatch.setattr(binaries, "ENGINES", engines)
     return Machine(tmp_path)
+
+
+def only_on_path(engine: Engine) -> Engine:
+    """The engine without the places of this machine that are not on PATH."""
+    return replace(
+        engine,
+        browsers=tuple(name for name in engine.browsers if "/" not in name),
+        drivers=tuple(name for name in engine.drivers if "/" not in name),
+        packaged_driver=lambda: None,
+    )
 
 
 def test_browser_and_driver_are_found_on_the_path(machine):
@@ -67,7 +72,8 @@ def test_missing_driver_is_named(machine):
 
 def test_packaged_geckodriver_is_used_where_there_is_no_other(machine, monkeypatch):
     machine.install("firefox")
-    monkeypatch.setattr(binaries, "_packaged_geckodriver", lambda: "/packaged")
+    packaged = replace(ENGINES[BrowserType.FIREFOX], packaged_driver=lambda: "/packaged")
+    monkeypatch.setattr(binaries, "ENGINES", {BrowserType.FIREFOX: packaged})
     assert find_binaries(BrowserType.FIREFOX).driver == "/packaged"
     own = machine.install("geckodriver")
     assert find_binaries(BrowserType.FIREFOX).driver == own

@@ -124,9 +124,10 @@ class Asked:
         self.complaints: list[str] = []
         self.exchanges = Exchanges(LIMIT, self.line, self.complaints.append, lambda: self.now)
 
-    async def ask(self, op_id: str, seconds: float = 10.0) -> asyncio.Task[Frame]:
+    async def ask(self, op_id: str, seconds: float = 10.0, **body: str) -> asyncio.Task[Frame]:
         sent = self.line.sent
-        asked = asyncio.create_task(self.exchanges.request(Frame("run", op_id), seconds))
+        frame = Frame("run", op_id, body=body)
+        asked = asyncio.create_task(self.exchanges.request(frame, seconds))
         await fakes.eventually(lambda: self.line.sent > sent)
         return asked
 
@@ -145,6 +146,38 @@ async def test_only_what_the_page_works_on_can_be_overdue():
     ours.answer("second")
     assert ours.exchanges.outstanding == 0
     await asyncio.gather(first, second)
+
+
+async def test_death_is_of_the_model_that_the_page_worked_on():
+    ours = Asked()
+    assert ours.exchanges.working_on == ""
+    abandoned = await ours.ask("first", model="slow")
+    asked = [await ours.ask("second", model="quick"), await ours.ask("third")]
+    abandoned.cancel()  # the page computes it all the same
+    assert ours.exchanges.working_on == "slow"
+    ours.answer("first")
+    assert ours.exchanges.working_on == "quick"
+    for _ in range(2):  # the socket closes, then the page is ended
+        ours.exchanges.fail("it died")
+    await asyncio.wait(asked)
+    assert (ours.exchanges.outstanding, ours.exchanges.working_on) == (0, "quick")
+    ours.exchanges.begin()
+    assert ours.exchanges.working_on == ""
+
+
+async def test_death_while_idle_is_of_no_model():
+    ours = Asked()
+    asked = [await ours.ask("first", model="m")]
+    ours.answer("first")
+    ours.exchanges.fail("it died")
+    await asyncio.wait(asked)
+    assert ours.exchanges.working_on == ""
+    asked = [await ours.ask("second", model="m")]
+    ours.exchanges.fail("the network broke")
+    asked.append(await ours.ask("third"))  # of no model
+    assert ours.exchanges.working_on == ""
+    ours.answer("third")
+    await asyncio.wait(asked)
 
 
 async def test_abandoned_request_is_outstanding_until_the_page_has_finished_it():

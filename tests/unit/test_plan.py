@@ -11,6 +11,7 @@ from recovery.plan import (
     LEVEL_RUNGS,
     START_RUNG,
     STRATEGIES,
+    StrategyOrder,
     Tally,
     plan,
     register_strategy,
@@ -100,9 +101,9 @@ def test_told_start_overrides_the_usual_one():
     assert rungs(Level.MEDIUM, PROGRESSIVE, failure(), start=RecoveryLevel.FALLBACK) == [(4,)]
 
 
-def test_simulation_is_last_and_only_where_it_is_allowed():
-    assert rungs(Level.MEDIUM, PROGRESSIVE, failure(), simulation=True)[-1] == (5,)
-    assert rungs(Level.LOW, PROGRESSIVE, IN_TOUCH, simulation=True) == [(1,)]
+def test_simulation_is_no_step_of_a_browsers_repair():
+    order = StrategyOrder("any", (RecoveryLevel.MINIMAL, RecoveryLevel.SIMULATION))
+    assert rungs(Level.MEDIUM, order, IN_TOUCH) == [(1,)]
 
 
 def test_reason_says_where_it_begins_and_why():

@@ -1,7 +1,6 @@
 """Operations on one browser, whose page is scripted: admitted, refused, run once, remembered."""
 
 import asyncio
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -252,20 +251,3 @@ async def test_end_of_service_waits_for_what_is_in_flight(served):
     await asyncio.gather(call, finished)
     assert served.it.idle(0.0)
     assert not served.it.idle(60.0)
-
-
-async def test_death_is_of_the_model_that_the_page_was_at(served):
-    served.models.specs["other"] = replace(SPEC, name="other", type=ModelType.AUDIO)
-    served.models.numeric["other"] = NumericId("1.30", Backend.WASM, 1)
-    assert served.it.running == ""
-    served.page.gate = asyncio.Event()
-    calls = []
-    for model in ("other", "m"):  # the page takes them one after the other
-        request = RunRequest(f"op {model}", REF, model, 5.0)
-        calls.append(asyncio.create_task(served.it.run(request, ONES)))
-        await fakes.until(lambda: len(served.page.asked) == len(calls))
-    assert served.it.running == "other"
-    assert served.models.facts_of("other")["model_type"] == "audio"
-    served.page.gate.set()
-    await asyncio.gather(*calls)
-    assert served.it.running == ""

@@ -44,6 +44,7 @@ class Engine:
     profile_arguments: Callable[[Path], list[str]] = lambda profile: []
     packaged_driver: Callable[[], str | None] = lambda: None  # a Python package's, as last resort
     needs_display: bool = False  # it has no headless mode: on Linux it gets a virtual display
+    takes_preferences: bool = False  # Selenium's options have `set_preference`
     maps_hosts: bool = False  # takes --host-resolver-rules, so that all slots share one origin
     takes_screenshots: bool = True
     covers_windows: bool = True  # a new tab hides the page; else its window is minimised

@@ -86,4 +86,5 @@ FIREFOX = Engine(
     options=lambda driver: "FirefoxOptions",
     profile_arguments=lambda profile: ["-profile", str(profile)],
     packaged_driver=packaged_geckodriver,
+    takes_preferences=True,
 )
