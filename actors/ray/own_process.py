@@ -9,6 +9,8 @@ import threading
 
 import ray
 
+_CLAIM_SECONDS = 60.0  # for a maker to give a new worker its first order
+
 
 def end_this_actor() -> None:
     """End this worker process now; the actor is not restarted."""
@@ -27,8 +29,16 @@ def call_myself(method: str) -> None:
 
 
 def end_unless_claimed(lease_seconds: float) -> threading.Timer:
-    """End this worker if its maker dies before it gives the first order: then nobody knows it."""
-    timer = threading.Timer(2 * lease_seconds, end_this_actor)
+    """End this worker if its maker dies before it gives the first order: then nobody knows it.
+
+    On a busy machine that order may come much later than the lease would allow.
+    """
+    return end_in(max(2 * lease_seconds, _CLAIM_SECONDS))
+
+
+def end_in(seconds: float) -> threading.Timer:
+    """End this worker after `seconds`, unless the timer is cancelled before."""
+    timer = threading.Timer(seconds, end_this_actor)
     timer.daemon = True
     timer.start()
     return timer

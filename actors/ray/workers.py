@@ -28,7 +28,7 @@ from actors.messages import (
 )
 from actors.native_host import NativeHost
 from actors.ray.connection import this_node
-from actors.ray.own_process import end_this_actor, end_unless_claimed
+from actors.ray.own_process import end_in, end_this_actor, end_unless_claimed
 from actors.supervisor.records import SupervisorConfig
 from recovery.breaker import BreakerKey, BreakerSwitch, CircuitState
 from recovery.faults import Fault, Injected
@@ -39,7 +39,7 @@ from recovery.records import HostRef, HostStatus, NumericId
 from sharding.models.known_answers import KnownAnswer
 from sharding.models.signature import ModelSpec
 
-_NATIVE_IDLE_SECONDS = 60.0  # the native runtime is ended when it was not asked for so long
+_NATIVE_IDLE_SECONDS = 120.0  # the native runtime is ended when it was not asked for so long
 
 
 class Browser:
@@ -125,7 +125,7 @@ class History:
         self._name = config.name
         make = partial(HistoryStore, config=config.history_limits)
         self._keeper = HistoryKeeper(Path(config.history), Path(config.history_spare), make)
-        self._lease_seconds = 2 * config.lease_seconds
+        self._silence_max = 4 * config.lease_seconds  # seconds
         self._lease = end_unless_claimed(config.lease_seconds)
         self._opened: asyncio.Task[str] | None = None
 
@@ -143,7 +143,7 @@ class History:
 
     async def renew(self) -> None:
         self._lease.cancel()
-        self._lease = end_unless_claimed(self._lease_seconds)
+        self._lease = end_in(self._silence_max)
 
     async def add(self, samples: Sequence[Sample]) -> None:
         await self._ready()
@@ -171,8 +171,8 @@ class Native:
 
     def __init__(self, lease_seconds: float) -> None:
         self._host = NativeHost(this_node())
-        self._lease_seconds = max(2 * lease_seconds, _NATIVE_IDLE_SECONDS)
-        self._lease = end_unless_claimed(self._lease_seconds)
+        self._idle_max = max(4 * lease_seconds, _NATIVE_IDLE_SECONDS)  # seconds
+        self._lease = end_in(self._idle_max)
 
     def __repr__(self) -> str:
         return "native runtime (simulation)"
@@ -185,4 +185,4 @@ class Native:
             return await self._host.run(request, spec, tensors)
         finally:
             self._lease.cancel()
-            self._lease = end_unless_claimed(self._lease_seconds)
+            self._lease = end_in(self._idle_max)

@@ -8,6 +8,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+# From the supervisor's start to the creator's first poll: workers start slowly on a busy machine.
+_OPENING_SECONDS = 60.0
+
 
 class CreatorLease:
     """Renewed by requests of the creator only."""
@@ -18,6 +21,10 @@ class CreatorLease:
         self._clock = clock
         self._until = 0.0
 
+    def begin(self) -> None:
+        """Give the creator time to hear that its pool is open: then it polls."""
+        self._until = self._clock() + max(self._seconds, _OPENING_SECONDS)
+
     def renew(self, client: str) -> None:
         if client == self._creator:
             self._until = self._clock() + self._seconds
@@ -26,4 +33,4 @@ class CreatorLease:
         """Return when the lease has ended."""
         # It is renewed far more often than it ends: check only when it might have ended.
         while (left := self._until - self._clock()) > 0:  # noqa: ASYNC110
-            await asyncio.sleep(left)
+            await asyncio.sleep(min(left, self._seconds))  # the first poll may shorten it

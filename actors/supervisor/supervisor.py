@@ -136,7 +136,7 @@ class Supervisor:
 
     def _begin_watching(self) -> None:
         config = self._config
-        self._lease.renew(config.creator)
+        self._lease.begin()
         if self.state.closing:
             self._tasks.spawn(self._finish_closing, "close")
         elif not config.persistent:

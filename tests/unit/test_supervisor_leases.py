@@ -49,3 +49,25 @@ async def test_lease_is_over_when_its_creator_has_not_asked_for_so_long():
     assert not over.done()
     await over
     assert loop.time() == 25.0
+
+
+@in_virtual_time
+async def test_creator_may_take_longer_than_the_lease_to_hear_that_its_pool_is_open():
+    loop = asyncio.get_running_loop()
+    lease = CreatorLease("creator", 15.0, loop.time)
+    lease.begin()
+    over = asyncio.create_task(lease.over())
+    await asyncio.sleep(50)
+    assert not over.done()
+    lease.renew("creator")  # from here on it polls
+    await asyncio.sleep(14.9)
+    assert not over.done()
+    await asyncio.sleep(0.2)
+    assert over.done()
+
+
+@in_virtual_time
+async def test_creator_that_never_hears_is_given_up():
+    lease = CreatorLease("creator", 15.0, asyncio.get_running_loop().time)
+    lease.begin()
+    await asyncio.wait_for(lease.over(), 60.1)
