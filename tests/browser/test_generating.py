@@ -132,7 +132,7 @@ async def test_bad_requests_touch_no_browser_and_cancelled_ones_are_forgotten(
     async with decoding_pool(tmp_path, {"chrome": 1}) as pool:
         served = sum(host.served for host in pool.hosts())
         for wrong, words in (
-            ({"input_ids": []}, "no token"),
+            ({"input_ids": []}, "prompt is empty"),
             ({"input_ids": [1.5]}, "whole numbers"),
             ({"input_ids": [-1]}, "ids from 0"),
             ({"text": "a"}, "either text or input_ids"),

@@ -163,7 +163,7 @@ async def test_medium_does_not_see_a_wrong_answer_a_probe_does_and_simulation_sa
         assert not np.allclose(result.outputs["output"], right, atol=ATOL)  # docs/levels.md
         repair = await repaired(pool, "chrome-0")
         assert repair.failure.category is Category.WRONG_ANSWER
-        assert "known answer" in repair.failure.message
+        assert "known-answer probe" in repair.failure.message
 
         struck: list[tuple[str, Counter[str]]] = []
 
