@@ -84,8 +84,6 @@ class Connection:
 
         The caller must `leave` if it raises.
         """
-        if self.is_open:
-            raise PoolClosed("this pool is already open")
         config = self.config
         self._ray = await asyncio.to_thread(connect, config.address, config.dashboard)
         if self._owner:

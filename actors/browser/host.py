@@ -162,9 +162,9 @@ class BrowserHost:
             self._breakers.repaired(order.repair)
 
     async def _launch(self, order: LaunchOrder) -> LaunchReport:
+        profile, seconds = await self._startup.run(order)
         if not self._data.address:
             await self._data.start()
-        profile, seconds = await self._startup.run(order)
         self._watch.work(order.ref)
         self._prober.start(order.ref)
         facts, session = self._incarnation.facts, self.process.session

@@ -7,11 +7,11 @@ an operation.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 from actors.assets import integrity, model_url
 from actors.browser.breakers import HostBreakers
@@ -25,7 +25,7 @@ from recovery.errors import PageError
 from recovery.kinds import Backend
 from recovery.records import BrowserFacts, HostRef, NumericId
 from sharding.models.known_answers import KnownAnswer, difference, question
-from sharding.models.signature import ModelSpec
+from sharding.models.signature import ModelSpec, digest_of
 
 _CHECKED_MAX = 1024  # files of models that are known to be unchanged
 
@@ -215,13 +215,12 @@ def check_unchanged(spec: ModelSpec, checked: dict[tuple[str, str], tuple[int, .
         seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
         if checked.get((file.path, file.digest)) == seen:
             continue
-        with open(file.path, "rb") as content:
-            if hashlib.file_digest(content, "sha256").hexdigest() != file.digest:
-                raise PageError(
-                    f"{file.path} has changed since {spec.name} was loaded: unload the model and "
-                    "load it again",
-                    what="load_failed",
-                )
+        if digest_of(Path(file.path))[1] != file.digest:
+            raise PageError(
+                f"{file.path} has changed since {spec.name} was loaded: unload the model and "
+                "load it again",
+                what="load_failed",
+            )
         if len(checked) >= _CHECKED_MAX:
             checked.clear()
         checked[file.path, file.digest] = seen

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -61,24 +60,21 @@ class OperationServer:
         self._probe = probe
         self._on_used = on_used
         self._status = status
-        self._in_flight: OrderedDict[str, asyncio.Task[RunReply]] = OrderedDict()
-        self._steps: dict[str, asyncio.Future[None]] = {}  # of sequences, in flight
+        self._in_flight: dict[str, asyncio.Future[Any]] = {}  # operations, and steps of sequences
         self._answers = AnswerCache(config.answers_kept_max, config.answers_kept_bytes_max)
 
     def queued(self) -> int:
         """Unanswered operations, and abandoned ones that the page still computes."""
-        return max(len(self._in_flight) + len(self._steps), self._page.outstanding)
+        return max(len(self._in_flight), self._page.outstanding)
 
     def idle(self, seconds: float) -> bool:
         """Whether nothing is in flight, nor was for so long."""
-        free = not self._in_flight and not self._steps
-        return free and self._clock() - self.used_at >= seconds
+        return not self._in_flight and self._clock() - self.used_at >= seconds
 
     async def finished(self) -> None:
         """Return when all operations now in flight are answered."""
-        in_flight: list[asyncio.Future[Any]] = [*self._in_flight.values(), *self._steps.values()]
-        if in_flight:
-            await asyncio.wait(in_flight)
+        if self._in_flight:
+            await asyncio.wait(self._in_flight.values())
 
     async def run(
         self, request: RunRequest, tensors: Mapping[str, np.ndarray[Any, Any]]
@@ -92,7 +88,7 @@ class OperationServer:
         answered = self._answers.get(key)
         if answered is not None:
             return replace(answered, status=self._status(), repeated=True)
-        running = self._in_flight.get(key)
+        running: asyncio.Future[RunReply] | None = self._in_flight.get(key)
         if running is None:
             refusal = self._refusal(request)
             if refusal is not None:
@@ -117,12 +113,13 @@ class OperationServer:
         if admission is None:
             return RunReply(self._status(), busy=True)
         key = self._page.numbered(f"step:{request.op_id}")
-        self._steps[key] = asyncio.get_running_loop().create_future()
+        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._in_flight[key] = taken
         try:
             return await self._run(key, request, tensors, admission)
         finally:
-            self._steps.pop(key).set_result(None)
             self._ended(key, request.model)
+            taken.set_result(None)
 
     def _ended(self, key: str, model: str) -> None:
         self._in_flight.pop(key, None)

@@ -16,7 +16,7 @@ from recovery.control import BrowserRecord, Phase, PoolState, Repair
 from recovery.history.samples import OperationSample
 from recovery.records import HostStatus
 
-_LATENCY_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 30_000, 60_000]
+_LATENCY_MS = [1.0, 2.0, 5.0, 1e1, 2e1, 5e1, 1e2, 2e2, 5e2, 1e3, 2e3, 5e3, 1e4, 3e4, 6e4]
 _CIRCUIT_VALUE = {
     CircuitState.CLOSED: 0,
     CircuitState.DISABLED: 0,
@@ -39,7 +39,7 @@ class ClientMetrics:
         self._latency = Histogram(
             "tabpool_operation_ms",
             "The caller's whole wait for an answer, in milliseconds",
-            boundaries=[float(bound) for bound in _LATENCY_MS],
+            boundaries=_LATENCY_MS,
             tag_keys=("pool", "model", "op"),
         )
         self._in_flight = Gauge(
@@ -96,7 +96,7 @@ class PoolMetrics:
         self._repair_ms = Histogram(
             "tabpool_repair_ms",
             "From a failure to a browser that is ready again, in milliseconds",
-            boundaries=[float(bound) for bound in _LATENCY_MS],
+            boundaries=_LATENCY_MS,
             tag_keys=("pool", "outcome"),
         )
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
 
-from actors.messages import Usage
-from actors.supervisor.hosts import Host, Hosts
+from actors.supervisor.hosts import Hosts
 from actors.supervisor.journal import Journal
 from actors.supervisor.records import ModelOrder, SupervisorConfig
 from actors.supervisor.tasks import Tasks
@@ -20,6 +20,7 @@ from recovery.errors import PoolError, SetupError
 from recovery.maintenance import Caretaker
 from recovery.resources import BrowserLoad, NodeLoad, refuse_load
 
+_T = TypeVar("_T")
 _ASK_SECONDS = 2.0
 
 
@@ -54,20 +55,13 @@ class Care:
 
     async def loads(self) -> tuple[list[BrowserLoad], list[NodeLoad]]:
         """The loads of the hosts in service, and of their nodes. Omits hosts that do not answer."""
-        found: list[Usage] = []
-
-        async def ask(host: Host) -> None:
-            with contextlib.suppress(PoolError, TimeoutError):
-                async with asyncio.timeout(_ASK_SECONDS):
-                    found.append(await host.usage())
-
-        serving = [
-            host
+        serving = {
+            browser_id: host.usage()
             for browser_id, host in self._hosts.items()
             if self._journal.state.browsers[browser_id].phase is Phase.READY
-        ]
-        await asyncio.gather(*map(ask, serving))
-        found.sort(key=lambda usage: usage.browser.browser_id)
+        }
+        answers = await _answers(serving)
+        found = sorted(answers.values(), key=lambda usage: usage.browser.browser_id)
         nodes = {usage.node.node: usage.node for usage in found}
         return [usage.browser for usage in found], list(nodes.values())
 
@@ -80,12 +74,17 @@ class Care:
 
     async def memory(self) -> Mapping[str, int]:
         """Resident bytes of each browser's process tree."""
-        found: dict[str, int] = {}
+        return await _answers({name: host.memory_bytes() for name, host in self._hosts.items()})
 
-        async def ask(browser_id: str, host: Host) -> None:
-            with contextlib.suppress(PoolError, TimeoutError):
-                async with asyncio.timeout(_ASK_SECONDS):
-                    found[browser_id] = await host.memory_bytes()
 
-        await asyncio.gather(*(ask(*each) for each in self._hosts.items()))
-        return found
+async def _answers(calls: Mapping[str, Awaitable[_T]]) -> dict[str, _T]:
+    """What each browser's host answers in time; those that do not are left out."""
+    found: dict[str, _T] = {}
+
+    async def ask(browser_id: str, call: Awaitable[_T]) -> None:
+        with contextlib.suppress(PoolError, TimeoutError):
+            async with asyncio.timeout(_ASK_SECONDS):
+                found[browser_id] = await call
+
+    await asyncio.gather(*(ask(*each) for each in calls.items()))
+    return found

@@ -68,11 +68,10 @@ HostFinder = Callable[[], Awaitable[Mapping[str, Sequence[Host]]]]
 
 
 class Hosts:
-    """The running worker of each browser. Ports and reports are kept for its successor."""
+    """The running worker of each browser. Reports are kept for its successor."""
 
     def __init__(self) -> None:
         self._hosts: dict[str, Host] = {}
-        self._ports: dict[str, int] = {}
         self._reports: dict[str, LaunchReport] = {}
         self._deaths: dict[str, Failure] = {}  # of workers, for the breakers of their successors
 
@@ -93,7 +92,7 @@ class Hosts:
 
     def launched(self, browser_id: str, report: LaunchReport) -> None:
         """Store a launch report. Clears the failure of an earlier worker."""
-        self._ports[browser_id], self._reports[browser_id] = report.port, report
+        self._reports[browser_id] = report
         self._deaths.pop(browser_id, None)
 
     def died(self, browser_id: str, failure: Failure) -> None:
@@ -105,7 +104,8 @@ class Hosts:
 
     def port(self, browser_id: str) -> int:
         """The last port of the browser's slot; 0: none yet."""
-        return self._ports.get(browser_id, 0)
+        report = self._reports.get(browser_id)
+        return report.port if report else 0
 
     def report(self, browser_id: str) -> LaunchReport | None:
         return self._reports.get(browser_id)

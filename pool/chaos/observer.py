@@ -112,8 +112,7 @@ def is_repaired(state: PoolState) -> bool:
         return False
     if any(record.phase is Phase.GIVEN_UP and not record.replaced_by for record in records):
         return False
-    loading = (ModelPhase.LOADING,)
     serving = [record for record in records if record.phase is Phase.READY]
     return bool(serving) and not any(
-        phase in loading for record in serving for phase in record.models.values()
+        phase is ModelPhase.LOADING for record in serving for phase in record.models.values()
     )
