@@ -122,8 +122,8 @@ class BrowserPool:
     async def _leave(self, *, stop: bool) -> None:
         await self._tasks.cancel()
         await self._runner.stop_recording()
+        self._catalog.clear()
         await self._connection.leave(stop=stop)
-        self._catalog.clear()  # loads that this ended read it on their way out
 
     async def __aenter__(self) -> Self:
         return await self.open()

@@ -91,6 +91,7 @@ class Exchanges:
         )
 
     def _answered(self, op_id: str) -> None:
+        self._interrupted = ""  # replies come in order
         if self._exchanges.pop(op_id, None) is not None:
             self._head_since = self._clock()
 
@@ -110,14 +111,13 @@ class Exchanges:
 
     @property
     def working_on(self) -> str:
-        """The model of the page's current request, if it has one: an operation, probe or load.
+        """The model of the page's current request; "" if that has none.
 
-        While there is no request: of the one that was cut off by the end of the last socket, until
-        the next request or page.
+        A page whose socket was cut off goes on with what it had begun, so that counts until a
+        reply shows that it is over.
         """
-        for asked in self._exchanges.values():
-            return asked.model
-        return self._interrupted
+        head = next(iter(self._exchanges.values()), None)
+        return self._interrupted or (head.model if head else "")
 
     def begin(self) -> None:
         """A new page, which has worked on nothing yet."""
@@ -139,7 +139,6 @@ class Exchanges:
         if not self._exchanges:
             self._head_since = self._clock()
         self._exchanges[frame.op_id] = _Asked(seconds_max, str(frame.body.get("model", "")))
-        self._interrupted = ""
         try:
             await socket.send_bytes(data)
             answer = await reply

@@ -56,13 +56,13 @@ class LoadedModels:
         self._warm_runs = config.warm_runs
         self._used_at: dict[str, float] = {}
         self._checked: dict[tuple[str, str], tuple[int, ...]] = {}
-        self._loading_spec: ModelSpec | None = None
+        self._latest: ModelSpec | None = None  # last loaded or released: its end may be judged late
         self._turn = asyncio.Lock()  # an unload must not overtake an earlier load
 
     def begin(self, *, warm: bool) -> None:
         """A new incarnation, without models. `warm`: whether to run each several times at load."""
         self._warm_runs = self._config.warm_runs if warm else 1
-        self.numeric, self.specs = {}, {}
+        self.numeric, self.specs, self._latest = {}, {}, None
         self.probes.clear()
 
     @property
@@ -80,9 +80,9 @@ class LoadedModels:
         return {name: now - self._used_at.get(name, since) for name in self.numeric}
 
     def facts_of(self, model: str) -> dict[str, str]:
-        """Facts of a model to include in its failures, if it is loaded."""
+        """Facts of a model to include in its failures, as far as they are known."""
         facts = {"model": model}
-        spec = self.specs.get(model) or self._loading_spec
+        spec = self.specs.get(model) or self._latest
         if spec is not None and spec.name == model:
             facts["model_type"] = str(spec.type)
         if model in self.numeric:
@@ -100,11 +100,8 @@ class LoadedModels:
         """Load a model and warm it up; see `BrowserHost.load`."""
         async with self._turn:
             self._incarnation.require(ref)
-            self._loading_spec = spec
-            try:
-                return await self._load(ref, spec, backends, known)
-            finally:
-                self._loading_spec = None
+            self._latest = spec
+            return await self._load(ref, spec, backends, known)
 
     async def _load(
         self,
@@ -178,6 +175,7 @@ class LoadedModels:
             self._breakers.forget(model)
             spec = self.specs.pop(model, None)
             if spec is not None:
+                self._latest = spec
                 await self._page.ask("unload", {"model": model})
                 self._page.bridge.unregister(spec)
 

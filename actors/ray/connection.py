@@ -66,11 +66,11 @@ def _connect(address: str | None, dashboard: bool) -> RaySession:
             logging_level=logging.ERROR,
             **options,
         )
-    except Exception as error:  # Ray raises it bare when its node needs over 30 s to start
+    except Exception as error:  # a plain one if Ray's node takes over 30 s to start
         raise SetupError(
             f"Ray could not be reached or started ({error}). With `address=` given, check that "
             "the cluster runs (`ray status`) and that RAY_AUTH_TOKEN matches; without it, check "
-            "free memory and /dev/shm."
+            "free memory and /dev/shm, and that the machine is not too busy."
         ) from error
     _users, _own, _made = _users + 1, own, True
     url = context.dashboard_url

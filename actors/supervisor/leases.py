@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-# From the supervisor's start to the creator's first poll: workers start slowly on a busy machine.
+# From the supervisor's start to the creator's first poll: in between the history's worker starts,
+# slowly on a busy machine.
 _OPENING_SECONDS = 60.0
 
 

@@ -120,6 +120,7 @@ class Supervisor:
             PoolOpened(config.name, config.level, config.strategy, config.limit, self._term)
         )
         await self.want(browsers)
+        self._lease.begin()
         self._begin_watching()
 
     async def resume(self, find: HostFinder, trouble: str = "") -> None:
@@ -132,11 +133,11 @@ class Supervisor:
         await self._models.restore()
         await self._takeover.run(find)
         await self._changes.announce()
+        self._lease.renew(self._config.creator)
         self._begin_watching()
 
     def _begin_watching(self) -> None:
         config = self._config
-        self._lease.begin()
         if self.state.closing:
             self._tasks.spawn(self._finish_closing, "close")
         elif not config.persistent:

@@ -56,7 +56,7 @@ class GeneratedToken:
 
 @dataclass(frozen=True)
 class StageView:
-    """A stage of a sequence now; see `sharding.sequences.pipeline.StageStatus`. `layers`: None if
+    """A stage of a sequence now; see `sharding.sequences.copies.StageStatus`. `layers`: None if
     unknown.
     """
 

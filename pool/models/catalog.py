@@ -82,8 +82,10 @@ class ModelCatalog:
                 connection.config.load_seconds,
             )
         except BaseException as error:
-            if not known:
-                if name in self._registry.names():  # else the pool was closed meanwhile
+            # It may have been unloaded meanwhile, the pool closed, or another loaded by that name.
+            now = self._registry.get(name) if name in self._registry.names() else None
+            if not known and (now is None or now.spec.digest == entry.spec.digest):
+                if now is not None:
                     self._forget(name)
                 if not isinstance(error, CallerError):  # withdraw the order
                     with contextlib.suppress(PoolError):  # keep the first error

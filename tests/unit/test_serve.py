@@ -1,6 +1,8 @@
 """Operations on one browser, whose page is scripted: admitted, refused, run once, remembered."""
 
 import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,18 @@ class ScriptedPage:
         self.connected = True
         self.outstanding = 0
         self._number = 0
+
+    @property
+    def bridge(self) -> "ScriptedPage":
+        return self
+
+    def register(self, spec: ModelSpec) -> None:
+        pass
+
+    unregister = register
+
+    async def ask(self, kind: str, body: Mapping[str, Any], tensors: Any = None) -> Frame:
+        return await self.request(Frame(kind, self.numbered(kind), body=body))
 
     def numbered(self, kind: str) -> str:
         self._number += 1
@@ -251,3 +265,16 @@ async def test_end_of_service_waits_for_what_is_in_flight(served):
     await asyncio.gather(call, finished)
     assert served.it.idle(0.0)
     assert not served.it.idle(60.0)
+
+
+async def test_model_whose_load_or_release_ended_the_page_is_still_known_by_its_type(served):
+    served.page.script = [BrowserLost("it died"), BrowserLost("it died")]
+    with pytest.raises(BrowserLost):
+        await served.models.load(REF, replace(SPEC, name="other"), (Backend.WASM,), None)
+    assert served.models.facts_of("other") == {"model": "other", "model_type": "text"}
+    with pytest.raises(BrowserLost):
+        await served.models.unload(REF, "m")
+    assert served.models.facts_of("m") == {"model": "m", "model_type": "text"}
+    assert served.models.facts_of("third") == {"model": "third"}
+    served.models.begin(warm=False)
+    assert served.models.facts_of("m") == {"model": "m"}
