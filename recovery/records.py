@@ -68,8 +68,12 @@ class HostStatus:
     memory_bytes: int = 0
 
     def can_take(self, model: str) -> bool:
-        blocked = "" in self.blocked or model in self.blocked
-        return self.readiness is Readiness.READY and model in self.models and not blocked
+        """Whether it serves the model, and no circuit breaker refuses."""
+        return self.serves(model) and "" not in self.blocked and model not in self.blocked
+
+    def serves(self, model: str) -> bool:
+        """Whether it is ready and has the model loaded."""
+        return self.readiness is Readiness.READY and model in self.models
 
     @property
     def full(self) -> bool:

@@ -11,10 +11,8 @@ from enum import StrEnum
 
 from recovery.failures import Category, Failure, Scope
 from recovery.kinds import Level
-from recovery.levels import COPIES, COPIES_MAX, REDUNDANT
 from recovery.records import HostRef, HostStatus, NumericId
 
-QUORUM = {Level.CRITICAL: 2}
 # The host is healthy, but the request was not for its present state: another incarnation, or a
 # sequence that it does not have or has at another position. The host has not failed.
 MISADDRESSED = frozenset(
@@ -47,20 +45,6 @@ def recovery_action(
     if brief and (retries < RETRIES_MAX or level is Level.LOW):
         return RecoveryAction.ASK_AGAIN
     return RecoveryAction.GIVE_UP if level is Level.LOW else RecoveryAction.REBUILD
-
-
-def copies_of_stage(level: Level, answers: int, pending: int, *, late: bool) -> int:
-    """On how many browsers a step of a stage should run.
-
-    One; three at `critical`; one more if a step is late, at the levels that keep another browser
-    ready; and one more while the answers don't agree.
-    """
-    wanted = COPIES[level]
-    if late and level in REDUNDANT:
-        wanted += 1
-    if answers >= wanted and not pending:
-        wanted = answers + 1
-    return min(wanted, COPIES_MAX)
 
 
 def choose_stage_host(

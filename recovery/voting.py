@@ -14,10 +14,16 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from recovery.kinds import Level
 from recovery.records import HostRef, NumericId
 
-QUORUM = 2  # answers that must agree
+QUORUM = 2  # answers that must agree, where browsers vote
 Array: TypeAlias = np.ndarray[Any, Any]
+
+
+def quorum(level: Level) -> int:
+    """How many answers must agree at this level."""
+    return QUORUM if level is Level.CRITICAL else 1
 
 
 @dataclass(frozen=True)

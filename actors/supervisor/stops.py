@@ -13,7 +13,7 @@ from actors.supervisor.hosts import Hosts
 from actors.supervisor.journal import Journal
 from actors.supervisor.tasks import Tasks
 from actors.supervisor.watching import Watches
-from recovery.control import BrowserStopped, Drain, Phase, Stop
+from recovery.control import ALIVE, BrowserStopped, Drain, Stop
 from recovery.errors import PoolError
 
 _STOP_SECONDS = 10.0  # longer than a reaper takes; then the worker is killed
@@ -66,5 +66,5 @@ class Stops:
             finally:
                 host.kill()
         record = self._journal.state.browsers[browser_id]
-        if record.epoch == epoch and record.phase not in (Phase.STOPPED, Phase.GIVEN_UP):
+        if record.epoch == epoch and record.phase in ALIVE:
             await self._journal.happen(BrowserStopped(browser_id))

@@ -42,7 +42,6 @@ from recovery.control import (
     Instruction,
     Launch,
     Load,
-    Phase,
     PoolClosing,
     PoolOpened,
     PoolState,
@@ -186,9 +185,7 @@ class Supervisor:
         """Drain one browser; returns when it has stopped."""
         self._require_open()
         await self._journal.happen(BrowserUnwanted(browser_id), ordered=True)
-        await self._changes.until(
-            lambda: self.state.browsers[browser_id].phase in (Phase.STOPPED, Phase.GIVEN_UP)
-        )
+        await self._changes.until(lambda: self.state.browsers[browser_id].phase not in ALIVE)
 
     async def load(self, order: ModelOrder) -> None:
         """Load a model on every browser, or on those that `placing` chooses.

@@ -32,7 +32,7 @@ from recovery.answering import (
 )
 from recovery.errors import BrowserError, PoolBusy
 from recovery.failures import Category, Failure, Scope, categorize_browser_failure
-from recovery.kinds import Backend, Level, Readiness
+from recovery.kinds import Backend, Level
 from recovery.levels import COPIES, COPIES_MAX, REDUNDANT, copies_wanted, effective_level
 from recovery.records import HostRef, HostStatus, NumericId
 from recovery.voting import (
@@ -43,6 +43,7 @@ from recovery.voting import (
     Undecided,
     Verdict,
     count_votes,
+    quorum,
 )
 
 Tensors: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
@@ -134,7 +135,7 @@ class Answering:
             question.level, rules.attempts_max * copies, rules.wait_when_full
         )
         self._level_effective = effective_level(question.level, 0)
-        self._quorum = QUORUM if question.level is Level.CRITICAL else 1
+        self._quorum = quorum(question.level)
         self._sent = False
 
     async def run(self, tensors: Tensors, seconds: float) -> tuple[Result, RunReply | None]:
@@ -427,10 +428,7 @@ class Answering:
 
     def _ready(self) -> int:
         model = self._question.model
-        return sum(
-            status.readiness is Readiness.READY and model in status.models
-            for status in self._routing.candidates()
-        )
+        return sum(status.serves(model) for status in self._routing.candidates())
 
     def _answer(self, status: HostStatus, reply: RunReply) -> _Answer:
         numeric = reply.status.models.get(self._question.model) or status.models.get(

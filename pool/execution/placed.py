@@ -18,7 +18,7 @@ from pool.results import Result
 from recovery.errors import BadInput, InternalError
 from sharding.models.frames import Array
 from sharding.models.signature import ModelSpec
-from sharding.sequences.stages import StagePipeline
+from sharding.sequences.stages import StagePipeline, inputs_of_stage
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,5 @@ async def run_stages(
     """The uncut encoder's outputs: each stage gets its inputs and what the one before it sends."""
     found: dict[str, Array] = {}
     for stage, spec in zip(pipeline.stages, specs, strict=True):
-        given = {shared.name: tensors[shared.name] for shared in stage.shared}
-        given |= {received.name: found[received.name] for received in stage.receives}
-        found |= await composition.ask(spec, given)
+        found |= await composition.ask(spec, inputs_of_stage(stage, tensors, found))
     return {output.name: found[output.name] for output in pipeline.outputs}

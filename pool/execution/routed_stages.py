@@ -16,7 +16,6 @@ from pool.execution.latency import Latencies
 from pool.routing import Routing
 from recovery.errors import BrowserError
 from recovery.failures import Failure, categorize_browser_failure
-from recovery.kinds import Readiness
 from recovery.records import HostRef, HostStatus
 from sharding.models.frames import Array
 from sharding.sequences.caches import StepOrder
@@ -134,10 +133,7 @@ class RoutedStages:
     def ready(self) -> int:
         """How many browsers each stage has at least."""
         return min(
-            sum(
-                status.readiness is Readiness.READY and model in status.models
-                for status in self._routing.candidates()
-            )
+            sum(status.serves(model) for status in self._routing.candidates())
             for model in self._digests
         )
 

@@ -189,12 +189,11 @@ class OperationRunner:
         pools = self._connection.level
         if level is None:
             return pools
-        if level not in LEVELS_ASCENDING or LEVELS_ASCENDING.index(
-            Level(level)
-        ) > LEVELS_ASCENDING.index(pools):
-            lower = ", ".join(LEVELS_ASCENDING[: LEVELS_ASCENDING.index(pools) + 1])
+        held = LEVELS_ASCENDING[: LEVELS_ASCENDING.index(pools) + 1]
+        if level not in held:
             raise BadInput(
-                f"level: expected one that this pool holds ({lower}), got {level!r}.", got=level
+                f"level: expected one that this pool holds ({', '.join(held)}), got {level!r}.",
+                got=level,
             )
         return Level(level)
 

@@ -73,6 +73,8 @@ from recovery.frozen import replace
 from recovery.kinds import BrowserType, RecoveryLevel
 from recovery.plan import plan
 
+_OVER = (Phase.STOPPED, Phase.GIVEN_UP, Phase.REPLACING)  # no word of that browser counts any more
+
 
 def apply(state: PoolState, event: Event) -> PoolState:
     """The state after `event`. Replaying a log is `reduce(apply, events, checkpoint)`."""
@@ -149,8 +151,7 @@ def _wanted(state: PoolState, browser_id: str, kind: BrowserType, at: float) -> 
 
 def _ready(state: PoolState, body: BrowserReady, at: float) -> Decision:
     record = record_of(state, body.browser_id)
-    over = (Phase.STOPPED, Phase.GIVEN_UP, Phase.REPLACING)
-    if record.epoch != body.epoch or record.phase in over:
+    if record.epoch != body.epoch or record.phase in _OVER:
         return state, ()
     if record.phase is not Phase.STARTING:
         raise IllegalTransition(
@@ -197,11 +198,7 @@ def _reconnected(state: PoolState, body: BrowserReconnected, at: float) -> Decis
 
 def _failed(state: PoolState, body: BrowserFailed, at: float) -> Decision:
     record = record_of(state, body.browser_id)
-    if record.epoch != body.epoch or record.phase in (
-        Phase.STOPPED,
-        Phase.GIVEN_UP,
-        Phase.REPLACING,
-    ):
+    if record.epoch != body.epoch or record.phase in _OVER:
         return state, ()
     page_alive = browser_survives(body.failure) and record.phase is Phase.READY
     ended = record if page_alive else without_models(with_interrupted_load(record, body.failure))

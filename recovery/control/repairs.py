@@ -13,6 +13,7 @@ import re
 from recovery.adjustments import adjust, fallback_order
 from recovery.control.instructions import Decision, Instruction, Launch, Reconnect, Stop
 from recovery.control.records import (
+    ALIVE,
     COMING,
     Adjusted,
     BrowserRecord,
@@ -22,6 +23,7 @@ from recovery.control.records import (
     StepOutcome,
     tally_key,
     with_record,
+    without,
     without_models,
 )
 from recovery.failures import Category, Failure, Scope
@@ -155,7 +157,7 @@ def _without_long_dead(state: PoolState, at: float) -> PoolState:
     dead = [
         record
         for record in state.browsers.values()
-        if record.phase in (Phase.STOPPED, Phase.GIVEN_UP)
+        if record.phase not in ALIVE
         and (record.replaced_by or _STAND_IN.search(record.id))
         and not record.stands_in_for
         and at - record.since >= state.limit.period_seconds  # no late event will name it
@@ -250,8 +252,8 @@ def repair_worked(
     outcome = "reconnected" if worked is RecoveryLevel.MINIMAL else "restarted"
     if by.id != record.id:
         outcome = f"replaced by {by.id}"
-        record = replace(without_models(record), phase=Phase.GIVEN_UP, since=at)
-        record = replace(record, replaced_by=by.id)
+        gone = without_models(record)
+        record = replace(gone, phase=Phase.GIVEN_UP, since=at, replaced_by=by.id)
         stops.append(Stop(record.id, record.epoch))
     ended = replace(_end_step(repair, worked, at, ""), ready=at, outcome=outcome)
     state, losers = without_stand_ins(with_record(state, record), record, at)
@@ -293,7 +295,7 @@ def _count_attempt(
     known = state.tallies.get(key, {})
     tally = known.get(rung, Tally())
     tally = Tally(tally.attempts + 1, tally.successes + worked)
-    others = {k: v for k, v in state.tallies.items() if k != key}
+    others = without(state.tallies, key)
     while len(others) >= TALLIES_MAX:
         del others[next(iter(others))]
     return replace(state, tallies={**others, key: {**known, rung: tally}})

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from recovery.levels import REDUNDANT
-from recovery.sequences import QUORUM
+from recovery.voting import quorum
 from sharding.models.frames import Array
 from sharding.sequences.events import Events
 from sharding.sequences.history import RecordedStep
@@ -82,12 +82,11 @@ class ChainedSteps:
 
     async def _current_chain(self, position: int) -> Chain | None:
         """The chain through the stages' present places; None if there can be none."""
-        places = [
-            worker.place(position)
-            for worker in (self._workers if QUORUM.get(self._rules.level, 1) == 1 else ())
-        ]
-        if len(places) < _CHAIN_MIN or self._breaks >= _CHAIN_BREAKS_MAX:
+        if len(self._workers) < _CHAIN_MIN or self._breaks >= _CHAIN_BREAKS_MAX:
             return None
+        if quorum(self._rules.level) > 1:
+            return None
+        places = [worker.place(position) for worker in self._workers]
         known = [place for place in places if place is not None]
         if len(known) < len(places):
             self.leave()

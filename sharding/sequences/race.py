@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 
 from recovery.errors import SequenceLost
 from recovery.failures import Category, Failure, Scope, categorize_browser_failure
-from recovery.levels import COPIES_MAX
+from recovery.levels import COPIES_MAX, copies_wanted
 from recovery.records import HostRef
-from recovery.sequences import MISADDRESSED, RecoveryAction, copies_of_stage, recovery_action
+from recovery.sequences import MISADDRESSED, RecoveryAction, recovery_action
 from recovery.voting import Elected, Undecided
 from sharding.models.frames import Array
 from sharding.sequences.context import StageContext
@@ -108,7 +108,7 @@ class Race:
     def _add_copies(self, end: float) -> bool:
         """Start the step on as many browsers as wanted; False if there are too short_of_quorum."""
         late = self._hedge.late
-        wanted = copies_of_stage(self._rules.level, len(self._votes), len(self._tasks), late=late)
+        wanted = copies_wanted(self._rules.level, len(self._votes), len(self._tasks), late=late)
         while len(self._votes) + len(self._tasks) < wanted:
             waited_for = [copy.ref for copy in self._tasks.values()]
             copy = self._copies.new(self._avoid | self._votes.voters())

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from recovery.records import HostRef
-from recovery.sequences import QUORUM
-from recovery.voting import Ballot, Elected, Undecided, count_votes
+from recovery.voting import Ballot, Elected, Undecided, count_votes, quorum
 from sharding.models.frames import Array
 from sharding.sequences.copies import Copy
 from sharding.sequences.rules import PipelineRules
@@ -20,7 +19,7 @@ class Votes:
     """Each copy's answer to one step, in order of arrival."""
 
     def __init__(self, rules: PipelineRules) -> None:
-        self._quorum = QUORUM.get(rules.level, 1)
+        self._quorum = quorum(rules.level)
         self._tolerance = rules.tolerance
         self._answers: list[tuple[Copy, Mapping[str, Array]]] = []
 

@@ -19,8 +19,8 @@ from pool.execution.answering import Answering, Question, Rules
 from pool.results import Result
 from pool.routing import Routing
 from recovery.control import ALIVE, COMING, BrowserRecord, ModelPhase, Phase, PoolState
-from recovery.kinds import Level, Readiness
-from recovery.voting import QUORUM
+from recovery.kinds import Readiness
+from recovery.voting import quorum
 from tests.fakes import order
 from tests.simulator.hosts import SimHost
 from tests.simulator.invariants import SETTLE_SECONDS, any_left, why_given_up
@@ -132,7 +132,7 @@ class Story:
         while True:
             serving = [h for hosts in self._hosts.values() for h in hosts if h.serves]
             able = sum(self._is_in_service(host) for host in serving)
-            needed = QUORUM if self._world.level is Level.CRITICAL else 1
+            needed = quorum(self._world.level)
             self._judge.sample(outage=able < needed)
             if not any_left(self._state):
                 self._judge.none_is_left()

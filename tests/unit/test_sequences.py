@@ -8,16 +8,15 @@ from hypothesis import strategies as st
 
 from recovery.failures import Category, Failure, Scope, Severity, categorize_browser_failure
 from recovery.kinds import Backend, BrowserType, Level, Readiness
-from recovery.levels import COPIES_MAX, LEVELS_ASCENDING
+from recovery.levels import COPIES_MAX, LEVELS_ASCENDING, copies_wanted
 from recovery.records import HostRef, HostStatus, NumericId
 from recovery.sequences import (
     MISADDRESSED,
-    QUORUM,
     RecoveryAction,
     choose_stage_host,
-    copies_of_stage,
     recovery_action,
 )
+from recovery.voting import quorum
 
 WASM = NumericId("1.30.0/wasm", Backend.WASM)
 GPU = NumericId("1.30.0/webgpu", Backend.WEBGPU, adapter="swiftshader")
@@ -103,38 +102,40 @@ def test_from_medium_on_nothing_ends_it_but_the_count(level, category, scope, fa
 @pytest.mark.parametrize("level", [Level.NONE, Level.LOW, Level.MEDIUM])
 def test_one_copy_is_at_work_late_or_not(level):
     for late in (False, True):
-        assert copies_of_stage(level, 0, 0, late=late) == 1
-        assert copies_of_stage(level, 0, 1, late=late) == 1
+        assert copies_wanted(level, 0, 0, late=late) == 1
+        assert copies_wanted(level, 0, 1, late=late) == 1
 
 
 def test_high_has_one_more_where_that_one_is_late():
-    assert copies_of_stage(Level.HIGH, 0, 1, late=False) == 1
-    assert copies_of_stage(Level.HIGH, 0, 1, late=True) == 2
-    assert copies_of_stage(Level.HIGH, 0, 2, late=True) == 2
+    assert copies_wanted(Level.HIGH, 0, 1, late=False) == 1
+    assert copies_wanted(Level.HIGH, 0, 1, late=True) == 2
+    assert copies_wanted(Level.HIGH, 0, 2, late=True) == 2
 
 
 def test_critical_has_three_and_one_more_where_they_do_not_agree():
-    assert copies_of_stage(Level.CRITICAL, 0, 0, late=False) == 3
-    assert copies_of_stage(Level.CRITICAL, 2, 1, late=False) == 3
-    assert copies_of_stage(Level.CRITICAL, 2, 0, late=False) == 3, "the third may have died"
-    assert copies_of_stage(Level.CRITICAL, 3, 0, late=False) == 4
-    assert copies_of_stage(Level.CRITICAL, 4, 0, late=False) == 5
-    assert copies_of_stage(Level.CRITICAL, 1, 2, late=True) == 4
+    assert copies_wanted(Level.CRITICAL, 0, 0, late=False) == 3
+    assert copies_wanted(Level.CRITICAL, 2, 1, late=False) == 3
+    assert copies_wanted(Level.CRITICAL, 2, 0, late=False) == 3, "the third may have died"
+    assert copies_wanted(Level.CRITICAL, 3, 0, late=False) == 4
+    assert copies_wanted(Level.CRITICAL, 4, 0, late=False) == 5
+    assert copies_wanted(Level.CRITICAL, 1, 2, late=True) == 4
 
 
 @given(st.sampled_from(LEVELS_ASCENDING), st.integers(0, 9), st.integers(0, 9), st.booleans())
 def test_copies_are_bounded_and_at_least_one(level, answers, pending, late):
-    assert 1 <= copies_of_stage(level, answers, pending, late=late) <= COPIES_MAX
+    assert 1 <= copies_wanted(level, answers, pending, late=late) <= COPIES_MAX
 
 
 @given(st.sampled_from(LEVELS_ASCENDING), st.integers(0, 9), st.booleans())
 def test_with_nobody_at_work_there_is_one_to_begin_until_there_are_too_many(level, answers, late):
     if answers < COPIES_MAX:
-        assert copies_of_stage(level, answers, 0, late=late) > answers
+        assert copies_wanted(level, answers, 0, late=late) > answers
 
 
 def test_only_critical_wants_two_that_agree():
-    assert QUORUM == {Level.CRITICAL: 2}
+    assert {level: quorum(level) for level in LEVELS_ASCENDING} == {
+        level: 2 if level is Level.CRITICAL else 1 for level in LEVELS_ASCENDING
+    }
 
 
 # -- hosts -----------------------------------------------------------------------------------------
