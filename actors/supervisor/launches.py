@@ -64,6 +64,7 @@ class Launches:
     async def _launch_now(self, order: Launch) -> None:
         browser_id = order.browser_id
         host = self._hosts.get(browser_id)
+        new = host is None
         try:
             if host is None:
                 host = await self._factory(browser_id, order.kind, order.epoch)
@@ -71,7 +72,7 @@ class Launches:
                     host.kill()  # stopped before its worker existed
                     return
                 self._watches.take_on(browser_id, host)
-            self._watches.begin(browser_id, host)  # a launch may take longer than a lease
+            self._watches.begin(browser_id, host, new=new)  # a launch may take longer than a lease
             report = await host.launch(self._launch_order(order))
         except PoolError as error:
             if isinstance(error, StaleTerm):

@@ -21,6 +21,9 @@ from recovery.errors import BrowserLost, PoolError, StaleTerm
 from recovery.failures import categorize_browser_failure
 from recovery.records import HostRef
 
+# For the first answer of a new worker, whose process has yet to start: slowly on a busy machine.
+_START_SECONDS = 60.0
+
 
 class Watches:
     """One watch for each worker in `hosts`; adds and removes workers there."""
@@ -48,11 +51,11 @@ class Watches:
         self._hosts.put(browser_id, host)
         self._seen[browser_id] = seen
 
-    def begin(self, browser_id: str, host: Host) -> None:
-        """Start watching, unless it is being watched already."""
+    def begin(self, browser_id: str, host: Host, *, new: bool = False) -> None:
+        """Start watching, unless it is being watched already. `new`: it has not answered yet."""
         if browser_id not in self._watches:
             self._watches[browser_id] = self._tasks.spawn(
-                partial(self._watch, browser_id, host), f"watch {browser_id}"
+                partial(self._watch, browser_id, host, new), f"watch {browser_id}"
             )
 
     def let_go(self, browser_id: str) -> None:
@@ -63,13 +66,14 @@ class Watches:
         if watch is not None and watch is not asyncio.current_task():
             watch.cancel()
 
-    async def _watch(self, browser_id: str, host: Host) -> None:
+    async def _watch(self, browser_id: str, host: Host, new: bool) -> None:
         """Poll a host for events, which renews its lease, for as long as it runs."""
+        lease = self._lease_seconds
+        patience = max(lease, _START_SECONDS) if new else lease
         while self._hosts.get(browser_id) is host:
             try:
-                lease = self._lease_seconds
                 seen = self._seen.get(browser_id, 0)
-                async with asyncio.timeout(lease):  # an answer is due after a third of it
+                async with asyncio.timeout(patience):  # an answer is due after a third of a lease
                     event = await host.next_event(
                         self._term, lease / 3, seen, self._peers(browser_id)
                     )
@@ -82,6 +86,7 @@ class Watches:
             except PoolError as error:  # also a worker whose answers are invalid
                 await self._worker_gone(browser_id, host, error)
                 return
+            patience = lease
             if event is not None:
                 self._seen[browser_id] = event.seq
                 await self._take_in(browser_id, event)

@@ -90,6 +90,42 @@ async def test_worker_that_is_silent_for_a_lease_is_killed_and_reported():
 
 
 @in_virtual_time
+async def test_new_worker_has_more_time_for_its_first_answer_only():
+    """Its process starts slowly on a busy machine; once it answers, its lease counts."""
+    parts = Parts()
+    await parts.open("b-0")
+    host = await parts.serve("b-0")
+    asked: list[float] = []
+
+    async def next_event(*asking):
+        asked.append(parts.wall())
+        await (asyncio.sleep(40) if len(asked) == 1 else asyncio.Event().wait())
+
+    host.next_event = next_event
+    parts.watches.begin("b-0", host, new=True)
+    await asyncio.sleep(41)
+    assert not host.killed
+    await asyncio.sleep(LEASE_SECONDS)
+    assert host.killed
+    assert len(asked) == 2
+
+
+@in_virtual_time
+async def test_new_worker_that_never_answers_is_given_up():
+    parts = Parts()
+    await parts.open("b-0")
+    host = await parts.serve("b-0")
+
+    async def next_event(*asking):
+        await asyncio.Event().wait()
+
+    host.next_event = next_event
+    parts.watches.begin("b-0", host, new=True)
+    await asyncio.sleep(61)
+    assert host.killed
+
+
+@in_virtual_time
 async def test_worker_that_is_let_go_is_watched_no_more():
     parts = Parts()
     await parts.open("b-0")
