@@ -36,7 +36,9 @@ async def _measure(report: Report, quick: bool, console: Console) -> None:
     async with BrowserPool({"chrome": 1}, level="low", backend="wasm") as pool:
         await pool.load("echo", _ECHO)
         launch = (await pool.state()).launches["chrome-0"]
-        driver = await asyncio.to_thread(attach, launch.driver_url, launch.session_id)
+        driver = await asyncio.to_thread(
+            attach, launch.driver_url, launch.session_id, Path(launch.profile)
+        )
         with Progress(console=console) as progress:
             for name, count in SIZES.items():
                 array = rng.standard_normal(count, dtype=np.float32)

@@ -83,6 +83,11 @@ def _hints(kind: BrowserType, facts: BrowserFacts) -> Iterable[str]:
             )
     elif facts.webgpu_software:
         yield "WebGPU is a software adapter: correct but slow, so only used with backend='webgpu'"
+    if not facts.private_network:
+        yield (
+            f"no private network ({facts.network_note}): every user of this machine can reach the "
+            "driver's port; see docs/security.md"
+        )
     if not facts.webnn:
         yield f"no WebNN ({facts.webnn_note.split(chr(10))[0][:100]})"
 

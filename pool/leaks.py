@@ -32,7 +32,8 @@ class Traces:
         """Record the processes, profiles and ports of launches; call it while they run."""
         for report in reports:
             self._profiles.add(report.profile)
-            self._ports.add(report.port)
+            if report.port:  # else it was one of a private network, which ends with its processes
+                self._ports.add(report.port)
             for name, pid in report.pids.items():
                 with contextlib.suppress(psutil.Error):
                     if pid:

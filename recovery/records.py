@@ -98,3 +98,5 @@ class BrowserFacts:
     webnn: bool = False
     webnn_note: str = ""
     user_agent: str = ""
+    private_network: bool = False  # nothing but loopback, and out of reach of other processes
+    network_note: str = ""  # why there is none

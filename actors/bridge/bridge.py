@@ -7,6 +7,7 @@ reports events through `on_event`.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -55,6 +56,10 @@ class Bridge:
         """Listen on `port` of loopback (0: any; also when `port` stays taken)."""
         await self._server.start(port)
 
+    async def listen(self, listener: socket.socket) -> None:
+        """Listen on a socket of a private network, instead of any other."""
+        await self._server.listen(listener)
+
     async def stop(self) -> None:
         """Close the sockets and the port."""
         self.end_page("the bridge stopped")
@@ -62,6 +67,7 @@ class Bridge:
 
     @property
     def port(self) -> int:
+        """The port on the shared loopback; 0 if it does not listen there."""
         return self._server.port
 
     def register(self, spec: ModelSpec) -> None:

@@ -1,4 +1,6 @@
-"""The HTTP server of one browser's page, bound to loopback, and its routes.
+"""The HTTP server of one browser's page, and its routes.
+
+It listens on loopback: the machine's, or that of the browser's private network.
 
 `actors.bridge.admission` does access control; the handlers of `sockets` handle messages. This
 module must not do either.
@@ -7,6 +9,7 @@ module must not do either.
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
@@ -36,39 +39,54 @@ class Server:
         self._files = files
         self._sockets = sockets
         self._runner: web.AppRunner | None = None
-        self.port = 0
+        self._site: web.BaseSite | None = None
+        self.port = 0  # on the machine's loopback
 
     async def start(self, port: int = 0) -> None:
         """Listen on `port` of loopback (0: any; also when `port` stays taken)."""
-        self._files.find()
-        app = web.Application(middlewares=[self._guard])
-        app.router.add_get("/enter/{ticket}", self._enter)
-        app.router.add_get("/", self._index)
-        for path, handler in self._sockets.items():
-            app.router.add_get(path, handler)
-        app.router.add_get("/{path:.*}", self._files.serve)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        await self._runner.setup()
+        runner = await self._ready()
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type(OSError), **PORT_FREES
             ):
                 with attempt:
-                    await self._listen(port)
+                    await self._begin(web.TCPSite(runner, "127.0.0.1", port))
         except (OSError, RetryError):
-            await self._listen(0)
+            await self._begin(web.TCPSite(runner, "127.0.0.1", 0))
+        self.port = runner.addresses[0][1]
 
-    async def _listen(self, port: int) -> None:
-        assert self._runner is not None
-        site = web.TCPSite(self._runner, "127.0.0.1", port)
+    async def listen(self, listener: socket.socket) -> None:
+        """Listen on a socket of a private network; the previous one is closed."""
+        runner = await self._ready()
+        site, self._site = self._site, None
+        if site is not None:
+            await site.stop()
+        self.port = 0
+        await self._begin(web.SockSite(runner, listener))
+
+    async def _ready(self) -> web.AppRunner:
+        if self._runner is None:
+            self._files.find()
+            app = web.Application(middlewares=[self._guard])
+            app.router.add_get("/enter/{ticket}", self._enter)
+            app.router.add_get("/", self._index)
+            for path, handler in self._sockets.items():
+                app.router.add_get(path, handler)
+            app.router.add_get("/{path:.*}", self._files.serve)
+            runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+            await runner.setup()
+            self._runner = runner
+        return self._runner
+
+    async def _begin(self, site: web.BaseSite) -> None:
         await site.start()
-        self.port = self._runner.addresses[0][1]
+        self._site = site
 
     async def stop(self) -> None:
         """Close the port."""
         if self._runner is not None:
             await self._runner.cleanup()
-            self._runner = None
+            self._runner = self._site = None
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -6,6 +6,7 @@ not interpret requests, nor classify the end of a page.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,8 +37,11 @@ class Page:
         self._bridge: Bridge | None = None
         self._requests = 0
 
-    async def serve(self, port: int) -> Bridge:
-        """The server of this slot, started if necessary; its port survives restarts."""
+    async def serve(self, port: int, listener: socket.socket | None = None) -> Bridge:
+        """The server of this slot, listening on `listener`, of the browser's private network.
+
+        Without one, it listens on `port` of the shared loopback, which survives restarts.
+        """
         if self._bridge is None:
             bridge = Bridge(
                 PageConfig(
@@ -48,8 +52,11 @@ class Page:
                 ),
                 self._on_event,
             )
-            await bridge.start(port)
             self._bridge = bridge
+        if listener is not None:
+            await self._bridge.listen(listener)
+        elif not self._bridge.port:
+            await self._bridge.start(port)
         return self._bridge
 
     @property

@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from actors.browser.incarnation import Incarnation
 from actors.driver.arguments import LaunchSettings
 from actors.driver.binaries import Binaries
-from actors.driver.engines import ENGINES
+from actors.driver.door import page_listener
+from actors.driver.environment import browser_environment
 from actors.driver.processes import BrowserProcesses, ProcessReaper, ReaperOrder
 from actors.driver.profiles import new_profile_path
 from actors.driver.session import Session, driver_command, free_port
 from actors.injection.injector import BrowserFailureInjector
-from recovery.errors import BrowserLost
+from recovery.errors import BrowserLost, LaunchFailed
 from recovery.records import HostRef
 
 _XVFB_ARGUMENTS = ("-screen", "0", "1024x768x24", "-nolisten", "tcp", "-noreset")
+
+PAGE_PORT = 80  # in a private network every page has the same port, and so the same origin
+_DOOR_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -51,33 +56,56 @@ class BrowserProcess:
         self._injector = injector
         self._watch = watch
         self._reaper: ProcessReaper | None = None
+        self._profile = Path()
+        self._driver_port = 0
         self._endings: set[asyncio.Task[None]] = set()
 
-    async def start(
+    async def start_driver(
         self,
         binaries: Binaries,
         settings: LaunchSettings,
         template: Path | None,
-    ) -> str:
-        """Start driver and browser on a new profile, and watch them. Returns the profile's path.
+    ) -> socket.socket | None:
+        """Start the driver on a new profile, and watch it.
 
-        Raises `LaunchFailed`.
+        Returns the socket at which the page's server must listen, if the browser has a private
+        network; else None. Raises `LaunchFailed`.
         """
         ref = self._incarnation.ref
         reaper = self._reaper = ProcessReaper()
-        profile, port = new_profile_path(), free_port()
+        profile, port = Path(new_profile_path()), free_port()
         order = ReaperOrder(
             driver_command(binaries, port),
             [binaries.xvfb, *_XVFB_ARGUMENTS] if binaries.xvfb else None,
-            profile,
+            str(profile),
             str(template) if template else None,
-            {**settings.environment, **_private_directories(binaries, Path(profile))},
+            browser_environment(
+                os.environ, profile, settings.environment, headless=settings.headless
+            ),
+            port,
+            PAGE_PORT,
         )
         await reaper.start(order, self._on_exit(ref, reaper))
-        started = self._injector.launched_with(binaries, Path(profile))
-        session = self.session = Session(settings, started, Path(profile))
         self.pids = {"driver": reaper.driver_pid}  # so that a driver that ends at once is detected
-        await session.start(port)
+        self._profile, self._driver_port = profile, port
+        if not reaper.private_network:
+            return None
+        try:
+            return await asyncio.to_thread(page_listener, profile, _DOOR_SECONDS)
+        except OSError as error:
+            raise LaunchFailed(f"the reaper of {ref} gave no socket: {error}") from error
+
+    async def start_browser(self, binaries: Binaries, settings: LaunchSettings) -> str:
+        """Start the browser of the running driver, and watch it. Returns the profile's path.
+
+        Raises `LaunchFailed`.
+        """
+        ref, reaper, profile = self._incarnation.ref, self._reaper, self._profile
+        if reaper is None:
+            raise LaunchFailed(f"the driver of {ref} has ended")
+        started = self._injector.launched_with(binaries, profile)
+        session = self.session = Session(settings, started, profile)
+        await session.start(self._driver_port)
         self.pids = {
             "driver": reaper.driver_pid,
             "browser": session.browser_pid or _only_child(reaper),
@@ -87,7 +115,17 @@ class BrowserProcess:
         for name in ("driver", "browser"):
             if self.pids[name]:
                 self._watch(self.pids[name], self._ended(ref, f"{name}_exited"))
-        return profile
+        return str(profile)
+
+    @property
+    def private_network(self) -> bool:
+        """Whether driver and browser have a network of their own, with nothing but loopback."""
+        return self._reaper is not None and self._reaper.private_network
+
+    @property
+    def network_note(self) -> str:
+        """Why they have none."""
+        return self._reaper.why_shared if self._reaper is not None else ""
 
     def _ended(self, ref: HostRef, what: str) -> Callable[[], None]:
         return lambda: self._incarnation.lost(ref, what)
@@ -140,11 +178,6 @@ class BrowserProcess:
         if self.session is None:
             raise BrowserLost(f"{self._incarnation.ref} is not running")
         return self.session
-
-
-def _private_directories(binaries: Binaries, profile: Path) -> Mapping[str, str]:
-    folders = ENGINES[binaries.kind].private_directories
-    return {variable: str(profile / folder) for variable, folder in folders.items()}
 
 
 def _only_child(reaper: ProcessReaper) -> int:

@@ -71,38 +71,44 @@ class Startup:
         binaries = find_binaries(kind, headless=self._config.headless)
         self._process.binaries = binaries
         settings = _with_order(host_settings(kind, self._config), order)
-        await self._page.serve(order.port)
         template = template_path(binaries, settings.gpu)
         if not template.is_dir():
-            await self._warm_template(binaries, settings, template)
+            await self._warm_template(binaries, settings, template, order.port)
             marks["template"] = self._clock()
-        profile = await self._start(binaries, settings, template)
+        profile = await self._start(binaries, settings, template, order.port)
         marks["browser"] = self._clock()
         await self._page_ready()
         marks["page"] = self._clock()
         if order.warm:
             await self._warm_page()
-        self._incarnation.facts, _ = await asyncio.gather(
-            self._facts(order, settings), self._watch_page(order.ref)
+        facts, _ = await asyncio.gather(self._facts(order, settings), self._watch_page(order.ref))
+        self._incarnation.facts = replace(
+            facts,
+            private_network=self._process.private_network,
+            network_note=self._process.network_note,
         )
         self._probed = settings
         marks["warm"] = self._clock()
         return profile, {b: marks[b] - marks[a] for a, b in itertools.pairwise(marks)}
 
     async def _start(
-        self, binaries: Binaries, settings: LaunchSettings, template: Path | None
+        self, binaries: Binaries, settings: LaunchSettings, template: Path | None, port: int
     ) -> str:
         """Start the browser and have it open the page. Returns the profile's path."""
-        bridge = self._page.bridge
-        # Chromium keys its code cache by origin. A made-up host that resolves to the slot's port
-        # gives every slot the same origin, so that one template serves them all.
-        host = f"127.0.0.1:{bridge.port}"
+        listener = await self._process.start_driver(binaries, settings, template)
+        bridge = await self._page.serve(port, listener)
+        # Chromium keys its code cache by origin. A made-up host gives every slot the same origin,
+        # so that one template serves them all; on the shared loopback, where each slot has a port
+        # of its own, that host is made to resolve to it.
+        authority = "127.0.0.1" if listener else f"127.0.0.1:{bridge.port}"
         if ENGINES[settings.kind].maps_hosts:
-            rule = f"--host-resolver-rules=MAP tabpool.localhost:80 127.0.0.1:{bridge.port}"
-            settings, host = settings.adjusted((rule,)), "tabpool.localhost"
-        enter = bridge.begin_epoch(self._incarnation.ref.epoch, host)
-        profile = await self._process.start(binaries, settings, template)
-        await self._process.require_session().open(f"http://{host}{enter}")
+            authority = "tabpool.localhost"
+            if not listener:
+                rule = f"--host-resolver-rules=MAP tabpool.localhost:80 127.0.0.1:{bridge.port}"
+                settings = settings.adjusted((rule,))
+        enter = bridge.begin_epoch(self._incarnation.ref.epoch, authority)
+        profile = await self._process.start_browser(binaries, settings)
+        await self._process.require_session().open(f"http://{authority}{enter}")
         return profile
 
     async def _page_ready(self) -> None:
@@ -132,13 +138,13 @@ class Startup:
         return known
 
     async def _warm_template(
-        self, binaries: Binaries, settings: LaunchSettings, template: Path
+        self, binaries: Binaries, settings: LaunchSettings, template: Path, port: int
     ) -> None:
         """Launch once on an empty profile, let caches fill, quit cleanly, and keep the profile."""
         async with template_lock(template):
             if await asyncio.to_thread(template.is_dir):
                 return  # another process created it while we waited
-            profile = await self._start(binaries, settings, None)
+            profile = await self._start(binaries, settings, None, port)
             await self._page_ready()
             await self._warm_page(_TEMPLATE_WARM_SECONDS)
             # Chromium writes compiled code to its cache when no function was optimised for 2 s.

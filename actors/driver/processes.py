@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -34,23 +34,22 @@ _ENDED_SECONDS = 6.0  # longer than the reaper's own limit
 
 @dataclass(frozen=True)
 class ReaperOrder:
-    """What a reaper must start, and the profile (a copy of `template`, if there is one)."""
+    """What a reaper must start, and the profile (a copy of `template`, if there is one).
+
+    `environment` holds all variables of the processes. With a `page_port` they get a private
+    network, if the system allows one, and the page's server listens on that port in it.
+    """
 
     driver: Sequence[str]
     xvfb: Sequence[str] | None
     profile: str
     template: str | None
     environment: Mapping[str, str]
+    driver_port: int = 0
+    page_port: int | None = None
 
     def line(self) -> bytes:
-        fields = {
-            "driver": list(self.driver),
-            "xvfb": list(self.xvfb) if self.xvfb else None,
-            "profile": self.profile,
-            "template": self.template,
-            "environment": dict(self.environment),
-        }
-        return json.dumps(fields).encode() + b"\n"
+        return json.dumps(asdict(self)).encode() + b"\n"
 
 
 class ProcessReaper:
@@ -59,6 +58,8 @@ class ProcessReaper:
     def __init__(self) -> None:
         self.pid = 0
         self.driver_pid = 0
+        self.private_network = False  # of the driver and the browser
+        self.why_shared = ""  # why they have none, if one was ordered
         self._stdin: asyncio.StreamWriter | None = None
         self._reader: asyncio.Task[None] | None = None
         self._done = False
@@ -78,6 +79,7 @@ class ProcessReaper:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            env=dict(order.environment),
             start_new_session=True,
         )
         assert launcher.stdin is not None
@@ -110,6 +112,8 @@ class ProcessReaper:
             match json.loads(line):
                 case {"started": int(pid), "what": "reaper"}:
                     self.pid = pid
+                case {"private_network": bool(private), "why": str(why)}:
+                    self.private_network, self.why_shared = private, why
                 case {"started": int(pid), "what": "driver"} if not started.done():
                     self.driver_pid = pid  # set before its exit can be reported
                     started.set_result(pid)

@@ -7,21 +7,32 @@ subreaper of its orphans (`PR_SET_CHILD_SUBREAPER`), so that processes which bro
 stay its descendants, and a session of its own, so that it gets no signal sent to the
 actor's process group. It must not import anything of the project.
 
-Input: one JSON line `{"driver": [argv], "xvfb": [argv] | null, "profile": directory to make,
-"template": directory to copy into it | null, "environment": {}}`. Output: JSON lines
-`{"started": pid, "what": "reaper" | "xvfb" | "driver"}`, `{"exited": pid, "status": n}`
-(negative: the signal's number), `{"error": text}`, and at the end `{"done": true}`.
+Where the system allows it, all of them live in a network namespace of their own that has nothing
+but a loopback interface: no other process reaches the driver or a debugging port, and the page
+reaches no network. Sockets that lead into it are handed out at `DOOR`, a Unix socket in the
+profile, which only its owner may enter: "page" (a listening socket, for the page's server) or
+"driver" (a connection to the driver).
+
+Input: one JSON line `{"driver": [argv], "driver_port": port, "xvfb": [argv] | null, "profile":
+directory to make, "template": directory to copy into it | null, "environment": all variables of
+the processes, "page_port": port | null (no namespace)}`. Output: JSON lines
+`{"started": pid, "what": "reaper" | "xvfb" | "driver"}`, `{"private_network": bool, "why": text}`,
+`{"exited": pid, "status": n}` (negative: the signal's number), `{"error": text}`, and at the end
+`{"done": true}`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import select
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -32,6 +43,13 @@ _PR_SET_PDEATHSIG = 1
 TEMPORARY = (
     "t"  # below the profile, for what browsers would leave in /tmp; short: sockets lie there
 )
+DOOR = f"{TEMPORARY}/door"  # in the profile: hands out sockets of the namespace
+_DOOR_SECONDS = 1.0  # for a visitor to say what it wants
+_VISITORS_MAX = 16  # waiting at the door
+_BACKLOG = 64  # connections of the page that wait to be accepted
+_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000  # linux/sched.h
+_SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1  # linux/sockios.h, linux/if.h
+_INTERFACE = "16sH14x"  # struct ifreq: name and flags
 _KILL_SECONDS = 4.0  # give up on a process that the kernel will not end (state D) after this
 _DISPLAY_SECONDS = 10.0
 _DISPLAY_END_SECONDS = 1.0
@@ -107,10 +125,121 @@ def _kill_all(groups: list[int], display: int) -> None:
         time.sleep(0.005)  # orphans are adopted one generation at a time
 
 
-def _start_display(argv: list[str]) -> tuple[subprocess.Popen[bytes], str]:
-    """Start Xvfb on a display that it chooses itself; returns it and the display's name."""
+# --- A network of its own --------------------------------------------------
+
+
+def enter_private_network() -> None:
+    """Move this process, and all that it starts, to a new network namespace with loopback only.
+
+    For a user who is not root, a user namespace owns it, in which that user's id stays the same.
+    Raises OSError where the system forbids it; the process may then have no network at all.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    try:
+        _unshare(_CLONE_NEWNET)
+    except PermissionError:
+        _unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{uid} {uid} 1"),
+            ("gid_map", f"{gid} {gid} 1"),
+        ):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        flags = fcntl.ioctl(control, _SIOCGIFFLAGS, struct.pack(_INTERFACE, b"lo", 0))
+        up = struct.unpack(_INTERFACE, flags)[1] | _IFF_UP
+        fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack(_INTERFACE, b"lo", up))
+
+
+def _unshare(flags: int) -> None:
+    if sys.platform != "linux":
+        raise OSError("this system has no network namespaces")
+    if ctypes.CDLL(None, use_errno=True).unshare(flags):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def why_no_private_network() -> str:
+    """Why the system forbids one, tried in a child; empty if it does not."""
     read_end, write_end = os.pipe()
-    xvfb = _spawn([*argv, "-displayfd", str(write_end)], dict(os.environ), (write_end,))
+    if not (child := os.fork()):
+        try:
+            enter_private_network()
+        except OSError as error:
+            os.write(write_end, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with open(read_end) as report:
+        why = report.read()
+    os.waitpid(child, 0)
+    return why
+
+
+class _Door:
+    """Hands out sockets of this process's network to those who may enter the profile."""
+
+    def __init__(self, listening: socket.socket, page: socket.socket, driver_port: int) -> None:
+        self.listening = listening
+        self._page = page
+        self._driver_port = driver_port
+
+    def serve_one(self) -> None:
+        """Answer one visitor: a socket, or the error number of the attempt to make one."""
+        with contextlib.suppress(OSError):  # a visitor may leave at any time
+            visitor, _ = self.listening.accept()
+            with visitor:
+                visitor.settimeout(_DOOR_SECONDS)
+                wanted = visitor.recv(16)
+                if wanted == b"page":
+                    socket.send_fds(visitor, [b"0"], [self._page.fileno()])
+                elif wanted == b"driver":
+                    self._send_driver(visitor)
+
+    def _send_driver(self, visitor: socket.socket) -> None:
+        try:
+            driver = socket.create_connection(("127.0.0.1", self._driver_port), _DOOR_SECONDS)
+        except OSError as error:
+            visitor.send(str(error.errno or 1).encode())
+            return
+        with driver:
+            socket.send_fds(visitor, [b"0"], [driver.fileno()])
+
+
+def _open_door(order: dict[str, Any]) -> _Door | None:
+    """A private network and the door to it, if the order wants one and the system allows it."""
+    if order["page_port"] is None:
+        return None
+    if why := why_no_private_network():
+        _say(private_network=False, why=why)
+        return None
+    enter_private_network()
+    page = socket.create_server(("127.0.0.1", order["page_port"]), backlog=_BACKLOG)
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(DOOR)  # a relative path: it must not have more than 107 characters
+    listening.listen(_VISITORS_MAX)
+    _say(private_network=True, why="")
+    return _Door(listening, page, order["driver_port"])
+
+
+# --- Processes -------------------------------------------------------------
+
+
+def _start_display(
+    argv: list[str], environment: dict[str, str]
+) -> tuple[subprocess.Popen[bytes], str]:
+    """Start Xvfb on a display that it chooses itself; returns it and the display's name.
+
+    It serves only those who can read a secret in the profile.
+    """
+    secret = os.path.abspath(f"{TEMPORARY}/xauthority")
+    with open(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(_authority(os.urandom(16)))
+    environment["XAUTHORITY"] = secret
+    read_end, write_end = os.pipe()
+    argv = [*argv, "-displayfd", str(write_end), "-auth", secret]
+    xvfb = _spawn(argv, environment, (write_end,))
     os.close(write_end)
     # It writes the number and the newline separately, and exits if it can't write the second.
     number = ""
@@ -123,6 +252,14 @@ def _start_display(argv: list[str]) -> tuple[subprocess.Popen[bytes], str]:
     if not number.endswith("\n"):
         raise OSError(f"{argv[0]} started no display")
     return xvfb, f":{number.strip()}"
+
+
+def _authority(cookie: bytes) -> bytes:
+    """An entry of an Xauthority file that is valid for every display (family "wild")."""
+    parts = (b"", b"", b"MIT-MAGIC-COOKIE-1", cookie)
+    return struct.pack(">H", 0xFFFF) + b"".join(
+        struct.pack(">H", len(part)) + part for part in parts
+    )
 
 
 def _spawn(
@@ -143,7 +280,8 @@ def _spawn(
 def _make_profile(profile: str) -> None:
     """Created here and not in the actor, so that it is removed even if the actor dies."""
     os.mkdir(profile, 0o700)
-    os.mkdir(os.path.join(profile, TEMPORARY))
+    os.chdir(profile)  # also for the processes: the actor's directory may vanish
+    os.mkdir(TEMPORARY, 0o700)
 
 
 def _fill_profile(profile: str, template: str | None) -> None:
@@ -161,6 +299,9 @@ def _fill_profile(profile: str, template: str | None) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:] == ["--why-no-private-network"]:
+        _say(why=why_no_private_network())
+        return
     if os.fork():
         os._exit(0)  # Ray kills direct children of a worker that ends; the reaper must survive
     _say(started=os.getpid(), what="reaper")
@@ -172,17 +313,17 @@ def main() -> None:
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
 
+    os.umask(0o077)
     order = json.loads(sys.stdin.buffer.readline() or b"{}")
     groups: list[int] = []
     display = 0
     try:
         if order:
             _make_profile(order["profile"])
-            temporary = os.path.join(order["profile"], TEMPORARY)
-            environment = {**os.environ, **order["environment"]}
-            environment.update(dict.fromkeys(("TMPDIR", "TMP", "TEMP"), temporary))
+            environment = dict(order["environment"])
+            door = _open_door(order)
             if order["xvfb"]:
-                xvfb, environment["DISPLAY"] = _start_display(order["xvfb"])
+                xvfb, environment["DISPLAY"] = _start_display(order["xvfb"], environment)
                 display = xvfb.pid
                 groups.append(display)
                 _say(started=display, what="xvfb")
@@ -190,11 +331,14 @@ def main() -> None:
             groups.append(driver.pid)
             _fill_profile(order["profile"], order["template"])  # while the driver starts
             _say(started=driver.pid, what="driver")
+            heard = [0, wake_read, *((door.listening,) if door else ())]
             while True:
-                ready, _, _ = select.select([0, wake_read], [], [])
+                ready, _, _ = select.select(heard, [], [])
                 if wake_read in ready:
                     os.read(wake_read, 4096)
                     _reap()
+                if door is not None and door.listening in ready:
+                    door.serve_one()
                 if 0 in ready and not os.read(0, 4096):
                     break  # the actor closed it, or has ended
     except OSError as error:

@@ -11,7 +11,6 @@ import asyncio
 import socket
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,10 +23,13 @@ from selenium.webdriver.firefox.remote_connection import FirefoxRemoteConnection
 from selenium.webdriver.remote.client_config import ClientConfig
 from selenium.webdriver.remote.remote_connection import RemoteConnection
 from tenacity import Retrying, retry_if_exception_type
+from urllib3 import HTTPConnectionPool, PoolManager
+from urllib3.connection import HTTPConnection
 from urllib3.exceptions import HTTPError
 
 from actors.driver.arguments import LaunchSettings
 from actors.driver.binaries import Binaries
+from actors.driver.door import Connect, driver_connection
 from actors.driver.engines import ENGINES
 from recovery.errors import BrowserLost, LaunchFailed
 from recovery.policies import DRIVER_ANSWERS
@@ -98,10 +100,11 @@ class Session:
 
     def _create(self, port: int) -> None:
         self.driver_url = url = f"http://127.0.0.1:{port}"
+        connect = driver_connection(self._profile, port)
         answers = Retrying(retry=retry_if_exception_type(OSError), **DRIVER_ANSWERS)
-        answers(_driver_ready, port)
+        answers(_driver_ready, connect)
         config = ClientConfig(url, keep_alive=True, timeout=CALL_SECONDS)
-        connection = _connection(self._engine.options(self._binaries.driver), config)
+        connection = _connection(self._engine.options(self._binaries.driver), config, connect)
         self._driver = webdriver.Remote(
             command_executor=connection,
             options=_options(self._settings, self._binaries, self._profile),
@@ -188,42 +191,65 @@ class Session:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
-def attach(driver_url: str, session_id: str) -> webdriver.Remote:
-    """Attach to a running session with a plain Selenium driver. Its owner must close it."""
+def attach(driver_url: str, session_id: str, profile: Path) -> webdriver.Remote:
+    """Attach to the running session of a profile with a plain Selenium driver.
+
+    Its owner must close it.
+    """
 
     class _Attached(webdriver.Remote):
         def start_session(self, capabilities: dict[str, Any]) -> None:
             self.session_id = session_id
 
     config = ClientConfig(driver_url, keep_alive=True, timeout=CALL_SECONDS * 3)
-    connection = RemoteConnection(client_config=config)
-    return _Attached(command_executor=connection, options=ArgOptions())
+    connect = driver_connection(profile, int(driver_url.rpartition(":")[2]))
+    return _Attached(command_executor=_connection("", config, connect), options=ArgOptions())
 
 
 # Drivers with commands of their own; the others speak plain WebDriver.
-_CONNECTIONS: Mapping[str, Callable[..., RemoteConnection]] = {
+_CONNECTIONS: Mapping[str, type[RemoteConnection]] = {
     "ChromeOptions": ChromeRemoteConnection,
     "EdgeOptions": EdgeRemoteConnection,
     "FirefoxOptions": FirefoxRemoteConnection,
 }
 
 
-def _connection(options: str, config: ClientConfig) -> RemoteConnection:
+def _connection(options: str, config: ClientConfig, connect: Connect) -> RemoteConnection:
+    kind: Any = _CONNECTIONS.get(options, RemoteConnection)
+
+    class Connection(kind):  # type: ignore[misc]
+        def _get_connection_manager(self) -> PoolManager:
+            return _manager(connect, config.timeout)
+
     if options in _CONNECTIONS:
-        return _CONNECTIONS[options](config.remote_server_addr, client_config=config)
-    return RemoteConnection(client_config=config)
+        connection = Connection(config.remote_server_addr, client_config=config)
+    else:
+        connection = Connection(client_config=config)
+    assert isinstance(connection, RemoteConnection)
+    return connection
 
 
-def _driver_ready(port: int) -> None:
-    # Not with urllib, which would use a proxy of the environment even for loopback.
-    connection = HTTPConnection("127.0.0.1", port, timeout=CALL_SECONDS)
-    try:
-        connection.request("GET", "/status")
-        connection.getresponse().read()
-    except HTTPException as error:
-        raise ConnectionError(str(error)) from error
-    finally:
-        connection.close()
+def _manager(connect: Connect, seconds: float) -> PoolManager:
+    """urllib3 over `connect`: never through a proxy, whatever the environment says."""
+
+    class Connection(HTTPConnection):
+        def connect(self) -> None:
+            self.sock = connect(seconds)
+
+    class Pool(HTTPConnectionPool):
+        ConnectionCls = Connection
+
+    manager = PoolManager(timeout=seconds)
+    manager.pool_classes_by_scheme = {"http": Pool}
+    return manager
+
+
+def _driver_ready(connect: Connect) -> None:
+    with _manager(connect, CALL_SECONDS) as manager:
+        try:
+            manager.request("GET", "http://127.0.0.1/status", retries=False)
+        except HTTPError as error:
+            raise ConnectionError(str(error)) from error
 
 
 def _first_line(error: BaseException) -> str:

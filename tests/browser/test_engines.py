@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 
 from actors.browser.host import BrowserHost
 from actors.driver.arguments import Gpu
+from actors.driver.profiles import cache_root
 from actors.messages import RunRequest
 from pool.models.bundled import minilm_folder, ocr_detector_path, silero_vad_path
 from pool.models.registry import read_model
@@ -216,3 +220,35 @@ async def test_a_driver_that_ends_at_once_is_a_launch_failure_that_says_so(
         async with launched(BrowserType.CHROME):
             pass
     assert time.monotonic() - began < 5.0
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+async def test_browser_shares_neither_network_nor_environment_of_its_worker(
+    kind: BrowserType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy that is not there, a home that can't be written, a secret, and strangers."""
+    monkeypatch.setenv("TABPOOL_CACHE", str(cache_root()))
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+        monkeypatch.setenv(name.upper(), "http://127.0.0.1:9")
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        monkeypatch.setenv(name, "/proc/nowhere")
+    monkeypatch.setenv("A_TOKEN", "not for browsers")
+    async with launched(kind) as (host, report):
+        ref = HostRef(f"{kind}-0", 0)
+        await host.load(ref, 1, spec_of("vad"), (Backend.WASM,))
+        assert await ask(host, ref, "op", "vad", inputs_of("vad"))
+        tree = host.process.tree().tree()
+        assert {report.pids["driver"], report.pids["browser"]} <= {each.pid for each in tree}
+        for process in tree:
+            values = set(process.environ().values())
+            assert not values & {"not for browsers", "http://127.0.0.1:9", "/proc/nowhere"}
+        if not report.facts.private_network:
+            pytest.skip(f"no private network here: {report.facts.network_note}")
+        networks = {os.readlink(f"/proc/{process.pid}/ns/net") for process in tree}
+        assert len(networks) == 1
+        assert os.readlink("/proc/self/ns/net") not in networks
+        assert report.port == 0
+        driver = ("127.0.0.1", int(report.driver_url.rpartition(":")[2]))
+        with socket.socket() as stranger:
+            assert stranger.connect_ex(driver) == errno.ECONNREFUSED

@@ -220,7 +220,9 @@ async def test_display_that_gives_no_number_is_a_failed_launch(family):
 
 async def test_driver_gets_the_display_that_was_started_for_it(family, tmp_path):
     xvfb = tmp_path / "xvfb"
-    xvfb.write_text('#!/bin/sh\necho 42 >&"$2"\nexec sleep 300\n')
+    xvfb.write_text(
+        f'#!/bin/sh\necho "$@" > {family.folder}/xvfb-arguments\necho 42 >&"$2"\nexec sleep 300\n'
+    )
     xvfb.chmod(0o755)
     script = f'echo "$DISPLAY" > {family.folder}/display; exec sleep 300'
     order = family.order("sh", "-c", script, xvfb=[str(xvfb)])
@@ -230,6 +232,9 @@ async def test_driver_gets_the_display_that_was_started_for_it(family, tmp_path)
     await until(lambda: (family.folder / "display").read_text() == ":42\n")
     family.pids = [process.pid for process in family.reaper.tree()]
     assert len(family.pids) == 2
+    secret = family.profile / "t/xauthority"
+    assert secret.stat().st_mode & 0o077 == 0
+    assert f"-auth {secret}" in (family.folder / "xvfb-arguments").read_text()
     await family.reaper.end()
     assert family.alive() == []
 
@@ -244,6 +249,8 @@ def test_order_is_one_line_of_json():
         "profile": "/p",
         "template": None,
         "environment": {"A": "b\nc"},
+        "driver_port": 0,
+        "page_port": None,
     }
 
 

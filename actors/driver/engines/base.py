@@ -6,8 +6,8 @@ A new engine is a module of this package with such a record, and a row of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,8 +48,6 @@ class Engine:
     maps_hosts: bool = False  # takes --host-resolver-rules, so that all slots share one origin
     takes_screenshots: bool = True
     covers_windows: bool = True  # a new tab hides the page; else its window is minimised
-    # Variables that point into the profile, for an engine that takes no profile argument.
-    private_directories: Mapping[str, str] = field(default_factory=dict)
 
 
 MAC = "/Applications"  # where macOS keeps programs

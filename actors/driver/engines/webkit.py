@@ -45,9 +45,4 @@ SAFARI = Engine(
     needs_display=True,
     takes_screenshots=False,  # its driver never answers to that, and is deaf to all else meanwhile
     covers_windows=False,  # a new tab stays behind the page
-    private_directories={
-        "XDG_CACHE_HOME": "cache",
-        "XDG_DATA_HOME": "data",
-        "XDG_CONFIG_HOME": "config",
-    },
 )
