@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from actors.driver.arguments import Gpu
+from actors.driver.arguments import Gpu, PrivateNetwork
 from recovery.breaker import BreakerConfig, RegistryConfig, Snapshot
 from recovery.failures import Failure
 from recovery.kinds import Backend, Readiness
@@ -23,6 +23,7 @@ class HostConfig:
     """The configuration of every browser of a pool."""
 
     headless: bool = True
+    private_network: PrivateNetwork = PrivateNetwork.AUTO
     gpu: Gpu = Gpu.OFF
     threads: int = 1  # wasm threads of a session
     queue_max: int = 16  # operations queued or running

@@ -12,6 +12,7 @@ gets the answer as soon as there is a browser (`asked_again`). A hang (SIGSTOP o
 processes) counts from its detection, `hang_seconds` after the fault. `network_kill` ends
 Chromium's network process, which drops every socket of a page that lives on. `noticed` is from a
 fault to the moment at which the worker (of a dead worker: the client) saw it, at both levels.
+`private_network_adds_to_...` compares browsers with a network of their own and without, in turn.
 """
 
 from __future__ import annotations
@@ -32,15 +33,18 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from actors.browser.host import BrowserHost
 from actors.browser.startup import host_settings
+from actors.driver.arguments import PrivateNetwork
 from actors.driver.binaries import find_binaries
 from actors.driver.processes import BrowserProcesses
-from actors.messages import HostConfig
+from actors.messages import HostConfig, LaunchOrder
 from benchmarks.faults import ENGINES, FAULTS, Fault, Question, make_question, struck
 from benchmarks.plain_selenium import PlainSelenium
 from benchmarks.report import Report, quantile, run
 from pool import BrowserPool
 from recovery.kinds import BrowserType
+from recovery.records import HostRef
 from recovery.supervision import RestartLimit
 
 _T = TypeVar("_T")
@@ -191,6 +195,7 @@ async def _normal_path(
         "medium": {"level": "medium"},
         "unrecorded": {"level": "medium", "history": False},
         "twin": {"level": "medium"},  # as "medium": what two equal pools differ by is noise
+        "shared": {"level": "low", "private_network": "off"},
     }
     rounds = 200 if quick else 1000
     x = np.random.default_rng(0).standard_normal(128, dtype=np.float32)
@@ -214,7 +219,7 @@ async def _normal_path(
                 if not np.array_equal(result.outputs["y"], x):
                     raise AssertionError("the page sent back other numbers")
             progress.advance(task)
-    low, medium, unrecorded, twin = (statistics.median(took[side]) for side in sides)
+    low, medium, unrecorded, twin, shared = (statistics.median(took[side]) for side in sides)
     report.add(
         "medium_adds_to_an_operation_p50",
         medium - low,
@@ -233,6 +238,41 @@ async def _normal_path(
         met=cost < 1,
     )
     report.add("noise_of_that", abs(medium / twin - 1) * 100, "%")
+    report.add("private_network_adds_to_an_operation_p50", low - shared, "ms", baseline=shared)
+
+
+async def _launches(report: Report, quick: bool, progress: Progress) -> None:
+    """What a private network adds to a launch: the same browser with and without, in turn."""
+    rounds = 3 if quick else 11
+    choices = (PrivateNetwork.REQUIRED, PrivateNetwork.OFF)
+    task = progress.add_task("launches", total=rounds * len(ENGINES))
+    for kind in ENGINES:
+        took: dict[PrivateNetwork, list[float]] = {choice: [] for choice in choices}
+        for _ in range(rounds):
+            for choice in choices:
+                took[choice].append(await _launch_ms(kind, choice))
+            progress.advance(task)
+        private, shared = (statistics.median(took[choice]) for choice in choices)
+        report.add(
+            f"private_network_adds_to_a_launch_of_{kind}_p50",
+            private - shared,
+            "ms",
+            baseline=shared,
+            ratio=private / shared,
+            goal="at most 50 ms",
+            met=private - shared <= 50,
+        )
+
+
+async def _launch_ms(kind: BrowserType, choice: PrivateNetwork) -> float:
+    config = HostConfig(lease_seconds=600.0, private_network=choice)
+    host = BrowserHost(f"{kind}-0", kind, config, lambda: None)
+    try:
+        began = time.perf_counter()
+        await host.launch(LaunchOrder(HostRef(f"{kind}-0", 0), term=1))
+        return (time.perf_counter() - began) * 1e3
+    finally:
+        await host.stop()
 
 
 async def _measure(report: Report, quick: bool, console: Console) -> None:
@@ -243,6 +283,7 @@ async def _measure(report: Report, quick: bool, console: Console) -> None:
         options = {"backend": "wasm", "state_dir": folder}
         for kind in ENGINES:
             await _faults(report, quick, kind, options, progress)
+        await _launches(report, quick, progress)
         await _normal_path(report, quick, options, progress)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from actors.driver.arguments import Gpu
+from actors.driver.arguments import Gpu, PrivateNetwork
 from actors.messages import HostConfig
 from recovery.breaker import BreakerConfig, RegistryConfig
 from recovery.errors import BadInput, LevelUnavailable
@@ -55,6 +55,7 @@ _WORDS: Mapping[str, Sequence[str]] = {
     "level": [str(level) for level in Level],
     "backend": BACKENDS,
     "when_full": ["wait", "error"],
+    "private_network": [str(choice) for choice in PrivateNetwork],
 }
 
 
@@ -70,6 +71,9 @@ class PoolConfig:
     max_connections: int = 32  # maximum number of browsers, over all types
     max_recovery_attempts: int = 3  # per operation; 4 times that for lost connections and workers
     headless: bool = True  # False shows the browsers' windows
+    # A network of their own for driver and browser: "auto" (where the system allows it), "off" (so
+    # that other programs of this machine can reach them), "required" (else they are not launched).
+    private_network: Literal["auto", "off", "required"] = "auto"
     backend: str = "auto"  # or "wasm", "webgpu", "webnn", forced for every model
     threads: int = 1  # wasm threads per session; more helps with few browsers on many cores
     deadline: float = 60.0  # default deadline of an operation
@@ -205,6 +209,7 @@ class PoolConfig:
             gpu = Gpu.SOFTWARE  # slow, but requested
         return HostConfig(
             headless=self.headless,
+            private_network=PrivateNetwork(self.private_network),
             gpu=gpu,
             threads=self.threads,
             queue_max=self.queue_max,

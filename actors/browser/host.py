@@ -89,7 +89,9 @@ class BrowserHost:
         page_process = PageProcess(clock)
         self.page = page = Page(incarnation, config, lambda event: self._watch.page_event(event))
         self._watch = Watch(incarnation, page, page_process, config, clock, self._out_of_touch)
-        self.process = BrowserProcess(incarnation, self._injector, self._watch.process)
+        self.process = BrowserProcess(
+            incarnation, self._injector, self._watch.process, config.private_network
+        )
         self._models = models = LoadedModels(
             incarnation, page, page_process, breakers, self._injector, config, clock
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.browser.incarnation import Incarnation
-from actors.driver.arguments import LaunchSettings
+from actors.driver.arguments import LaunchSettings, PrivateNetwork
 from actors.driver.binaries import Binaries
 from actors.driver.door import page_listener
 from actors.driver.environment import browser_environment
@@ -22,7 +22,7 @@ from actors.driver.processes import BrowserProcesses, ProcessReaper, ReaperOrder
 from actors.driver.profiles import new_profile_path
 from actors.driver.session import Session, driver_command, free_port
 from actors.injection.injector import BrowserFailureInjector
-from recovery.errors import BrowserLost, LaunchFailed
+from recovery.errors import BrowserLost, LaunchFailed, SetupError
 from recovery.records import HostRef
 
 _XVFB_ARGUMENTS = ("-screen", "0", "1024x768x24", "-nolisten", "tcp", "-noreset")
@@ -48,6 +48,7 @@ class BrowserProcess:
         incarnation: Incarnation,
         injector: BrowserFailureInjector,
         watch: Callable[[int, Callable[[], None]], None],
+        private: PrivateNetwork,
     ) -> None:
         self.binaries: Binaries | None = None
         self.session: Session | None = None
@@ -55,6 +56,7 @@ class BrowserProcess:
         self._incarnation = incarnation
         self._injector = injector
         self._watch = watch
+        self._private = private
         self._reaper: ProcessReaper | None = None
         self._profile = Path()
         self._driver_port = 0
@@ -69,7 +71,7 @@ class BrowserProcess:
         """Start the driver on a new profile, and watch it.
 
         Returns the socket at which the page's server must listen, if the browser has a private
-        network; else None. Raises `LaunchFailed`.
+        network; else None. Raises `LaunchFailed`, or `SetupError` if it must have one and can't.
         """
         ref = self._incarnation.ref
         reaper = self._reaper = ProcessReaper()
@@ -83,12 +85,18 @@ class BrowserProcess:
                 os.environ, profile, settings.environment, headless=settings.headless
             ),
             port,
-            PAGE_PORT,
+            None if self._private is PrivateNetwork.OFF else PAGE_PORT,
         )
         await reaper.start(order, self._on_exit(ref, reaper))
         self.pids = {"driver": reaper.driver_pid}  # so that a driver that ends at once is detected
         self._profile, self._driver_port = profile, port
         if not reaper.private_network:
+            if self._private is PrivateNetwork.REQUIRED:
+                raise SetupError(
+                    f"this system allows no private network ({reaper.why_shared}), and "
+                    "private_network='required': allow user namespaces, or choose 'auto'; "
+                    "docs/security.md says what that means"
+                )
             return None
         try:
             return await asyncio.to_thread(page_listener, profile, _DOOR_SECONDS)
@@ -125,6 +133,8 @@ class BrowserProcess:
     @property
     def network_note(self) -> str:
         """Why they have none."""
+        if self._private is PrivateNetwork.OFF:
+            return "private_network='off'"
         return self._reaper.why_shared if self._reaper is not None else ""
 
     def _ended(self, ref: HostRef, what: str) -> Callable[[], None]:

@@ -23,6 +23,14 @@ class Gpu(StrEnum):
     SOFTWARE = "software"
 
 
+class PrivateNetwork(StrEnum):
+    """Whether driver and browser get a network of their own: if possible, never, or else fail."""
+
+    AUTO = "auto"
+    OFF = "off"
+    REQUIRED = "required"
+
+
 @dataclass(frozen=True)
 class LaunchSettings:
     """How to launch one browser.
