@@ -57,12 +57,16 @@ class Server:
 
     async def listen(self, listener: socket.socket) -> None:
         """Listen on a socket of a private network; the previous one is closed."""
-        runner = await self._ready()
-        site, self._site = self._site, None
-        if site is not None:
-            await site.stop()
-        self.port = 0
-        await self._begin(web.SockSite(runner, listener))
+        try:
+            runner = await self._ready()
+            site, self._site = self._site, None
+            if site is not None:
+                await site.stop()
+            self.port = 0
+            await self._begin(web.SockSite(runner, listener))
+        except BaseException:
+            listener.close()
+            raise
 
     async def _ready(self) -> web.AppRunner:
         if self._runner is None:

@@ -98,10 +98,14 @@ class BrowserProcess:
                     "docs/security.md says what that means"
                 )
             return None
+        asked = asyncio.ensure_future(asyncio.to_thread(page_listener, profile, _DOOR_SECONDS))
         try:
-            return await asyncio.to_thread(page_listener, profile, _DOOR_SECONDS)
+            return await asyncio.shield(asked)
         except OSError as error:
             raise LaunchFailed(f"the reaper of {ref} gave no socket: {error}") from error
+        except asyncio.CancelledError:
+            asked.add_done_callback(_close)
+            raise
 
     async def start_browser(self, binaries: Binaries, settings: LaunchSettings) -> str:
         """Start the browser of the running driver, and watch it. Returns the profile's path.
@@ -188,6 +192,12 @@ class BrowserProcess:
         if self.session is None:
             raise BrowserLost(f"{self._incarnation.ref} is not running")
         return self.session
+
+
+def _close(asked: asyncio.Future[socket.socket]) -> None:
+    """Close a socket that came too late."""
+    if not asked.cancelled() and asked.exception() is None:
+        asked.result().close()
 
 
 def _only_child(reaper: ProcessReaper) -> int:

@@ -245,8 +245,8 @@ async def test_browser_shares_neither_network_nor_environment_of_its_worker(
             assert not values & {"not for browsers", "http://127.0.0.1:9", "/proc/nowhere"}
         if not report.facts.private_network:
             pytest.skip(f"no private network here: {report.facts.network_note}")
+        # Sandboxed processes of an engine may have networks of their own, without even loopback.
         networks = {os.readlink(f"/proc/{process.pid}/ns/net") for process in tree}
-        assert len(networks) == 1
         assert os.readlink("/proc/self/ns/net") not in networks
         assert report.port == 0
         driver = ("127.0.0.1", int(report.driver_url.rpartition(":")[2]))
