@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -39,6 +41,23 @@ _MARKS = (
 )
 
 
+def pytest_configure() -> None:
+    """Give each of several test processes (`-n 2`) folders of its own.
+
+    By them it tells its browsers, and Ray's clusters, from those of the others.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker:
+        folder = Path("/tmp") / f"tabpool-{worker}-{os.getpid()}"
+        folder.mkdir(mode=0o700)
+        os.environ["TMPDIR"] = os.environ["RAY_TMPDIR"] = tempfile.tempdir = str(folder)
+
+
+def pytest_unconfigure() -> None:
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/browser" in str(item.path):
@@ -54,7 +73,7 @@ def require(kind: BrowserType) -> None:
 
 
 def our_processes() -> dict[int, str]:
-    """Every driver, browser, display and reaper that was started by this project."""
+    """Every driver, browser, display and reaper that was started by this test process's pools."""
     found = {}
     for process in psutil.process_iter(["pid", "cmdline", "name", "status"]):
         line = " ".join(process.info["cmdline"] or ())
@@ -62,7 +81,25 @@ def our_processes() -> dict[int, str]:
         if process.info["status"] != psutil.STATUS_ZOMBIE and (
             named or any(mark in line for mark in _MARKS)
         ):
-            found[process.info["pid"]] = line[:120]
+            with contextlib.suppress(psutil.Error):
+                if _is_ours(process, line):
+                    found[process.info["pid"]] = line[:120]
+    return found
+
+
+def _is_ours(process: psutil.Process, line: str) -> bool:
+    """Whether it has a profile in this process's temporary directory: another's has its own."""
+    own = os.path.join(tempfile.gettempdir(), "tabpool-profile-")
+    return own in line or process.environ().get("TMPDIR", "").startswith(own)
+
+
+def stale_displays() -> set[str]:
+    """Locks of X displays whose server has ended."""
+    found = set()
+    for lock in glob.glob("/tmp/.X*-lock"):
+        with contextlib.suppress(OSError, ValueError):
+            if not psutil.pid_exists(int(Path(lock).read_text())):
+                found.add(lock)
     return found
 
 
@@ -73,13 +110,13 @@ _FILES = (
     "rust_mozprofile*",
     "Temp-*",
     "WebKit*",
-    ".X11-unix/X*",
 )
 
 
 def our_files() -> set[str]:
     folder = tempfile.gettempdir()
-    return {path for mark in _FILES for path in glob.glob(os.path.join(folder, mark))}
+    found = {path for mark in _FILES for path in glob.glob(os.path.join(folder, mark))}
+    return found | stale_displays()
 
 
 def wait_gone(condition: Callable[[], object], seconds: float = GONE_SECONDS) -> None:
