@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from actors.browser.host import BrowserHost
@@ -238,16 +240,19 @@ async def test_browser_shares_neither_network_nor_environment_of_its_worker(
         ref = HostRef(f"{kind}-0", 0)
         await host.load(ref, 1, spec_of("vad"), (Backend.WASM,))
         assert await ask(host, ref, "op", "vad", inputs_of("vad"))
-        tree = host.process.tree().tree()
-        assert {report.pids["driver"], report.pids["browser"]} <= {each.pid for each in tree}
-        for process in tree:
-            values = set(process.environ().values())
+        environments, networks = {}, {}
+        for process in host.process.tree().tree():
+            with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):  # it has ended
+                environments[process.pid] = process.environ()
+                networks[process.pid] = os.readlink(f"/proc/{process.pid}/ns/net")
+        assert {report.pids["driver"], report.pids["browser"]} <= networks.keys()
+        for environment in environments.values():
+            values = set(environment.values())
             assert not values & {"not for browsers", "http://127.0.0.1:9", "/proc/nowhere"}
         if not report.facts.private_network:
             pytest.skip(f"no private network here: {report.facts.network_note}")
         # Sandboxed processes of an engine may have networks of their own, without even loopback.
-        networks = {os.readlink(f"/proc/{process.pid}/ns/net") for process in tree}
-        assert os.readlink("/proc/self/ns/net") not in networks
+        assert os.readlink("/proc/self/ns/net") not in networks.values()
         assert report.port == 0
         driver = ("127.0.0.1", int(report.driver_url.rpartition(":")[2]))
         with socket.socket() as stranger:
