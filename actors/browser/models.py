@@ -119,8 +119,9 @@ class LoadedModels:
                 reply = await self._page.ask("load", self._order(spec, backends), asked)
         except TimeoutError as error:
             raise PageError(
-                f"{spec.name} was not loaded within {self._config.load_seconds:g} s; "
-                "raise `load_seconds` or cut the model into shards",
+                f"{spec.name} was not loaded and warmed up within {self._config.load_seconds:g} s; "
+                "raise `load_seconds`, pass `example=` (made-up inputs may be slow ones) or cut "
+                "the model into shards",
                 what="load_failed",
             ) from error
         numeric = self._numeric_id(reply.body)
@@ -146,7 +147,11 @@ class LoadedModels:
             "model": spec.name,
             "digest": spec.digest,
             "files": [
-                {"url": model_url(spec, number), "path": file.name, "integrity": integrity(file)}
+                {
+                    "url": model_url(spec, number),
+                    "paths": [file.name, *file.spellings],
+                    "integrity": integrity(file),
+                }
                 for number, file in enumerate(spec.files)
             ],
             "backends": [str(each) for each in worth_trying(backends, self._incarnation.facts)],
