@@ -24,7 +24,7 @@ from actors.messages import HostConfig
 from recovery.errors import PageError
 from recovery.kinds import Backend
 from recovery.records import BrowserFacts, HostRef, NumericId
-from sharding.models.known_answers import KnownAnswer, difference, question
+from sharding.models.known_answers import ASK_NOTHING, KnownAnswer, difference, question
 from sharding.models.signature import ModelSpec, digest_of
 
 _CHECKED_MAX = 1024  # files of models that are known to be unchanged
@@ -114,6 +114,8 @@ class LoadedModels:
         await asyncio.to_thread(check_unchanged, spec, self._checked)
         used = self._process.measure()
         asked = question(spec, known)
+        if known == ASK_NOTHING:
+            known = None
         try:
             async with asyncio.timeout(self._config.load_seconds):
                 reply = await self._page.ask("load", self._order(spec, backends), asked)

@@ -25,7 +25,7 @@ from sharding.cutting.graph import Graph, Node, graph_of, load_proto
 from sharding.cutting.layers import LayerMap, map_layers
 from sharding.cutting.liveness import ShapeOf
 from sharding.cutting.manifest import MANIFEST_NAME, Cache, Manifest, Shard, ShardFile
-from sharding.models.signature import ModelSpec, TensorSpec, read_signature
+from sharding.models.signature import ModelSpec, TensorSpec, external_name, read_signature
 
 INLINE_BYTES_MAX = 1024  # a smaller weight stays in the graph, where shape inference sees it
 
@@ -417,7 +417,7 @@ def _embed(source: _Source, tensor: TensorProto) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     length = int(entries.get("length") or 0)
     if not length:  # to the end of the file
-        size = (source.path.parent / entries["location"]).stat().st_size
+        size = _external_file(source, entries).stat().st_size
         length = size - int(entries.get("offset") or 0)
     tensor.raw_data = b"".join(_pieces(source, entries, length))
     del tensor.external_data[:]
@@ -425,7 +425,7 @@ def _embed(source: _Source, tensor: TensorProto) -> None:
 
 
 def _pieces(source: _Source, entries: dict[str, str], length: int) -> Iterator[bytes]:
-    file = source.path.parent / entries["location"]
+    file = _external_file(source, entries)
     with file.open("rb") as stream:
         stream.seek(int(entries.get("offset") or 0))
         while length > 0:
@@ -440,6 +440,10 @@ def _pieces(source: _Source, entries: dict[str, str], length: int) -> Iterator[b
                 )
             yield piece
             length -= len(piece)
+
+
+def _external_file(source: _Source, entries: dict[str, str]) -> Path:
+    return source.path.parent / external_name(entries["location"])
 
 
 def _write_graph(path: Path, model: onnx.ModelProto) -> ShardFile:

@@ -16,7 +16,7 @@ import numpy as np
 from sharding.models.frames import Array
 from sharding.models.inputs import warmup_bytes, warmup_inputs
 from sharding.models.known_tensors import KnownTensor, whole
-from sharding.models.reference import ReferenceRun, RunLimits
+from sharding.models.reference import ReferenceRun, RunLimits, Unanswered
 from sharding.models.signature import ModelSpec
 
 INPUT_BYTES_MAX = 1 << 20  # of the inputs: they are sent with every order to load the model
@@ -38,9 +38,14 @@ class KnownAnswer:
     outputs: Mapping[str, KnownTensor]
 
 
+# In the place of a known answer: no made-up inputs suit the model, or they cost too much. It is
+# loaded without being run, since what the native runtime could not bear may end a browser.
+ASK_NOTHING = KnownAnswer({}, {})
+
+
 @dataclass(frozen=True)
 class Recorded:
-    """A known answer, or `why` there is none."""
+    """A known answer, or `why` there is none (None, or `ASK_NOTHING`)."""
 
     answer: KnownAnswer | None
     why: str = ""
@@ -89,8 +94,8 @@ class Recording:
         if not self._candidates:
             return Recorded(None, f"its inputs are larger than {INPUT_BYTES_MAX >> 20} MiB")
         found = self._reference.run()
-        if isinstance(found, str):
-            return Recorded(None, found)
+        if isinstance(found, Unanswered):
+            return Recorded(None if found.suits else ASK_NOTHING, found.why)
         return Recorded(KnownAnswer(whole(self._candidates[found.number]), found.outputs))
 
     def stop(self) -> None:

@@ -57,6 +57,14 @@ class Answered:
     outputs: Mapping[str, KnownTensor]
 
 
+@dataclass(frozen=True)
+class Unanswered:
+    """Why there are no outputs, and whether the last candidate may suit the model all the same."""
+
+    why: str
+    suits: bool = False
+
+
 class ReferenceRun:
     """One process for one model at `path`. `run` once; `stop` ends it, from any thread."""
 
@@ -78,18 +86,19 @@ class ReferenceRun:
         self._late = False
         self._process: subprocess.Popen[bytes] | None = None
 
-    def run(self) -> Answered | str:
+    def run(self) -> Answered | Unanswered:
         """The outputs for the first of the candidates that suits the model, or why there are none.
 
         Blocks.
         """
         with self._guard:
             if self._stopped:
-                return "it was no longer wanted"
+                return Unanswered("it was no longer wanted")
             try:
                 self._process = process = self._started()
             except (OSError, ValueError) as error:
-                return f"the process that runs native onnxruntime could not be started: {error}"
+                why = f"the process that runs native onnxruntime could not be started: {error}"
+                return Unanswered(why, suits=True)
         timer = threading.Timer(self._clock_max, self._end_late)
         timer.daemon = True
         timer.start()
@@ -136,18 +145,18 @@ class ReferenceRun:
                 stdin.close()
             return said
 
-    def _outcome(self, said: bytes, status: int) -> Answered | str:
+    def _outcome(self, said: bytes, status: int) -> Answered | Unanswered:
         if self._stopped and not self._late:
-            return "it was no longer wanted"
+            return Unanswered("it was no longer wanted")
         if self._late or status == -signal.SIGXCPU:
-            return f"it took longer than {self._seconds_max} s"
+            return Unanswered(f"it took longer than {self._seconds_max} s")
         try:
             found: dict[str, Any] = json.loads(said)
         except ValueError:
             mib = self._bytes_max >> 20
-            return f"its process ended ({_in_words(status)}); it may take {mib:,} MiB"
+            return Unanswered(f"its process ended ({_in_words(status)}); it may take {mib:,} MiB")
         if "why" in found:
-            return str(found["why"])
+            return Unanswered(str(found["why"]), bool(found["suits"]))
         outputs = {
             name: KnownTensor(kept["dtype"], tuple(kept["shape"]), kept["stride"], kept["data"])
             for name, kept in found["outputs"].items()

@@ -68,29 +68,31 @@ def _lower(kind: int, soft: int, hard: int) -> None:
 def first_answer(path: str, candidates: Sequence[Mapping[str, Array]]) -> dict[str, Any]:
     """The number of the first candidate that the model answers twice alike, and the answer.
 
-    Without one, `why` says what was wrong with the last.
+    Without one, `why` says what was wrong with the last, and `suits` whether it suited the model.
     """
     session = NativeSession(path)
     try:
         session.open()
     except (NotAModel, MemoryError) as error:
-        return {"why": f"native onnxruntime does not take the model: {_words(error)}"}
-    why = "there were none"
+        why = f"native onnxruntime does not take the model: {_words(error)}"
+        return {"why": why, "suits": True}  # for all that is known
+    why, suits = "there were none", False
     for number, inputs in enumerate(candidates):
         try:
             first, second = (session.run(inputs) for _ in range(2))
         except (BadInput, PageError, MemoryError) as error:
-            why = _words(error)  # made-up inputs may not suit a model: zeros, perhaps
+            why, suits = _words(error), False  # zeros, perhaps
             continue
         if first and same_bits(first, second):
             kept = {name: asdict(tensor) for name, tensor in sampled(first).items()}
             return {"number": number, "outputs": kept}
-        why = "the model answers the same inputs differently each time"
-    return {"why": why}
+        why, suits = "the model answers the same inputs differently each time", True
+    return {"why": why, "suits": suits}
 
 
 def _words(error: Exception) -> str:
-    return (str(error) or type(error).__name__)[:_WORDS_MAX]
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words[:_WORDS_MAX].rstrip(".")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -267,9 +268,8 @@ def _external_data(path: Path, model: onnx.ModelProto) -> dict[str, _External]:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
-        pure = PurePosixPath(location)
-        # A backslash or a colon would mean something else on Windows.
-        if not location or pure.is_absolute() or ".." in pure.parts or set("\\:\0") & set(location):
+        name = external_name(location)
+        if not name:
             raise _refuse(
                 path,
                 f"external data at {location!r} (tensor {tensor.name!r})",
@@ -284,11 +284,20 @@ def _external_data(path: Path, model: onnx.ModelProto) -> dict[str, _External]:
                 f"and length {entries.get('length')!r}",
                 "integers there",
             ) from None
-        file = needed.setdefault(str(pure), _External())
+        file = needed.setdefault(name, _External())
         file.bytes_min = max(end, file.bytes_min)
-        if location != str(pure):
+        if location != name:
             file.spellings.add(location)
     return dict(sorted(needed.items()))
+
+
+def external_name(location: str) -> str:
+    """The name of an external data file, relative to the graph's folder, that a spelling means;
+    "" if it means none there."""
+    name = posixpath.normpath(location) if location else ""
+    # A backslash or a colon would mean something else on Windows.
+    outside = name.startswith(("/", "../")) or name in ("", ".", "..")
+    return "" if outside or set("\\:\0") & set(location) else name
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -175,7 +175,7 @@ async def test_external_data_is_found_however_the_graph_writes_its_name(
 ) -> None:
     async with launched(kind, warm_runs=1) as (host, _):
         ref = HostRef(f"{kind}-0", 0)
-        written = ("sub//w.bin", "./w.bin", ".//w.bin", "././w.bin", "sub/./w.bin")
+        written = ("sub//w.bin", "./w.bin", ".//w.bin", "././w.bin", "sub/../w.bin")
         for number, location in enumerate(written):
             path = tmp_path / str(number) / "m.onnx"
             models.external_model(path, locations=(location, "b.bin"))

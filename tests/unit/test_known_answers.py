@@ -14,6 +14,7 @@ from pool.models.registry import read_model
 from recovery.kinds import Backend
 from recovery.records import NumericId
 from sharding.models.known_answers import (
+    ASK_NOTHING,
     INPUT_BYTES_MAX,
     WARMUP_BYTES_MAX,
     KnownAnswer,
@@ -96,7 +97,7 @@ def test_answer_of_another_form_is_told(minilm, known):
 
 def test_model_that_no_made_up_input_suits_takes_an_example():
     spec = read_model("vad", silero_vad_path()).spec
-    assert Recording(spec).run().answer is None  # a sampling rate of 0
+    assert Recording(spec).run().answer == ASK_NOTHING  # a sampling rate of 0
     found = Recording(spec, FRAME).run().answer
     assert found is not None
     np.testing.assert_array_equal(question(spec, found)["sr"], FRAME["sr"])
@@ -155,13 +156,16 @@ def test_run_that_takes_more_memory_than_it_may_is_refused_with_what_it_wanted(t
     little = RunLimits(bytes_max=256 << 20)
     fits, too_much = {"size": np.array([1000])}, {"size": np.array([10**8])}
     assert reference(spec, [too_much, fits], little).number == 1
-    assert "llocat" in reference(spec, [too_much], little)
+    found = reference(spec, [too_much], little)
+    assert "llocat" in found.why
+    assert not found.suits
 
 
 def test_run_that_takes_longer_than_it_may_is_ended(tmp_path):
     spec = read_signature(models.looping_model(tmp_path / "m.onnx"), name="m")
     found = Recording(spec, limits=RunLimits(seconds_max=1)).run()
-    assert (found.answer, found.why) == (None, "it took longer than 1 s")
+    assert (found.answer, found.why) == (ASK_NOTHING, "it took longer than 1 s")
+    assert question(spec, found.answer) == {}, "no browser is asked it either"
 
 
 def test_process_that_waits_and_does_not_compute_is_ended_by_the_clock(tmp_path, monkeypatch):
@@ -170,7 +174,7 @@ def test_process_that_waits_and_does_not_compute_is_ended_by_the_clock(tmp_path,
     monkeypatch.setattr("sharding.models.reference._PROGRAM", "waits")
     monkeypatch.syspath_prepend(str(tmp_path))
     limits = RunLimits(seconds_max=1, clock_factor=1)
-    assert reference(X_ONLY, [{}], limits) == "it took longer than 1 s"
+    assert reference(X_ONLY, [{}], limits).why == "it took longer than 1 s"
 
 
 def test_process_that_dies_is_an_answer_that_there_is_not(tmp_path, monkeypatch):
@@ -178,7 +182,7 @@ def test_process_that_dies_is_an_answer_that_there_is_not(tmp_path, monkeypatch)
     dying.write_text("import os\nos.kill(os.getpid(), 11)\n")
     monkeypatch.setattr("sharding.models.reference._PROGRAM", "dies")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert "SIGSEGV" in reference(X_ONLY, [{}], RunLimits())
+    assert "SIGSEGV" in reference(X_ONLY, [{}], RunLimits()).why
 
 
 def test_recording_that_nobody_waits_for_is_stopped(tmp_path):
@@ -188,7 +192,7 @@ def test_recording_that_nobody_waits_for_is_stopped(tmp_path):
         running = threads.submit(recording.run)
         recording.stop()  # before it has begun, or while it runs
         found = running.result(timeout=30)
-    assert (found.answer, found.why) == (None, "it was no longer wanted")
+    assert found.why == "it was no longer wanted"
 
 
 def test_model_whose_inputs_are_too_large_to_be_made_up_is_not_even_tried(tmp_path):

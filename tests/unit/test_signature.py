@@ -102,6 +102,7 @@ def test_external_data_in_a_subfolder_and_in_a_subgraph(tmp_path):
         (".//w.bin", "w.bin"),
         ("././w.bin", "w.bin"),
         ("sub/./w.bin", "sub/w.bin"),
+        ("sub/../w.bin", "w.bin"),
         ("sub/w.bin", "sub/w.bin"),
     ],
 )
@@ -177,7 +178,9 @@ def test_outputs_that_no_message_carries_are_refused_with_the_limit(
         check_carried(replace(spec, inputs=many, outputs=()))
 
 
-@pytest.mark.parametrize("location", ["../w.data", "/tmp/w.data", "a/../../w", "C:w", "a\\w", ""])
+@pytest.mark.parametrize(
+    "location", ["../w.data", "/tmp/w.data", "a/../../w", "C:w", "a\\w", "", ".", "a/.."]
+)
 def test_external_data_outside_the_folder_is_refused(tmp_path, location):
     path = models.external_model(tmp_path / "m" / "model.onnx")
     model = onnx.load(path, load_external_data=False)
