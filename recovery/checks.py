@@ -58,8 +58,8 @@ def number(
         and not (below and plain == most)
     ):
         return value if type(value) in (int, float) else plain
-    first = f"{'above' if above else 'from'} {_plain(least)}"
-    last = f"{'below ' if below else ''}{_plain(most)}"
+    first = f"above {_plain(least)} up" if above else f"from {_plain(least)}"
+    last = f"below {_plain(most)}" if below else _plain(most)
     raise refusal(name, f"{what} {first} to {last}", value)
 
 
