@@ -217,7 +217,12 @@ class DataLink:
         frame = await self.ask(Frame("run", exchange, body=body, tensors=tensors))
         if frame.kind != "reply":
             raise BrowserLost(str(frame.body.get("refused", "refused")), what="refused")
-        reply = _REPLY.validate_python(dict(frame.body))
+        try:
+            reply = _REPLY.validate_python(dict(frame.body))
+        except ValueError as error:
+            raise BrowserLost(
+                f"the worker's answer can't be read: {error}", what="bad_frame"
+            ) from error
         return replace(reply, outputs=frame.tensors) if reply.answered else reply
 
     async def ask(self, frame: Frame) -> Frame:

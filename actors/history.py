@@ -12,24 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recovery.errors import BadInput, PoolError
+from recovery.errors import PoolError
+from recovery.history.questions import checked_options
 from recovery.history.samples import Sample
 from recovery.history.schema import VIEWS
 from recovery.history.store import HistoryStore, HistoryUnavailable
 from recovery.history.tracker import PerformanceHistoryTracker
 
 _FLUSH_SECONDS = 1.0
-# What can be asked: methods of the tracker, and views by their names.
-QUESTIONS = (
-    "analyze_performance_trends",
-    "failure_patterns",
-    "get_performance_recommendations",
-    "recommend_browser",
-    "rung_outcomes",
-    "statistics",
-    "success_rates",
-    *VIEWS,
-)
 
 
 class HistoryKeeper:
@@ -68,12 +58,7 @@ class HistoryKeeper:
     async def ask(self, question: str, **options: Any) -> Any:
         """Answer from all that was added before: by a method of `PerformanceHistoryTracker`, or
         with the rows of the view of that name. Raises `BadInput`."""
-        if question not in QUESTIONS:
-            raise BadInput(
-                f"history answers {', '.join(QUESTIONS)}, not {question!r}.",
-                expected=list(QUESTIONS),
-                got=question,
-            )
+        options = checked_options(question, options)
         store = self._require()
         await asyncio.to_thread(store.flush)
         tracker = PerformanceHistoryTracker(store)

@@ -112,7 +112,13 @@ class Relay:
         if route is None:
             return  # its caller is gone, or has another route by now
         self._routes.move_to_end((sequence, stage))  # the oldest goes first: by use
-        hop = route.hop
+        try:
+            await self._take(route, frame)
+        except CallerError as error:  # also of what no message can carry
+            self._failed(route, frame, str(error), "bad_call")
+
+    async def _take(self, route: _Route, frame: Frame) -> None:
+        hop, sequence, stage = route.hop, frame.op_id, route.hop.stage
         order = StepOrder(
             sequence, "step", hop.fence, frame.position, frame.step, hop.choice, hop.deltas
         )
@@ -125,11 +131,7 @@ class Relay:
             stage=order,
         )
         taken = {name: frame.tensors[name] for name in hop.takes if name in frame.tensors}
-        try:
-            reply: RunReply = await self._run(request, taken)
-        except CallerError as error:
-            self._failed(route, frame, str(error), "bad_call")
-            return
+        reply: RunReply = await self._run(request, taken)
         if reply.outputs is None:
             failure = reply.failure
             what = str(failure.evidence.get("what", "")) if failure else ""

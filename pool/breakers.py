@@ -12,8 +12,11 @@ from typing import Any
 
 from pool.browsers import Browsers
 from pool.connection import Connection
+from recovery import checks
 from recovery.breaker import BreakerSwitch, registry_metrics
 from recovery.errors import BadInput, BrowserLost
+
+_NAME_MAX = 256
 
 
 class Breakers:
@@ -43,14 +46,9 @@ class Breakers:
 
     async def switch(self, browser_id: str, to: str, model: str) -> None:
         """See `BrowserPool.switch_breaker`."""
-        try:
-            wanted = BreakerSwitch(to)
-        except ValueError:
-            raise BadInput(
-                f"to: expected one of {', '.join(BreakerSwitch)}, got {to!r}.",
-                expected=list(BreakerSwitch),
-                got=to,
-            ) from None
+        wanted = BreakerSwitch(checks.word("to", to, BreakerSwitch))
+        if model != "":
+            checks.text("model", model, _NAME_MAX)
         ref = self._browsers.serving(browser_id)
         status = next(status for status in self._browsers.hosts() if status.ref == ref)
         if model and model not in status.models:

@@ -10,11 +10,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from pool.connection import Connection, browser_ids, why_lost
+from recovery import checks
 from recovery.control import ALIVE, COMING, ModelPhase, Phase, PoolState, Repair
 from recovery.errors import BadInput
 from recovery.failures import Failure
 from recovery.kinds import RecoveryLevel
 from recovery.records import HostRef, HostStatus
+
+_ID_MAX = 128
 
 
 class Browsers:
@@ -29,6 +32,7 @@ class Browsers:
 
     def serving(self, browser_id: str) -> HostRef:
         """The current incarnation of this slot or its replacement. Raises `BadInput`."""
+        check_browser_id(browser_id)
         routing = self._connection.routing
         refs = {status.ref.browser_id: status.ref for status in routing.candidates()}
         records = routing.table.state.browsers if routing.table else {}
@@ -45,6 +49,7 @@ class Browsers:
 
     async def drain(self, browser_id: str) -> None:
         """See `BrowserPool.drain`."""
+        check_browser_id(browser_id)
         supervisor, routing = self._connection.require()
         table = routing.table
         if table is None or browser_id not in table.state.browsers:
@@ -60,6 +65,10 @@ class Browsers:
         self, browser_id: str, failure: Failure, start: RecoveryLevel | None
     ) -> Repair:
         """See `BrowserPool.repair`."""
+        check_browser_id(browser_id)
+        checks.instance("failure", failure, Failure, "a recovery.failures.Failure")
+        if start is not None:
+            start = RecoveryLevel(checks.whole("start", start, 1, len(RecoveryLevel), "a rung"))
         supervisor, routing = self._connection.require()
         if failure.ref is None:  # fix the incarnation, in case the call is repeated
             refs = {status.ref.browser_id: status.ref for status in routing.candidates()}
@@ -69,8 +78,9 @@ class Browsers:
     async def scale(self, browsers: Mapping[str, int]) -> None:
         """See `BrowserPool.scale`."""
         connection = self._connection
-        config, (supervisor, routing) = connection.config, connection.require()
-        counts = replace(config, browsers=dict(browsers)).kinds()
+        config = connection.config
+        counts = replace(config, browsers=browsers).kinds()
+        supervisor, routing = connection.require()
         table = await supervisor.table(connection.client)
         running = [
             record
@@ -102,6 +112,11 @@ class Browsers:
             table = await supervisor.table(connection.client)
             if table.state.browsers[browser_id].phase is Phase.GIVEN_UP and config.strict:
                 raise why_lost(table.state.browsers[browser_id])
+
+
+def check_browser_id(browser_id: object) -> None:
+    """Raises `BadInput` for what names no browser of any pool."""
+    checks.text("browser_id", browser_id, _ID_MAX)
 
 
 def _serve(state: PoolState, names: Mapping[str, object]) -> bool:

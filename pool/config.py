@@ -5,14 +5,15 @@ from __future__ import annotations
 import glob
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from actors.driver.arguments import Gpu, PrivateNetwork
 from actors.messages import HostConfig
+from recovery import checks
 from recovery.breaker import BreakerConfig, RegistryConfig
-from recovery.errors import BadInput, LevelUnavailable
+from recovery.errors import LevelUnavailable
 from recovery.history.config import HistoryConfig
 from recovery.kinds import Backend, BrowserType, Level, detect_browser_type
 from recovery.levels import BROWSERS_NEEDED, effective_level
@@ -22,6 +23,8 @@ from recovery.scaling import ScalingLimits
 from recovery.supervision import RestartLimit
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
+_ADDRESS_MAX = 256
+_BROWSERS_MAX = 10_000  # of one type; `max_connections` bounds the sum
 _WHOLE_NUMBERS = {
     "max_connections": (1, 10_000),
     "max_recovery_attempts": (1, 100),
@@ -30,17 +33,28 @@ _WHOLE_NUMBERS = {
     "waiting_max": (1, 1_000_000),
     "message_bytes_max": (1024, 2 << 30),
 }
+SECONDS_MAX = 86_400
+DEADLINE_MIN = 0.001
 _SECONDS: Mapping[str, tuple[float, float]] = {
-    "deadline": (0.001, 86_400),
-    "launch_seconds": (0.1, 86_400),
-    "load_seconds": (0.1, 86_400),
-    "hang_seconds": (0.1, 86_400),
+    "deadline": (DEADLINE_MIN, SECONDS_MAX),
+    "launch_seconds": (0.1, SECONDS_MAX),
+    "load_seconds": (0.1, SECONDS_MAX),
+    "hang_seconds": (0.1, SECONDS_MAX),
     "lease": (1, 3600),
-    "checkpoint_interval": (1, 86_400),
+    "checkpoint_interval": (1, SECONDS_MAX),
     "reconnect_seconds": (0.1, 600),
-    "hedge_seconds": (0.001, 86_400),
-    "probe_seconds": (0, 86_400),
+    "hedge_seconds": (0.001, SECONDS_MAX),
+    "probe_seconds": (0, SECONDS_MAX),
 }
+_FLAGS = (
+    "strict",
+    "headless",
+    "simulation",
+    "faults",
+    "history",
+    "persistent",
+    "dashboard",
+)
 _RECORDS: Mapping[str, type] = {
     "breaker": BreakerConfig,
     "model_breaker": BreakerConfig,
@@ -50,6 +64,26 @@ _RECORDS: Mapping[str, type] = {
     "restart_limit": RestartLimit,
 }
 _OPTIONAL = ("model_breaker",)
+# Of records that anybody may make, and that don't check themselves: the pool's own log makes some.
+_COUNT_MAX = 10**9
+_BYTES_MAX = 1 << 62
+_FIELDS: Mapping[str, Mapping[str, tuple[float, float]]] = {
+    "restart_limit": {
+        "restarts_max": (0, _COUNT_MAX),
+        "period_seconds": (0.0, SECONDS_MAX),
+        "delay_first_seconds": (0.0, SECONDS_MAX),
+        "delay_max_seconds": (0.0, SECONDS_MAX),
+        "launches_failed_max": (1, _COUNT_MAX),
+    },
+    "resources": {
+        "memory_low": (0.0, 1.0),
+        "memory_min": (0.0, 1.0),
+        "idle_seconds": (0.0, SECONDS_MAX),
+        "recycle_seconds": (0.0, 365 * SECONDS_MAX),
+        "recycle_operations": (0, _COUNT_MAX),
+        "recycle_bytes": (0, _BYTES_MAX),
+    },
+}
 BACKENDS = ("auto", "wasm", "webgpu", "webnn")
 _WORDS: Mapping[str, Sequence[str]] = {
     "level": [str(level) for level in Level],
@@ -57,6 +91,8 @@ _WORDS: Mapping[str, Sequence[str]] = {
     "when_full": ["wait", "error"],
     "private_network": [str(choice) for choice in PrivateNetwork],
 }
+_BROWSERS = 'a mapping such as {"chrome": 2, "firefox": 1}'
+_SCALING = 'a mapping such as {"chrome": (1, 4)}'
 
 
 @dataclass(frozen=True)
@@ -110,23 +146,63 @@ class PoolConfig:
     restart_limit: RestartLimit = field(default_factory=RestartLimit)
 
     def checked(self) -> PoolConfig:
-        """This configuration, if it is valid. Raises `BadInput` or `LevelUnavailable`."""
-        own_name: Any = self.name
-        if not isinstance(own_name, str) or (own_name and not _NAME.fullmatch(own_name)):
-            raise _bad("name", "1 to 48 letters, digits, '.', '_' or '-'", own_name)
-        for name, (low, high) in _WHOLE_NUMBERS.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                raise _bad(name, f"a whole number from {low} to {high}", value)
-        for name, (least, most) in _SECONDS.items():
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not least <= value <= most:
-                raise _bad(name, f"seconds from {least} to {most}", value)
-        for name, words in _WORDS.items():
-            if getattr(self, name) not in words:
-                raise _bad(name, f"one of {', '.join(words)}", getattr(self, name))
+        """This configuration with numbers as Python has them, if it is valid.
+
+        Raises `BadInput` or `LevelUnavailable`.
+        """
+        plain = {**self._numbers(), **self._words(), **self._records()}
+        changed = {name: value for name, value in plain.items() if value is not getattr(self, name)}
+        if changed:
+            return replace(self, **changed).checked()
+        self._check_together()
+        return self
+
+    def _numbers(self) -> dict[str, Any]:
+        wholes = {
+            name: checks.whole(name, getattr(self, name), low, high)
+            for name, (low, high) in _WHOLE_NUMBERS.items()
+        }
+        durations = {
+            name: checks.seconds(name, getattr(self, name), least, most)
+            for name, (least, most) in _SECONDS.items()
+        }
+        quantile = checks.number("hedge_quantile", self.hedge_quantile, 0.5, 1, below=True)
+        return {**wholes, **durations, "hedge_quantile": quantile}
+
+    def _words(self) -> dict[str, Any]:
+        name = _unless_empty(checks.text, "name", self.name, 48)
+        if name and not _NAME.fullmatch(name):
+            raise checks.refusal("name", "1 to 48 letters, digits, '.', '_' or '-'", name)
         strategy_order(self.strategy)
+        return {
+            "name": name,
+            "strategy": str(self.strategy),
+            "state_dir": _unless_empty(checks.path, "state_dir", self.state_dir),
+            "address": checks.optional(checks.text, "address", self.address, _ADDRESS_MAX),
+            **{
+                name: checks.word(name, getattr(self, name), words)
+                for name, words in _WORDS.items()
+            },
+            **{name: checks.flag(name, getattr(self, name)) for name in _FLAGS},
+        }
+
+    def _records(self) -> dict[str, Any]:
+        found = {}
+        for name, kind in _RECORDS.items():
+            value: Any = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                checks.instance(name, value, kind, f"a pool.{kind.__name__}")
+            for field_name, (least, most) in _FIELDS.get(name, {}).items():
+                known, whole = getattr(value, field_name), isinstance(least, int)
+                check: Any = checks.whole if whole else checks.number
+                plain = check(f"{name}.{field_name}", known, least, most)
+                if plain is not known:
+                    value = replace(value, **{field_name: plain})
+            found[name] = value
+        return found
+
+    def _check_together(self) -> None:
+        """What one option allows may depend on others."""
         least, most = self._bounds()
         needed = BROWSERS_NEEDED[self.level_effective]
         if self.adaptive_scaling and not (needed <= least and most <= self.max_connections):
@@ -134,23 +210,15 @@ class PoolConfig:
                 f"{needed} (for level {self.level_effective}) to {self.max_connections} "
                 "(max_connections) browsers in all"
             )
-            raise _bad("adaptive_scaling", all_in_all, (least, most))
-        for name, kind in _RECORDS.items():
-            value = getattr(self, name)
-            if not isinstance(value, kind) and not (name in _OPTIONAL and value is None):
-                raise _bad(name, f"a pool.{kind.__name__}", value)
+            raise checks.refusal("adaptive_scaling", all_in_all, (least, most))
         if self.persistent and self.address is None:
-            raise _bad("persistent", "an `address`: Ray started here ends with this process", True)
-        quantile: Any = self.hedge_quantile
-        if not isinstance(quantile, float) or not 0.5 <= quantile < 1:
-            raise _bad("hedge_quantile", "a number from 0.5 to below 1", quantile)
-        for name in ("simulation", "faults"):
-            flag: Any = getattr(self, name)
-            if not isinstance(flag, bool):
-                raise _bad(name, "True or False", flag)
+            why = "an `address`: Ray started here ends with this process"
+            raise checks.refusal("persistent", why, True)
         total = sum(self.kinds().values())
         if not 1 <= total <= self.max_connections:
-            raise _bad("browsers", f"1 to {self.max_connections} (max_connections)", total)
+            raise checks.refusal(
+                "browsers", f"1 to {self.max_connections} (max_connections)", total
+            )
         if self.strict and self.level_effective is not Level(self.level):
             needed = BROWSERS_NEEDED[Level(self.level)]
             raise LevelUnavailable(
@@ -159,17 +227,12 @@ class PoolConfig:
                 "strict=False to run at that level (results report it as level_effective).",
                 level=self.level,
             )
-        return self
 
     def kinds(self) -> dict[BrowserType, int]:
         """Number of browsers by type. Raises `BadInput`."""
         found: dict[BrowserType, int] = {}
-        wanted: Any = self.browsers
-        if not isinstance(wanted, Mapping):
-            raise _bad("browsers", 'a mapping such as {"chrome": 2, "firefox": 1}', wanted)
-        for name, count in wanted.items():
-            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-                raise _bad(f"browsers[{name!r}]", "a whole number of browsers", count)
+        for name, given in checks.mapping("browsers", self.browsers, _BROWSERS).items():
+            count = checks.whole(f"browsers[{name!r}]", given, 0, _BROWSERS_MAX)
             kind = detect_browser_type(str(name))
             found[kind] = found.get(kind, 0) + count
         return found
@@ -177,14 +240,14 @@ class PoolConfig:
     def scaling(self) -> dict[BrowserType, ScalingLimits]:
         """Minimum and maximum by type for adaptive scaling. Raises `BadInput`."""
         found: dict[BrowserType, ScalingLimits] = {}
-        wanted: Any = self.adaptive_scaling
-        if not isinstance(wanted, Mapping):
-            raise _bad("adaptive_scaling", 'a mapping such as {"chrome": (1, 4)}', wanted)
+        wanted = checks.mapping("adaptive_scaling", self.adaptive_scaling, _SCALING)
         for name, bounds in wanted.items():
-            whole = isinstance(bounds, tuple | list) and all(type(n) is int for n in bounds)
-            if not whole or len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
-                raise _bad(f"adaptive_scaling[{name!r}]", "(least, most) with 1 <= least", bounds)
-            found[detect_browser_type(str(name))] = ScalingLimits(*bounds)
+            option = f"adaptive_scaling[{name!r}]"
+            if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+                raise checks.refusal(option, "(least, most)", bounds)
+            least = checks.whole(f"{option}, the least", bounds[0], 1, _BROWSERS_MAX)
+            most = checks.whole(f"{option}, the most", bounds[1], least, _BROWSERS_MAX)
+            found[detect_browser_type(str(name))] = ScalingLimits(least, most)
         return found
 
     def _bounds(self) -> tuple[int, int]:
@@ -227,6 +290,11 @@ class PoolConfig:
         )
 
 
+def _unless_empty(check: Callable[..., str], name: str, value: Any, *more: Any) -> str:
+    empty = isinstance(value, str) and not value
+    return "" if empty else check(name, value, *more)
+
+
 def has_gpu() -> bool:
     """Whether this machine seems to have a GPU that browsers can use (macOS: always)."""
     return sys.platform == "darwin" or bool(glob.glob("/dev/dri/renderD*"))
@@ -237,12 +305,7 @@ def backend_order(wanted: str) -> tuple[Backend, ...]:
 
     Raises `BadInput` for an unknown back end.
     """
-    if wanted not in BACKENDS:
-        raise _bad("backend", f"one of {', '.join(BACKENDS)}", wanted)
+    wanted = checks.word("backend", wanted, BACKENDS)
     if wanted != "auto":
         return (Backend(wanted),)
     return (Backend.WEBNN, Backend.WEBGPU, Backend.WASM)
-
-
-def _bad(option: str, expected: str, got: object) -> BadInput:
-    return BadInput(f"{option}: expected {expected}, got {got!r}.", expected=expected, got=got)

@@ -10,8 +10,9 @@ from typing import Any
 
 from actors.messages import PageDiagnostics
 from actors.ray.connection import this_node
-from pool.browsers import Browsers
+from pool.browsers import Browsers, check_browser_id
 from pool.connection import Connection
+from recovery import checks
 from recovery.errors import FaultRefused
 from recovery.faults import FAULTS, Fault, FaultKind, FaultSite, Injected
 
@@ -25,6 +26,8 @@ class Diagnosis:
 
     async def diagnose(self, browser_id: str, *, screenshot: bool) -> PageDiagnostics:
         """See `BrowserPool.diagnose`."""
+        check_browser_id(browser_id)
+        screenshot = checks.flag("screenshot", screenshot)
         routing = self._connection.routing
         return await routing.diagnose(self._browsers.serving(browser_id), screenshot=screenshot)
 
@@ -34,10 +37,14 @@ class Diagnosis:
 
     async def inject(self, browser_id: str, fault: Mapping[str, Any]) -> None:
         """See `BrowserPool.inject`."""
+        check_browser_id(browser_id)
+        fault = checks.mapping("fault", fault, 'a mapping such as {"what": "lie", "times": 1}')
         await self._connection.routing.inject(self._browsers.serving(browser_id), fault)
 
     async def inject_fault(self, fault: Fault, *, gated: bool) -> Injected:
         """See `BrowserPool.inject_fault`."""
+        checks.instance("fault", fault, Fault, "a recovery.faults.Fault")
+        gated = checks.flag("gated", gated)
         supervisor, routing = self._connection.require()
         if FAULTS[fault.kind].place is FaultSite.SUPERVISOR:
             return await supervisor.inject(fault)

@@ -21,7 +21,7 @@ from pool.blocking import BlockingPool
 from pool.breakers import Breakers
 from pool.browsers import Browsers
 from pool.bundles import collect, write_bundle
-from pool.config import PoolConfig
+from pool.config import SECONDS_MAX, PoolConfig
 from pool.connection import Connection
 from pool.diagnosis import Diagnosis
 from pool.execution.runner import OperationRunner
@@ -32,14 +32,17 @@ from pool.operations.registry import OperationRegistry
 from pool.results import Result
 from pool.telemetry import telemetry
 from pool.view import PoolView, view_of
+from recovery import checks
 from recovery.control import PoolState, Repair
 from recovery.errors import BadInput, PoolClosed, PoolError
 from recovery.failures import Failure
 from recovery.faults import Fault, Injected
+from recovery.history.questions import checked_options
 from recovery.kinds import Level, ModelType, RecoveryLevel
 from recovery.records import HostStatus
 
 _CHANGE_SECONDS_MAX = 5.0
+_WHY_MAX = 2000  # characters
 
 
 class BrowserPool:
@@ -61,7 +64,8 @@ class BrowserPool:
                 got=unknown,
             )
         if browsers is not None:
-            options["browsers"] = dict(browsers)
+            mapping = isinstance(browsers, Mapping)
+            options["browsers"] = dict(browsers) if mapping else browsers
         config = PoolConfig(**options).checked()
         config = config if config.name else replace(config, name=f"pool-{secrets.token_hex(3)}")
         self.operations = OperationRegistry()  # where further operations are registered
@@ -142,6 +146,8 @@ class BrowserPool:
 
         Open it as usual. Closing it leaves the pool running. The pool's models can be used.
         """
+        checks.text("name", name, 48, "the name of a pool")
+        checks.text("address", address, 256, "the address of a Ray cluster")
         return cls(name=name, address=address, _owner=False, **options)
 
     def blocking(self) -> BlockingPool:
@@ -264,6 +270,7 @@ class BrowserPool:
 
     async def changed(self, seconds: float = _CHANGE_SECONDS_MAX) -> None:
         """Return when the pool's state has changed, or after `seconds`."""
+        seconds = checks.seconds("seconds", seconds, 0, SECONDS_MAX)
         await self._connection.routing.change(seconds)
 
     async def drain(self, browser_id: str) -> None:
@@ -348,6 +355,7 @@ class BrowserPool:
         `await pool.history("strategy_scores", error_type="crash")`. Raises `BadInput` for
         an unknown question or option, `PoolClosed` if this pool keeps no history.
         """
+        options = checked_options(question, options)
         self._connection.require()
         if self._connection.history is None:
             raise PoolClosed("this pool keeps no history (history=False, or it could not start)")
@@ -388,17 +396,17 @@ class BrowserPool:
         `with_data`. What is no longer available (a dead page's screenshot) is left out. Raises
         `UnknownModel`, and `OSError` if the file can't be written.
         """
-        found = await collect(
-            self,
-            result,
-            inputs,
-            entry=self._catalog.entry(result.model),
-            config=self.config,
-            why=why,
-            with_data=with_data,
-            chaos=chaos,
-        )
-        return await asyncio.to_thread(write_bundle, found, Path(path))
+        checks.instance("result", result, Result, "a Result of this pool")
+        inputs = checks.mapping("inputs", inputs, "the operation's inputs by name")
+        target = Path(checks.path("path", path))
+        chosen: Any = {
+            "why": checks.text("why", why, _WHY_MAX),
+            "with_data": checks.flag("with_data", with_data),
+            "chaos": checks.optional(checks.mapping, "chaos", chaos, "a mapping, or None"),
+        }
+        entry = self._catalog.entry(result.model)
+        found = await collect(self, result, inputs, entry=entry, config=self.config, **chosen)
+        return await asyncio.to_thread(write_bundle, found, target)
 
     async def diagnose(self, browser_id: str, *, screenshot: bool = True) -> PageDiagnostics:
         """Diagnostics of a browser's page: console, last frames' headers, a screenshot.

@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from pool.browsers import check_browser_id
+from recovery import checks
 from recovery.control import PoolState, Repair
 from recovery.errors import BadInput
 from recovery.failures import Failure, categorize_browser_failure
@@ -40,6 +42,10 @@ async def recover_browser(
     `categorize_browser_failure`). `repair.ready` is None if nothing helped, and `repair.steps`
     tells what was tried. Raises `BadInput` if the browser is not in service.
     """
+    check_browser_id(browser_id)
+    if not isinstance(error, BaseException | str):
+        raise checks.refusal("error", "an exception, or what happened as text", error)
+    context = checks.optional(checks.mapping, "context", context, "a mapping of facts")
     statuses = {status.ref.browser_id: status for status in pool.hosts()}
     if browser_id not in statuses:
         raise BadInput(

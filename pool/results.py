@@ -34,6 +34,9 @@ class RecoveryStep:
 class Result:
     """The result of one operation.
 
+    `values` are numpy arrays by name, in the order of the model's graph where they are its outputs;
+    text among them is `str`, or a list of `str` (nested, where it had more dimensions).
+
     `metrics` holds duration_ms (as seen by the caller), in_page_ms (the model's run), queue_ms (in
     the browser's queue and worker before it), bytes_in, bytes_out, attempts.
     """
@@ -52,8 +55,13 @@ class Result:
     error: str = ""
     simulated: bool = False
     metrics: Mapping[str, float] = field(default_factory=dict)
-    values: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict, repr=False)
+    values: Mapping[str, Any] = field(default_factory=dict, repr=False)
     stages: tuple[str, ...] = ()  # of a model in parts: the last browser of each part
+
+    def __post_init__(self) -> None:
+        texts = {name: value.tolist() for name, value in self.values.items() if _is_text(value)}
+        if texts:  # whatever operation made them
+            object.__setattr__(self, "values", {**self.values, **texts})
 
     @property
     def recovered(self) -> bool:
@@ -61,8 +69,9 @@ class Result:
         return self.success and self.original_error is not None
 
     @property
-    def outputs(self) -> Mapping[str, np.ndarray[Any, Any]]:
-        """The answer's arrays by name (read-only). Raises `OperationFailed` if it failed."""
+    def outputs(self) -> Mapping[str, Any]:
+        """The answer's `values` by name (arrays are read-only). Raises `OperationFailed` if it
+        failed."""
         if not self.success:
             raise OperationFailed(
                 f"{self.op} on {self.model} failed: {self.error}",
@@ -70,3 +79,8 @@ class Result:
                 recovery=self.recovery,
             )
         return self.values
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is an array of strings: of no dimension, it could not even be sliced."""
+    return isinstance(value, np.ndarray) and value.dtype.kind in "UT"

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from recovery.breaker import CircuitState
+from recovery.checks import shown
 from recovery.errors import BadInput
 from recovery.failures import Category, Failure, Scope
 from recovery.kinds import Level, RecoveryLevel, Strategy
@@ -101,10 +102,10 @@ def strategy_order(name: str) -> StrategyOrder:
     """The strategy of that name. Raises `BadInput`, listing the known names."""
     try:
         return STRATEGIES[name]
-    except KeyError:
+    except (KeyError, TypeError):  # TypeError: what is no key at all
         known = ", ".join(STRATEGIES)
         raise BadInput(
-            f"strategy: expected one of {known}, got {name!r}. Others can be registered with "
+            f"strategy: expected one of {known}, got {shown(name)}. Others can be registered with "
             "recovery.plan.register_strategy.",
             expected=list(STRATEGIES),
             got=name,

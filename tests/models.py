@@ -48,6 +48,90 @@ def pair_model(path: Path) -> Path:
     )
 
 
+def matching_model(path: Path, axis: str = "batch") -> Path:
+    """CLIP's form: per_image (images, texts) of int64 input_ids (texts, 4) and float32 pixel_values
+    (images, 4), where both call their first dimension `axis`."""
+    return save(
+        path,
+        [
+            helper.make_node("Cast", ["input_ids"], ["texts"], to=TensorProto.FLOAT),
+            helper.make_node("Transpose", ["texts"], ["columns"]),
+            helper.make_node("MatMul", ["pixel_values", "columns"], ["per_image"]),
+        ],
+        [
+            value("input_ids", TensorProto.INT64, (axis, 4)),
+            value("pixel_values", TensorProto.FLOAT, (axis, 4)),
+        ],
+        [value("per_image", TensorProto.FLOAT, (None, None))],
+    )
+
+
+def detector_model(path: Path) -> Path:
+    """scores float32 (n,), labels int64 (n,) and boxes float64 (n,), declared in this order, of a
+    float32 x (n,). (No two have elements of one size but the last two.)"""
+    return save(
+        path,
+        [
+            helper.make_node("Cast", ["x"], ["labels"], to=TensorProto.INT64),
+            helper.make_node("Cast", ["x"], ["boxes"], to=TensorProto.DOUBLE),
+            helper.make_node("Identity", ["x"], ["scores"]),
+        ],
+        [value("x", TensorProto.FLOAT, ("n",))],
+        [
+            value("scores", TensorProto.FLOAT, ("n",)),
+            value("labels", TensorProto.INT64, ("n",)),
+            value("boxes", TensorProto.DOUBLE, ("n",)),
+        ],
+    )
+
+
+def chatty_model(path: Path, outputs: int, name: str = "y{}") -> Path:
+    """Each of so many outputs is x, float32 (1,)."""
+    names = [name.format(number) for number in range(outputs)]
+    return save(
+        path,
+        [helper.make_node("Identity", ["x"], [each]) for each in names],
+        [value("x", TensorProto.FLOAT, (1,))],
+        [value(each, TensorProto.FLOAT, (1,)) for each in names],
+    )
+
+
+def sized_model(path: Path, numbers: int = 5) -> Path:
+    """total = the sum of as many ones as `size`, int64 (numbers,), asks for."""
+    one = numpy_helper.from_array(np.ones(1, np.float32))
+    return save(
+        path,
+        [
+            helper.make_node("ConstantOfShape", ["size"], ["ones"], value=one),
+            helper.make_node("ReduceSum", ["ones"], ["total"], keepdims=0),
+        ],
+        [value("size", TensorProto.INT64, (numbers,))],
+        [value("total", TensorProto.FLOAT, ())],
+    )
+
+
+def looping_model(path: Path) -> Path:
+    """y = x after a billion additions of nothing, float32 (1,)."""
+    one = value("step", TensorProto.INT64, ())
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go_on"], ["going"]),
+            helper.make_node("Mul", ["before", "one"], ["after"]),
+        ],
+        "body",
+        [one, value("go_on", TensorProto.BOOL, ()), value("before", TensorProto.FLOAT, (1,))],
+        [value("going", TensorProto.BOOL, ()), value("after", TensorProto.FLOAT, (1,))],
+        [numpy_helper.from_array(np.ones(1, np.float32), "one")],
+    )
+    return save(
+        path,
+        [helper.make_node("Loop", ["often", "", "x"], ["y"], body=body)],
+        [value("x", TensorProto.FLOAT, (1,))],
+        [value("y", TensorProto.FLOAT, (1,))],
+        [numpy_helper.from_array(np.array(10**9, np.int64), "often")],
+    )
+
+
 def external_model(path: Path, *, locations: tuple[str, str] = ("w.data", "b.data")) -> Path:
     """y = x * w + b for float32 x (4,), with w = 2 and b = 1 in a file each."""
     weights = []

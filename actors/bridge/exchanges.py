@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from actors.bridge.records import FrameSeen
 from actors.bridge.sockets import Sockets, fail_waiting
 from recovery.errors import BadFrame, BrowserLost, PageError
-from sharding.models.frames import Frame, decode, encode
+from sharding.models.frames import Frame, claimed_op_id, decode, encode
 
 WORK_SECONDS = 300.0  # default limit of one request
 _FRAMES_MAX = 64
@@ -63,17 +63,37 @@ class Exchanges:
         """Handle a message from a page of `epoch`, while that of `epoch_now` is expected."""
         try:
             frame = decode(data, bytes_max=self.reply_bytes_max)
-        except (BadFrame, TypeError) as error:
+        except BadFrame as error:
             self._complain(f"refused a frame: {error}")
+            if epoch == epoch_now:
+                self._unreadable(data, error)
             return
         if frame.epoch != epoch_now or epoch != epoch_now:
             self._complain(f"refused a frame of epoch {frame.epoch}")
             return
         self._note("from", frame)
-        self._answered(frame.op_id)
-        waiting = self._pending.pop(frame.op_id, None)
-        if waiting is not None and not waiting.done():  # else abandoned: its deadline passed
+        waiting = self._waiting_for(frame.op_id)
+        if waiting is not None:
             waiting.set_result(frame)
+
+    def _unreadable(self, data: Any, error: BadFrame) -> None:
+        """A reply that can't be decoded is one all the same: the page has done its work."""
+        claimed = claimed_op_id(data)
+        waiting = self._waiting_for(claimed if claimed in self._exchanges else "")
+        if waiting is not None:
+            waiting.set_exception(
+                PageError(f"the page's answer can't be read: {error}", what="bad_frame")
+            )
+
+    def _waiting_for(self, op_id: str) -> asyncio.Future[Frame] | None:
+        """Who waits for this reply; None if its deadline has passed.
+
+        A reply that does not say to what is one to the oldest request: they come in order.
+        """
+        op_id = op_id or next(iter(self._exchanges), "")
+        self._answered(op_id)
+        waiting = self._pending.pop(op_id, None)
+        return None if waiting is None or waiting.done() else waiting
 
     def _note(self, way: str, frame: Frame) -> None:
         tensors = tuple((name, a.dtype.name, a.shape) for name, a in frame.tensors.items())

@@ -24,7 +24,7 @@ from actors.messages import HostConfig
 from recovery.errors import PageError
 from recovery.kinds import Backend
 from recovery.records import BrowserFacts, HostRef, NumericId
-from sharding.models.known_answers import KnownAnswer, difference, question
+from sharding.models.known_answers import ASK_NOTHING, KnownAnswer, difference, question
 from sharding.models.signature import ModelSpec, digest_of
 
 _CHECKED_MAX = 1024  # files of models that are known to be unchanged
@@ -114,13 +114,16 @@ class LoadedModels:
         await asyncio.to_thread(check_unchanged, spec, self._checked)
         used = self._process.measure()
         asked = question(spec, known)
+        if known == ASK_NOTHING:
+            known = None
         try:
             async with asyncio.timeout(self._config.load_seconds):
                 reply = await self._page.ask("load", self._order(spec, backends), asked)
         except TimeoutError as error:
             raise PageError(
-                f"{spec.name} was not loaded within {self._config.load_seconds:g} s; "
-                "raise `load_seconds` or cut the model into shards",
+                f"{spec.name} was not loaded and warmed up within {self._config.load_seconds:g} s; "
+                "raise `load_seconds`, pass `example=` (made-up inputs may be slow ones) or cut "
+                "the model into shards",
                 what="load_failed",
             ) from error
         numeric = self._numeric_id(reply.body)
@@ -146,7 +149,11 @@ class LoadedModels:
             "model": spec.name,
             "digest": spec.digest,
             "files": [
-                {"url": model_url(spec, number), "path": file.name, "integrity": integrity(file)}
+                {
+                    "url": model_url(spec, number),
+                    "paths": [file.name, *file.spellings],
+                    "integrity": integrity(file),
+                }
                 for number, file in enumerate(spec.files)
             ],
             "backends": [str(each) for each in worth_trying(backends, self._incarnation.facts)],

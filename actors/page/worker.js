@@ -330,7 +330,8 @@ async function create({ files, caches }, backend, { warmRuns, warmMs }, tensors)
   const [ort, [bytes, ...others]] = await Promise.all([
     ready(backend), Promise.all(files.map(({ url, integrity }) => fetchBytes(url, integrity))),
   ]);
-  const externalData = others.map((data, at) => ({ path: files[at + 1].path, data }));
+  // Under every name that the graph has for a file: the runtime compares them as they are written.
+  const externalData = others.flatMap((data, at) => files[at + 1].paths.map((path) => ({ path, data })));
   const begun = performance.now();
   const session = await ort.InferenceSession.create(bytes, {
     executionProviders: [backend], graphOptimizationLevel: "all", externalData,
@@ -503,20 +504,20 @@ async function warm(ort, { backend, seconds = 0 }) {
 const ABORTED = /\bAborted\(|memory access out of bounds|unreachable executed|table index is out of bounds/;
 const isAborted = (error) => error instanceof WebAssembly.RuntimeError || ABORTED.test(String(error));
 
-const describe = (error) => (error?.message ? `${error.name}: ${error.message}` : String(error));
+const WORDS_MAX = 8000; // characters of an error's text: what quotes a model's names may be of any length
+const describe = (error) => (error?.message ? `${error.name}: ${error.message}` : String(error)).slice(0, WORDS_MAX);
 
 let queue = Promise.resolve();
 function receive(buffer, socket) {
-  let frame;
-  try {
-    frame = decode(buffer);
-  } catch (error) {
-    send(socket, { kind: "error", body: { what: "bad_frame", message: describe(error) } });
-    return;
-  }
   queue = queue.then(async () => {
     if (socket.readyState !== WebSocket.OPEN) return; // nobody waits for this any more
-    let reply;
+    let frame, reply;
+    try {
+      frame = decode(buffer);
+    } catch (error) { // in its turn, by which it is known whose reply this is
+      send(socket, { kind: "error", body: { what: "bad_frame", message: describe(error) } });
+      return;
+    }
     try {
       reply = await handle(frame, socket);
     } catch (error) {

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from pool.execution.answering import Tensors
 from pool.execution.requests import PartRequests
@@ -60,7 +61,7 @@ class Composition:
             raise PartFailed(f"{spec.name}: {result.error}")
         return result.values
 
-    async def answer(self, work: Awaitable[Mapping[str, Array]]) -> Result:
+    async def answer(self, work: Awaitable[Mapping[str, Any]]) -> Result:
         """What `work` makes of the parts' answers, or why it can't.
 
         Raises `PoolBusy`, and a `CallerError` as long as no part was asked.
@@ -74,7 +75,7 @@ class Composition:
                 raise
             return self._result(error=f"what a part answered can't be used: {error}")
 
-    def _result(self, values: Mapping[str, Array] | None = None, error: str = "") -> Result:
+    def _result(self, values: Mapping[str, Any] | None = None, error: str = "") -> Result:
         results = [result for _, result in self._results]
         answered = [result for result in results if result.success]
         last = answered[-1] if answered else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pool.execution.composition import Composition, PartFailed
 from pool.execution.requests import PartRequests
@@ -65,7 +66,7 @@ class PlacedModel:
         """The outputs of one of the model's components. Only within `answer`."""
         raise self._refused("has no components")
 
-    async def answer(self, work: Awaitable[Mapping[str, Array]]) -> Result:
+    async def answer(self, work: Awaitable[Mapping[str, Any]]) -> Result:
         """The one result of `work`, which asks the model; a part that has no answer ends it.
 
         Raises `PoolBusy`, and a `CallerError` as long as nothing was asked.
@@ -96,7 +97,7 @@ class WholeModel(PlacedModel):
             raise PartFailed(self._result.error)
         return self._result.values
 
-    async def answer(self, work: Awaitable[Mapping[str, Array]]) -> Result:
+    async def answer(self, work: Awaitable[Mapping[str, Any]]) -> Result:
         try:
             values = await work
         except PartFailed:
@@ -114,7 +115,7 @@ class _InParts(PlacedModel):
         super().__init__(entry, call)
         self._composition = Composition(call.requests, call.op_id, entry, call.op, call.seconds)
 
-    async def answer(self, work: Awaitable[Mapping[str, Array]]) -> Result:
+    async def answer(self, work: Awaitable[Mapping[str, Any]]) -> Result:
         return await self._composition.answer(work)
 
 
@@ -142,7 +143,7 @@ class ComponentModel(_InParts):
 class SequenceModel(PlacedModel):
     """A decoder that was cut: its stages hold caches, so only texts go through it."""
 
-    async def answer(self, work: Awaitable[Mapping[str, Array]]) -> Result:
+    async def answer(self, work: Awaitable[Mapping[str, Any]]) -> Result:
         await work  # which refuses whatever it asks
         raise InternalError(f"{self.call.op} got an answer from a model that gives none")
 

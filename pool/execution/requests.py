@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,7 +21,8 @@ from recovery.failures import Failure
 from recovery.kinds import Level
 from recovery.levels import REDUNDANT
 from recovery.records import HostRef
-from sharding.models.frames import Frame, encoded_size
+from sharding.models.frames import Array, Frame, encoded_size
+from sharding.models.inputs import unequal_dimensions
 from sharding.models.signature import ModelSpec
 
 
@@ -56,7 +57,7 @@ class PartRequests:
     async def request(
         self, op_id: str, op: str, spec: ModelSpec, tensors: Tensors, seconds: float
     ) -> Result:
-        """The one answer of one part within `seconds`, its outputs as they are.
+        """The one answer of one part within `seconds`: its outputs, in the order of its graph.
 
         Raises `PoolBusy`, and `MessageTooLarge`.
         """
@@ -75,7 +76,15 @@ class PartRequests:
         )
         result, reply = await answering.run(tensors, seconds)
         if result.success and reply is not None:
-            result = replace(result, values=reply.outputs or {})
+            result = replace(result, values=in_graph_order(spec, reply.outputs or {}))
             if result.original_error is None:  # of a late one, so long at least
                 self.latencies.note(kind, result.metrics["duration_ms"] / 1e3)
+        elif unequal := unequal_dimensions(spec, tensors):
+            result = replace(result, error=f"{result.error} (of these inputs, {unequal})")
         return replace(result, metrics={**result.metrics, "bytes_in": float(size)})
+
+
+def in_graph_order(spec: ModelSpec, outputs: Mapping[str, Array]) -> dict[str, Array]:
+    """The outputs as the graph declares them: on their way they were sorted by element size."""
+    declared = [output.name for output in spec.outputs if output.name in outputs]
+    return {**{name: outputs[name] for name in declared}, **outputs}

@@ -11,6 +11,7 @@ import random
 import secrets
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from actors.messages import RunReply, RunRequest
 from actors.ray.metrics import ClientMetrics
 from actors.supervisor.records import SupervisorConfig
 from pool.background import BackgroundTasks
+from pool.config import DEADLINE_MIN, SECONDS_MAX
 from pool.connection import Connection
 from pool.execution.answering import Rules, Simulate, Tensors
 from pool.execution.follow_up import FaultyBrowsers, ParkedModels
@@ -31,7 +33,8 @@ from pool.models.registry import ModelEntry
 from pool.operations.registry import OperationRegistry
 from pool.recorder import Recorder
 from pool.results import Result
-from recovery.errors import BadInput, MessageTooLarge, PageError, PoolBusy
+from recovery import checks
+from recovery.errors import MessageTooLarge, PageError, PoolBusy
 from recovery.kinds import Level, Strategy
 from recovery.levels import LEVELS_ASCENDING
 from recovery.records import HostRef
@@ -41,6 +44,19 @@ from sharding.sequences.rules import PipelineRules
 
 _OP_ID_MAX = 128
 _COUNTED = ("requested", "answered", "recovered", "simulated", "failed", "refused")
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """What a caller may set for one call, as it applies. `deadline`: seconds, if any were given.
+
+    `simulation`: whether native answers are not forbidden.
+    """
+
+    deadline: float | None
+    op_id: str
+    level: Level
+    simulation: bool
 
 
 class OperationRunner:
@@ -104,9 +120,10 @@ class OperationRunner:
         simulation: bool | None = None,
     ) -> Result:
         """See `BrowserPool.run_with_recovery`."""
+        options = self._options(deadline, op_id, level, simulation)
         self._connection.require()
         entry, operation = self._catalog.entry(model), self._operations.get(op)
-        call = self._call(entry, op, deadline, op_id, level, simulation)
+        call = self._call(entry, op, options)
         prepared = operation.prepare(entry, inputs, self._catalog.encoder(entry.name))
         placed = place(entry, call, lambda: self._catalog.part_specs(entry))
         with self._counted():
@@ -126,9 +143,12 @@ class OperationRunner:
         on_begin: Callable[[Callable[[], SequenceView]], None] | None = None,
     ) -> AsyncGenerator[GeneratedToken]:
         """See `BrowserPool.stream`."""
+        options = self._options(None, op_id, level, None)
+        checks.function("on_result", on_result)
+        checks.function("on_begin", on_begin)
         self._connection.require()
         entry, operation = self._catalog.entry(model), self._operations.get(op)
-        call = self._call(entry, op, None, op_id, level, None)
+        call = self._call(entry, op, options)
         prepared = operation.prepare(entry, inputs, self._catalog.encoder(entry.name))
         placed = place(entry, call, lambda: self._catalog.part_specs(entry))
         sequence = operation.stream(placed, prepared)
@@ -145,57 +165,41 @@ class OperationRunner:
                 if on_result is not None:
                     on_result(result)
 
-    def _call(
-        self,
-        entry: ModelEntry,
-        op: str,
-        deadline: float | None,
-        op_id: Any,
-        level: str | None,
-        simulation: bool | None,
-    ) -> Call:
-        config, routing = self._connection.config, self._connection.routing
-        seconds = config.deadline if deadline is None else deadline
-        if not seconds > 0:
-            raise BadInput(f"deadline: expected seconds over 0, got {seconds!r}.", got=seconds)
-        if op_id is not None and not (isinstance(op_id, str) and 0 < len(op_id) <= _OP_ID_MAX):
-            raise BadInput(
-                f"op_id: expected text of 1 to {_OP_ID_MAX} characters, got {op_id!r}.", got=op_id
-            )
-        wanted = self._level_of_call(level)
-        if simulation and not config.simulation:
-            raise BadInput(
-                "simulation: this pool forbids native answers; make it with simulation=True.",
-                got=simulation,
-            )
+    def _options(self, deadline: Any, op_id: Any, level: Any, simulation: Any) -> CallOptions:
+        """The options of one call. Raises `BadInput`, also while the pool is not open."""
+        config, pools = self._connection.config, self._connection.level
+        held = LEVELS_ASCENDING[: LEVELS_ASCENDING.index(pools) + 1]
+        if level is not None and not (isinstance(level, str) and level in held):
+            expected = f"one that this pool holds ({', '.join(held)})"
+            raise checks.refusal("level", expected, level)
+        if checks.optional(checks.flag, "simulation", simulation) and not config.simulation:
+            expected = "None or False (this pool was not made with simulation=True)"
+            raise checks.refusal("simulation", expected, simulation)
+        return CallOptions(
+            checks.optional(checks.seconds, "deadline", deadline, DEADLINE_MIN, SECONDS_MAX),
+            checks.optional(checks.text, "op_id", op_id, _OP_ID_MAX) or secrets.token_hex(8),
+            pools if level is None else Level(level),
+            simulation is None or bool(simulation),
+        )
+
+    def _call(self, entry: ModelEntry, op: str, options: CallOptions) -> Call:
+        config = self._connection.config
         requests = PartRequests(
-            routing,
+            self._connection.routing,
             self._latencies,
             self._rng,
             self._connection.client,
-            wanted,
+            options.level,
             Rules(config.max_recovery_attempts, config.when_full == "wait", config.strict),
             config.message_bytes_max,
             on_wrong=self._faulty.charge,
             on_audit=self._tasks.keep_audit,
             on_stuck=self._parked.reload,
-            simulation=self._simulation if simulation is not False else lambda spec: None,
+            simulation=self._simulation if options.simulation else lambda spec: None,
         )
-        op_id = op_id or secrets.token_hex(8)
-        begin = partial(self._begin_sequence, entry, op_id, op, wanted)
-        return Call(op_id, op, deadline, seconds, requests, begin)
-
-    def _level_of_call(self, level: str | None) -> Level:
-        pools = self._connection.level
-        if level is None:
-            return pools
-        held = LEVELS_ASCENDING[: LEVELS_ASCENDING.index(pools) + 1]
-        if level not in held:
-            raise BadInput(
-                f"level: expected one that this pool holds ({', '.join(held)}), got {level!r}.",
-                got=level,
-            )
-        return Level(level)
+        begin = partial(self._begin_sequence, entry, options.op_id, op, options.level)
+        seconds = config.deadline if options.deadline is None else options.deadline
+        return Call(options.op_id, op, options.deadline, seconds, requests, begin)
 
     def _begin_sequence(
         self, entry: ModelEntry, op_id: str, op: str, level: Level, prompt: Prompt

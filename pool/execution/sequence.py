@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -172,9 +173,9 @@ class Generating:
         """The result so far. The error of a failed one has the number of generated tokens."""
         statistics, ended = self.generation.statistics, time.monotonic()
         tokens = np.asarray([token.id for token in self._tokens], np.int64)
-        values: dict[str, Array] = {"tokens": tokens}
+        values: dict[str, Any] = {"tokens": tokens}
         if self._encoder is not None:
-            values["text"] = np.asarray(self._encoder.decode(tokens.tolist()))
+            values["text"] = self._encoder.decode(tokens.tolist())
         if self._prompt.decoding.logits:
             rows = [token.scores for token in self._tokens if token.scores is not None]
             values["logits"] = np.stack(rows) if rows else np.zeros((0, 0), np.float32)

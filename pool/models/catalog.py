@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from actors.supervisor.records import ModelOrder
 from pool.config import backend_order
 from pool.connection import Connection
-from pool.models.loading import Part, read_parts
+from pool.models.loading import Part, load_options, read_parts
 from pool.models.registry import ModelEntry, ModelRegistry, entry_from_plain, entry_to_plain
 from pool.models.tokens import TextEncoder, encoder_for
 from recovery.control import COMING, ModelPhase, PoolState
@@ -33,8 +34,11 @@ from recovery.kinds import Backend, Level, ModelType
 from recovery.levels import BROWSERS_NEEDED, LEVELS_ASCENDING
 from recovery.placement import Placing
 from sharding.models.inputs import check_inputs
+from sharding.models.known_answers import Recorded
 from sharding.models.signature import ModelSpec
 from sharding.sequences.stages import STAGE_MARK
+
+_LOG = logging.getLogger("tabpool")
 
 
 class ModelCatalog:
@@ -59,22 +63,30 @@ class ModelCatalog:
     ) -> ModelEntry:
         """See `BrowserPool.load`."""
         connection = self._connection
-        connection.require()
+        asked = load_options(name, path, type, example, shards, strategy)
         backends = backend_order(connection.config.backend if backend is None else backend)
-        entry, parts = await asyncio.to_thread(read_parts, name, path, type, shards, strategy)
-        if example is not None:
+        connection.require()
+        entry, parts = await asyncio.to_thread(
+            read_parts, asked.name, asked.path, asked.type, asked.shards, asked.strategy
+        )
+        if asked.example is not None:
             if entry.in_parts:
                 raise BadInput(
                     "example: not supported for a model in parts; omit example=.", got="example"
                 )
-            parts = (replace(parts[0], tried=check_inputs(entry.spec, example)),)
+            parts = (replace(parts[0], tried=check_inputs(entry.spec, asked.example)),)
         self._adopt()
         known = name in self._registry.names()
         self._keep(entry)
         supervisor, routing = connection.require()
         self._loading[name] = self._loading.get(name, 0) + 1
         try:
-            orders = [await self._order(entry, part, backends) for part in parts]
+            recorded = [await self._recorded(part) for part in parts]
+            entry = replace(entry, warnings=_warnings(entry, parts, recorded))
+            orders = [
+                self._order(entry, part, backends, answer)
+                for part, answer in zip(parts, recorded, strict=True)
+            ]
             loads = asyncio.gather(*map(supervisor.load, orders))
             await routing.unless_gone(loads)
             table = await connection.table_when(
@@ -104,13 +116,22 @@ class ModelCatalog:
                 raise why
         return entry
 
-    async def _order(
-        self, entry: ModelEntry, part: Part, backends: tuple[Backend, ...]
+    async def _recorded(self, part: Part) -> Recorded:
+        """Its known answer, if browsers are asked any. Who stops waiting stops the recording."""
+        if not self._probes:
+            return Recorded(None)
+        recording = part.recording()
+        try:
+            return await asyncio.to_thread(recording.run)
+        finally:
+            recording.stop()
+
+    def _order(
+        self, entry: ModelEntry, part: Part, backends: tuple[Backend, ...], recorded: Recorded
     ) -> ModelOrder:
-        answer = await asyncio.to_thread(part.known_answer) if self._probes else None
         copies = BROWSERS_NEEDED[self._connection.level]
         placing = Placing(copies, entry.name) if entry.in_parts else None
-        return ModelOrder(part.spec, backends, entry_to_plain(entry), answer, placing)
+        return ModelOrder(part.spec, backends, entry_to_plain(entry), recorded.answer, placing)
 
     @property
     def _probes(self) -> bool:
@@ -238,6 +259,22 @@ class ModelCatalog:
         entry = self._registry.remove(name)
         for one in (entry, *entry.component_entries()):
             self._encoders.pop(one.name, None)
+
+
+def _warnings(
+    entry: ModelEntry, parts: Sequence[Part], recorded: Sequence[Recorded]
+) -> tuple[str, ...]:
+    """What each part without a known answer is loaded without, and why; logged, too."""
+    remedy = "" if entry.in_parts else " Pass valid inputs of a usual size to load() as example=."
+    found = tuple(
+        f"{part.spec.name} has no known answer, so its browsers are not compared with native "
+        f"onnxruntime: {each.why}.{remedy}"
+        for part, each in zip(parts, recorded, strict=True)
+        if each.why
+    )
+    for warning in found:
+        _LOG.warning(warning)
+    return found
 
 
 def _settled(state: PoolState, model: str) -> bool:

@@ -13,17 +13,24 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from actors.driver.profiles import cache_root
 from pool.models.components import example_for, with_dictionary
-from pool.models.registry import ModelEntry, read_components, read_model
-from recovery.errors import BadInput, SetupError
+from pool.models.registry import ModelEntry, check_name, model_type, read_components, read_model
+from recovery import checks
+from recovery.errors import BadInput, NotAModel, SetupError
 from recovery.kinds import ModelType
-from sharding.cutting.manager import COMPONENT_BASED, DEFAULT_STRATEGY, ModelShardingManager
+from sharding.cutting.manager import (
+    COMPONENT_BASED,
+    DEFAULT_STRATEGY,
+    STRATEGIES,
+    ModelShardingManager,
+)
 from sharding.cutting.manifest import MANIFEST_NAME, Manifest, read_manifest
 from sharding.models.frames import Array
-from sharding.models.known_answers import KnownAnswer, record
-from sharding.models.signature import ModelSpec
+from sharding.models.known_answers import Recording
+from sharding.models.signature import ModelSpec, check_carried
 from sharding.sequences.stages import (
     Stage,
     decoder_pipeline,
@@ -31,6 +38,35 @@ from sharding.sequences.stages import (
     pipeline_of_manifest,
     stage_specs,
 )
+
+SHARDS_MAX = 10_000  # more than any model has layers; how many it has is known when it is read
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a caller asks to be loaded, and how, with numbers as Python has them."""
+
+    name: str
+    path: str
+    type: ModelType | None
+    example: Mapping[str, Any] | None
+    shards: int | None
+    strategy: str | None
+
+
+def load_options(
+    name: Any, path: Any, type_: Any, example: Any, shards: Any, strategy: Any
+) -> LoadOptions:
+    """The options of a load. Raises `BadInput`; reads nothing."""
+    check_name(name)
+    return LoadOptions(
+        str(name),
+        checks.path("path", path),
+        None if type_ is None else model_type(type_),
+        checks.optional(checks.mapping, "example", example, "a mapping of input names to arrays"),
+        checks.optional(checks.whole, "shards", shards, 1, SHARDS_MAX),
+        checks.optional(checks.word, "strategy", strategy, STRATEGIES),
+    )
 
 
 @dataclass(frozen=True)
@@ -40,9 +76,9 @@ class Part:
     spec: ModelSpec
     tried: Mapping[str, Array] | None = None
 
-    def known_answer(self) -> KnownAnswer | None:
-        """The native runtime's answer to `tried`, or to generated inputs. Blocks."""
-        return record(self.spec, self.tried)
+    def recording(self) -> Recording:
+        """Of the native runtime's answer to `tried`, or to generated inputs."""
+        return Recording(self.spec, self.tried)
 
 
 def read_parts(
@@ -56,8 +92,29 @@ def read_parts(
 
     A folder with a manifest is a model that is already cut; `shards` must then equal its number of
     shards, or be None. A `strategy` without effect is refused. Raises `BadInput` and
-    `NotAModel` as `read_model` and the cutting do.
+    `NotAModel` as `read_model` and the cutting do, and for a part that no browser could be asked.
     """
+    try:
+        entry, parts = _read_parts(name, path, type, shards, strategy)
+    except OSError as error:  # a folder that can't be listed, a name that is too long
+        raise NotAModel(
+            f"{path}: expected a model that can be read, got: {error.strerror or error}.",
+            path=str(path),
+            expected="a model that can be read",
+            got=str(error),
+        ) from error
+    for part in parts:
+        check_carried(part.spec)
+    return entry, parts
+
+
+def _read_parts(
+    name: str,
+    path: str | Path,
+    type: str | ModelType | None,  # noqa: A002
+    shards: int | None,
+    strategy: str | None,
+) -> tuple[ModelEntry, tuple[Part, ...]]:
     if strategy == COMPONENT_BASED:
         return _components(name, path, type, shards)
     if (Path(path) / MANIFEST_NAME).is_file():
@@ -147,8 +204,7 @@ def _cut_before(
             got=shards,
         )
     first = read_model(name, folder / manifest.shards[0].graph_file, type_)
-    outputs = tuple(spec for shard in manifest.shards for spec in shard.outputs)
-    spec = replace(first.spec, inputs=manifest.inputs, outputs=outputs)
+    spec = replace(first.spec, inputs=manifest.inputs, outputs=manifest.outputs)
     if type_ is None and spec.type is ModelType.UNKNOWN:
         spec = replace(spec, type=ModelType.TEXT)
     return _parts(replace(first, spec=spec), folder, manifest)

@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from recovery import checks
 from recovery.errors import BadInput, NotAModel, UnknownModel
 from recovery.kinds import ModelType
 from recovery.voting import Tolerance
@@ -134,7 +135,7 @@ class ModelEntry:
     `config` is the content of `config.json` (empty without one). `pipeline` are the stages of a
     decoder, or of a model that was cut, `components` the models that work together as this one:
     then these are what browsers load. `dictionary` is the file of a text reader's characters.
-    Picklable.
+    `warnings` tell what its browsers do without, which is no error. Picklable.
     """
 
     spec: ModelSpec
@@ -143,6 +144,7 @@ class ModelEntry:
     pipeline: StagePipeline | None = None
     components: tuple[ModelSpec, ...] = ()
     dictionary: ModelFile | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -201,8 +203,8 @@ def read_model(
 
     Raises `BadInput` for the name or the type, `NotAModel` for what lies at the path.
     """
-    _check_name(name)
-    given = None if type is None else _model_type(type)
+    check_name(name)
+    given = None if type is None else model_type(type)
     graph = _find_graph(Path(path).absolute())
     folders = [graph.parent, *([graph.parent.parent] if graph.parent.name == "onnx" else [])]
     config = _read_config(folders)
@@ -225,8 +227,8 @@ def read_components(
     `type` overrides what would be detected, for all of them. Raises as `read_model`, and
     `NotAModel` as `ModelShardingManager.components`, or for a component's name.
     """
-    _check_name(name)
-    given = None if type is None else _model_type(type)
+    check_name(name)
+    given = None if type is None else model_type(type)
     folder = Path(path).absolute()
     found = ModelShardingManager(folder).component_specs()
     config = _read_config([folder])
@@ -267,22 +269,24 @@ def read_components(
     )
 
 
-def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
+def check_name(name: object) -> None:
+    """Raises `BadInput` for what can't name a model."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise BadInput(
-            f"{name!r} cannot name a model: expected 1 to 64 letters, digits, '.', '_' or '-', "
-            "the first one a letter or digit.",
+            f"{checks.shown(name)} cannot name a model: expected 1 to 64 letters, digits, '.', "
+            "'_' or '-', the first one a letter or digit.",
             expected=_NAME.pattern,
             got=name,
         )
 
 
-def _model_type(given: str) -> ModelType:
+def model_type(given: str) -> ModelType:
+    """The type that is called so. Raises `BadInput`."""
     try:
         return ModelType(given)
     except ValueError:
         raise BadInput(
-            f"{given!r} is no model type: expected one of {', '.join(ModelType)}.",
+            f"{checks.shown(given)} is no model type: expected one of {', '.join(ModelType)}.",
             expected=[str(kind) for kind in ModelType],
             got=given,
         ) from None
@@ -397,7 +401,7 @@ class ModelRegistry:
     def _unknown(self, name: str) -> UnknownModel:
         loaded = ", ".join(self._entries) or "none"
         return UnknownModel(
-            f"No model {name!r} is loaded; loaded: {loaded}.",
+            f"No model {checks.shown(name)} is loaded; loaded: {loaded}.",
             expected=list(self._entries),
             got=name,
         )

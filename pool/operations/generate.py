@@ -17,6 +17,7 @@ from pool.models.registry import ModelEntry
 from pool.models.tokens import TextEncoder
 from pool.operations.base import Operation
 from pool.results import Result
+from recovery import checks
 from recovery.errors import BadInput
 from sharding.sequences.decoding import OPTIONS, decoding_from
 from sharding.sequences.stages import check_length
@@ -102,7 +103,10 @@ def _ids_of(
         if isinstance(begin, int) and (not ids or ids[0] != begin):
             ids = [begin, *ids]
         return tuple(ids)
-    array = np.asarray(inputs["input_ids"])
+    try:
+        array = np.asarray(inputs["input_ids"])
+    except ValueError:  # lists of different lengths
+        raise checks.refusal("input_ids", "whole numbers", inputs["input_ids"]) from None
     if not array.size:
         return ()
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or array.size != array.shape[-1]:
@@ -126,4 +130,4 @@ def _ids_of(
 def _ends(config: Mapping[str, Any]) -> Sequence[int]:
     ends = config.get("eos_token_id")
     listed = ends if isinstance(ends, list) else [ends]
-    return [token for token in listed if isinstance(token, int) and not isinstance(token, bool)]
+    return [token for token in listed if type(token) is int and token >= 0]

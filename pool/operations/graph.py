@@ -19,9 +19,7 @@ from sharding.models.frames import Array
 from sharding.models.inputs import check_inputs
 
 Prepare: TypeAlias = Callable[[ModelEntry, Mapping[str, Any], TextEncoder | None], dict[str, Array]]
-Finish: TypeAlias = Callable[
-    [ModelEntry, Mapping[str, Array], Mapping[str, Array]], dict[str, Array]
-]
+Finish: TypeAlias = Callable[[ModelEntry, Mapping[str, Array], Mapping[str, Array]], dict[str, Any]]
 
 _TEXT = "text"
 

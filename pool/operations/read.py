@@ -54,8 +54,8 @@ class Reading:
     dictionary: tuple[str, ...]
     image: Array
 
-    async def run(self, parts: AsksComponents) -> dict[str, Array]:
-        """`text` (lines,), `confidence` float32 (lines,), `boxes` int64 (lines, 4).
+    async def run(self, parts: AsksComponents) -> dict[str, Any]:
+        """`text` (a list of lines), `confidence` float32 (lines,), `boxes` int64 (lines, 4).
 
         A box is left, top, right, bottom in pixels of the image, the last two outside. Raises
         `BadInput` for an answer that no such model gives, and what `parts` raises.
@@ -73,7 +73,7 @@ class Reading:
         lines = await read_page(self.image, detect, recognise, self.dictionary)
         boxes = [(b.left, b.top, b.right, b.bottom) for b in (line.box for line in lines)]
         return {
-            "text": np.array([line.text for line in lines], np.str_),
+            "text": [line.text for line in lines],
             "confidence": np.array([line.confidence for line in lines], np.float32),
             "boxes": np.array(boxes, np.int64).reshape(len(lines), 4),
         }

@@ -12,6 +12,7 @@ from pool.operations.embed import EMBED
 from pool.operations.generate import Generate
 from pool.operations.graph import INFERENCE, Finish, GraphOperation, Prepare, prepare_inference
 from pool.operations.read import Read
+from recovery import checks
 from recovery.errors import BadInput, UnknownOperation
 
 BUILT_IN: tuple[Operation, ...] = (INFERENCE, EMBED, Generate(), Read())
@@ -28,12 +29,17 @@ class OperationRegistry:
 
     def register(self, operation: Operation) -> Operation:
         """Adds an operation and returns it. Raises `BadInput` if the name is empty or taken."""
-        if not operation.name or operation.name in self._operations:
+        kind = "an object of a class below pool.operations.base.Operation"
+        given: object = operation
+        if not isinstance(given, Operation):
+            raise checks.refusal("operation", kind, operation)
+        name: object = operation.name
+        if not isinstance(name, str) or not name or name in self._operations:
             raise BadInput(
-                f"An operation cannot be called {operation.name!r}: expected a name other than "
+                f"An operation cannot be called {name!r}: expected a name other than "
                 f"{', '.join(self._operations)}.",
                 expected="a new name",
-                got=operation.name,
+                got=name,
             )
         self._operations[operation.name] = operation
         return operation
@@ -49,6 +55,9 @@ class OperationRegistry:
         """
 
         def register(finish: Finish) -> Finish:
+            for what, function in (("prepare", prepare), ("finish", finish)):
+                if not callable(function):
+                    raise checks.refusal(what, "a function", function)
             self.register(GraphOperation(name, prepare, finish))
             return finish
 
@@ -61,7 +70,7 @@ class OperationRegistry:
         except (KeyError, TypeError):
             known = list(self._operations)
             raise UnknownOperation(
-                f"No operation {name!r} is registered; known: {', '.join(known)}.",
+                f"No operation {checks.shown(name)} is registered; known: {', '.join(known)}.",
                 expected=known,
                 got=name,
             ) from None

@@ -6,14 +6,15 @@ once, when it is made. This module must not know what a breaker does.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from recovery import checks
 from recovery.errors import BadInput
 
 _BUCKETS = 10  # a window by time slides in steps of a tenth
 _BIGGEST = 1_000_000  # of any count in the configuration
+_LONGEST = 1_000_000_000.0  # seconds of any duration: longer than any process runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,32 +49,25 @@ class BreakerConfig:
     def __post_init__(self) -> None:
         for name, low, high in (
             ("failure_threshold", 1, _BIGGEST),
-            ("recovery_timeout", 0.0, math.inf),
+            ("recovery_timeout", 0.0, _LONGEST),
             ("half_open_max_calls", 1, _BIGGEST),
             ("success_threshold", 1, _BIGGEST),
             ("metrics_window_size", 1, _BIGGEST),
             ("min_samples_for_stats", 1, _BIGGEST),
             ("window_calls", 0, _BIGGEST),
-            ("window_seconds", 0.0, math.inf),
+            ("window_seconds", 0.0, _LONGEST),
             ("minimum_calls", 1, _BIGGEST),
             ("failure_rate_threshold", 0.0, 1.0),
             ("slow_call_rate_threshold", 0.0, 1.0),
-            ("slow_call_seconds", 0.0, math.inf),
+            ("slow_call_seconds", 0.0, _LONGEST),
             ("recovery_timeout_growth", 1.0, 100.0),
-            ("recovery_timeout_max", 0.0, math.inf),
+            ("recovery_timeout_max", 0.0, _LONGEST),
             ("recovery_timeout_jitter", 0.0, 1.0),
-            ("probe_timeout", 0.0, math.inf),
+            ("probe_timeout", 0.0, _LONGEST),
             ("recovery_history_max", 0, _BIGGEST),
         ):
-            value = getattr(self, name)
-            kinds = (int,) if isinstance(low, int) else (int, float)
-            if not isinstance(value, kinds) or not low <= value <= high or value == math.inf:
-                raise BadInput(
-                    f"{name} must be {'a whole' if isinstance(low, int) else 'a'} number "
-                    f"from {low} to {high}, got {value!r}.",
-                    expected=[low, high],
-                    got=value,
-                )
+            check: Any = checks.whole if isinstance(low, int) else checks.number
+            object.__setattr__(self, name, check(name, getattr(self, name), low, high))
         by_rate = self.failure_rate_threshold or self.slow_call_rate_threshold
         if self.window_calls and self.window_seconds:
             raise BadInput("Both window_calls and window_seconds are set: set only one of them.")
@@ -110,7 +104,7 @@ class RegistryConfig:
     breakers_max: int = 1024  # beyond it, the least recently used closed breaker is dropped
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.open_share_max <= 1.0:
-            raise BadInput(f"open_share_max must be from 0 to 1, got {self.open_share_max!r}.")
-        if self.breakers_max < 1:
-            raise BadInput(f"breakers_max must be at least 1, got {self.breakers_max!r}.")
+        share = checks.number("open_share_max", self.open_share_max, 0, 1)
+        most = checks.whole("breakers_max", self.breakers_max, 1, _BIGGEST)
+        object.__setattr__(self, "open_share_max", share)
+        object.__setattr__(self, "breakers_max", most)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from recovery.errors import BadInput
+from recovery import checks
+
+_BIGGEST = 1 << 50  # of any limit
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,8 @@ class HistoryConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not value > 0:
-                raise BadInput(
-                    f"{field.name} must be a number over 0, got {value!r}.",
-                    expected="a number over 0",
-                    got=value,
-                )
+            if isinstance(field.default, int):
+                plain: float = checks.whole(field.name, value, 1, _BIGGEST)
+            else:
+                plain = checks.number(field.name, value, 0, _BIGGEST, above=True)
+            object.__setattr__(self, field.name, plain)

@@ -25,7 +25,7 @@ from sharding.cutting.graph import Graph, Node, graph_of, load_proto
 from sharding.cutting.layers import LayerMap, map_layers
 from sharding.cutting.liveness import ShapeOf
 from sharding.cutting.manifest import MANIFEST_NAME, Cache, Manifest, Shard, ShardFile
-from sharding.models.signature import ModelSpec, TensorSpec, read_signature
+from sharding.models.signature import ModelSpec, TensorSpec, external_name, read_signature
 
 INLINE_BYTES_MAX = 1024  # a smaller weight stays in the graph, where shape inference sees it
 
@@ -71,6 +71,7 @@ def cut(path: str | Path, spans: Sequence[tuple[int, int]], out_dir: str | Path)
                 _write_shard(source, span, folder, f"shard-{index}.onnx")
                 for index, span in enumerate(spans)
             ),
+            order=tuple(output.name for output in layers.outputs),
         )
         partial = folder / f".{MANIFEST_NAME}.partial"
         partial.write_text(manifest.to_json(), encoding="utf-8")
@@ -320,9 +321,7 @@ def _add_nodes(source: _Source, part: _Part, graph: onnx.GraphProto) -> None:
             copy.input[place] = part.rename.get(name, name)
         for tensor in _attribute_tensors([copy]):
             if tensor.data_location == TensorProto.EXTERNAL:
-                onnx.external_data_helper.load_external_data_for_tensor(
-                    tensor, str(source.path.parent)
-                )
+                _embed(source, tensor)
         made.update(node.outputs)
         add_shapes()
     outer = {value.name for value in (*graph.input, *graph.output)}
@@ -413,8 +412,20 @@ def _add_weight(
         light.external_data.add(key=key, value=str(value))
 
 
+def _embed(source: _Source, tensor: TensorProto) -> None:
+    """Takes a constant's data into the graph (onnx's own helper refuses files that are links)."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    length = int(entries.get("length") or 0)
+    if not length:  # to the end of the file
+        size = _external_file(source, entries).stat().st_size
+        length = size - int(entries.get("offset") or 0)
+    tensor.raw_data = b"".join(_pieces(source, entries, length))
+    del tensor.external_data[:]
+    tensor.data_location = TensorProto.DEFAULT
+
+
 def _pieces(source: _Source, entries: dict[str, str], length: int) -> Iterator[bytes]:
-    file = source.path.parent / entries["location"]
+    file = _external_file(source, entries)
     with file.open("rb") as stream:
         stream.seek(int(entries.get("offset") or 0))
         while length > 0:
@@ -429,6 +440,10 @@ def _pieces(source: _Source, entries: dict[str, str], length: int) -> Iterator[b
                 )
             yield piece
             length -= len(piece)
+
+
+def _external_file(source: _Source, entries: dict[str, str]) -> Path:
+    return source.path.parent / external_name(entries["location"])
 
 
 def _write_graph(path: Path, model: onnx.ModelProto) -> ShardFile:

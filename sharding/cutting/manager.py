@@ -145,6 +145,8 @@ class ModelShardingManager:
     def _matches(
         self, folder: Path, old: Manifest, spans: Sequence[tuple[int, int]] | None
     ) -> bool:
+        if not old.order:
+            return False  # of a version that did not keep the order of the outputs
         # The cheapest check first: the others read all of the model.
         if spans is not None and [s.span for s in old.shards] != [(a, b) for a, b in spans]:
             return False

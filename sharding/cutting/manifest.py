@@ -76,6 +76,7 @@ class Manifest:
     """All shards of one model, first to last. `source` is the uncut model's `ModelSpec.digest`.
 
     `inputs` are those of the uncut model that are no caches, whether a shard takes them or not.
+    `order` names its outputs as its graph declares them: a later shard may have an earlier one.
     """
 
     name: str
@@ -84,6 +85,14 @@ class Manifest:
     layers: int
     inputs: tuple[TensorSpec, ...]
     shards: tuple[Shard, ...]
+    order: tuple[str, ...] = ()  # empty: cut by a version that did not keep it
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Those of the uncut model that are no caches, in its order."""
+        found = {spec.name: spec for shard in self.shards for spec in shard.outputs}
+        declared = {name: found[name] for name in self.order if name in found}
+        return tuple((declared | found).values())
 
     def to_json(self) -> str:
         """The text of the manifest file."""
@@ -148,6 +157,7 @@ def _parse(path: Path, data: dict[str, Any]) -> Manifest:
         layers=_count(data["layers"]),
         inputs=_specs(data["inputs"]),
         shards=tuple(_shard(shard) for shard in data["shards"]),
+        order=tuple(_text(name) for name in data.get("order", ())),
     )
     expected = 0
     for before, shard in zip((None, *manifest.shards), manifest.shards, strict=False):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias
 
@@ -27,6 +27,10 @@ TENSORS_MAX = 1024  # in one frame
 HEADER_BYTES_MAX = 1 << 20  # of JSON; send larger values as tensors
 INTEGER_MAX = (1 << 53) - 1  # the largest integer that JavaScript holds exactly
 
+_RANK_USUAL = 8  # at most
+_ENTRY_BYTES = 100  # of a tensor in a header, besides its name and shape
+_METADATA_BYTES = 1 << 16  # of the fields that are no tensors, as far as their number is bounded
+_CLAIMED_BYTES_MAX = 8 * HEADER_BYTES_MAX  # of a header that is read only for whom it is for
 _ALIGNMENT = 8
 _DIMENSIONS_MAX = 64  # numpy's own limit
 _LENGTH = struct.Struct("<Q")
@@ -153,6 +157,31 @@ def decode(data: bytes | bytearray | memoryview, *, bytes_max: int) -> Frame:
         body=_parse(metadata.get("body", "{}"), "body"),
         tensors=_tensors(header, view, start),
     )
+
+
+def can_carry(tensors: Iterable[tuple[str, int | None]]) -> bool:
+    """Whether a frame can have tensors of these names and ranks (None: unknown), as far as that
+    can be told. Errs on the side of no by a few bytes for each."""
+    header_bytes = count = 0
+    for name, rank in tensors:
+        count += 1
+        shape_bytes = 17 * (_RANK_USUAL if rank is None else rank)  # 2**53 has 16 digits
+        header_bytes += len(json.dumps(name)) + shape_bytes + _ENTRY_BYTES
+        if name == _METADATA:
+            return False
+    return count <= TENSORS_MAX and header_bytes <= HEADER_BYTES_MAX - _METADATA_BYTES
+
+
+def claimed_op_id(data: bytes | bytearray | memoryview) -> str:
+    """The operation id in a message that is no well-formed frame; "" if it can't be told."""
+    try:
+        view = memoryview(data).cast("B")
+        (header_bytes,) = _LENGTH.unpack_from(view)
+        header = json.loads(bytes(view[_LENGTH.size :][: min(header_bytes, _CLAIMED_BYTES_MAX)]))
+        claimed = header[_METADATA]["op"]
+    except (TypeError, ValueError, KeyError, IndexError, struct.error, RecursionError):
+        return ""
+    return claimed if isinstance(claimed, str) else ""
 
 
 def _plan(frame: Frame) -> tuple[bytes, list[tuple[str, Array]]]:

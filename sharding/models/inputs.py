@@ -7,7 +7,8 @@ knows no text (that is the pool's).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -26,10 +27,12 @@ def check_inputs(spec: ModelSpec, inputs: Mapping[str, Any]) -> dict[str, Array]
     copied if they fit). Python numbers and nested lists of them are converted: integers to an
     integer dtype that holds them, integers and floats to a float dtype (a float is rounded to
     it, but must not overflow; an integer must survive exactly), booleans to bool only. A
-    dimension of size zero is taken where the graph leaves it open.
+    dimension of size zero is taken where the graph leaves it open. The names of open dimensions
+    bind nothing: exporters give one name to sizes that have nothing to do with each other, and
+    the runtime does not compare them either (`unequal_dimensions` tells of them).
 
     Raises `BadInput`, with `expected=` and `got=`: names that are missing or unknown, a wrong
-    dtype, rank or fixed dimension, one symbolic dimension with two sizes.
+    dtype, rank or fixed dimension.
     """
     if not isinstance(inputs, Mapping):
         _refuse(f"Model {spec.name!r} takes named inputs", "a mapping", type(inputs).__name__)
@@ -47,12 +50,29 @@ def check_inputs(spec: ModelSpec, inputs: Mapping[str, Any]) -> dict[str, Array]
             [str(name) for name in inputs],
         )
     arrays: dict[str, Array] = {}
-    sizes: dict[str, tuple[int, str]] = {}
     for name, tensor in wanted.items():
         array = _as_array(spec.name, tensor, inputs[name])
-        _check_shape(spec.name, tensor, array.shape, sizes)
+        _check_shape(spec.name, tensor, array.shape)
         arrays[name] = array
     return arrays
+
+
+def unequal_dimensions(spec: ModelSpec, inputs: Mapping[str, Array]) -> str:
+    """The dimensions of one name that have several sizes in these inputs, in words; empty if none.
+
+    That is no error in itself, but often the cause of one.
+    """
+    sizes: dict[str, dict[int, str]] = {}  # by name: each size, and an input that has it
+    for tensor in spec.inputs:
+        if tensor.name in inputs:
+            for named, size in zip(tensor.shape or (), inputs[tensor.name].shape, strict=False):
+                if isinstance(named, str):
+                    sizes.setdefault(named, {}).setdefault(size, tensor.name)
+    return "; ".join(
+        f"{named!r} is " + " and ".join(f"{size} in {name!r}" for size, name in found.items())
+        for named, found in sizes.items()
+        if len(found) > 1
+    )
 
 
 def warmup_inputs(spec: ModelSpec, *, dim: int = 8) -> dict[str, Array]:
@@ -62,6 +82,22 @@ def warmup_inputs(spec: ModelSpec, *, dim: int = 8) -> dict[str, Array]:
     has one size everywhere. A tensor of unknown rank gets the shape `(1,)`. Models whose open
     dimensions depend on each other (a cache's length and a mask's) need better ones.
     """
+    arrays: dict[str, Array] = {}
+    for tensor, shape in _warmup_shapes(spec, dim):
+        dtype = np.dtype(tensor.dtype)
+        arrays[tensor.name] = np.ones(shape, dtype) if dtype.kind == "b" else np.zeros(shape, dtype)
+    return arrays
+
+
+def warmup_bytes(spec: ModelSpec, *, dim: int = 8) -> int:
+    """How many bytes `warmup_inputs` would make: a graph may declare a shape of any size."""
+    return sum(
+        math.prod(shape) * np.dtype(tensor.dtype).itemsize
+        for tensor, shape in _warmup_shapes(spec, dim)
+    )
+
+
+def _warmup_shapes(spec: ModelSpec, dim: int) -> Iterator[tuple[TensorSpec, tuple[int, ...]]]:
     sizes: dict[str, int] = {}
     for (
         tensor
@@ -76,13 +112,9 @@ def warmup_inputs(spec: ModelSpec, *, dim: int = 8) -> dict[str, Array]:
             return sizes[wanted]
         return 1 if axis == 0 else dim
 
-    arrays: dict[str, Array] = {}
     for tensor in spec.inputs:
         wanted = (1,) if tensor.shape is None else tensor.shape
-        shape = tuple(size(axis, one) for axis, one in enumerate(wanted))
-        dtype = np.dtype(tensor.dtype)
-        arrays[tensor.name] = np.ones(shape, dtype) if dtype.kind == "b" else np.zeros(shape, dtype)
-    return arrays
+        yield tensor, tuple(size(axis, one) for axis, one in enumerate(wanted))
 
 
 def _refuse(problem: str, expected: Any, got: Any) -> NoReturn:
@@ -165,10 +197,7 @@ def _check_floats(problem: str, tensor: TensorSpec, leaves: Array, array: Array)
             _refuse(problem, str(tensor), f"{leaf}, which overflows it")
 
 
-def _check_shape(
-    model: str, tensor: TensorSpec, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]
-) -> None:
-    """`sizes` collects the size of each symbolic dimension and the input that fixed it."""
+def _check_shape(model: str, tensor: TensorSpec, shape: tuple[int, ...]) -> None:
     if tensor.shape is None:
         return
     problem = f"Input {tensor.name!r} of model {model!r}"
@@ -183,11 +212,3 @@ def _check_shape(
             _refuse(
                 f"{problem}, dimension {axis}", f"{wanted} ({tensor})", f"{size} ({list(shape)})"
             )
-        if isinstance(wanted, str):
-            known, source = sizes.setdefault(wanted, (size, tensor.name))
-            if known != size:
-                _refuse(
-                    f"{problem}, dimension {axis} ({wanted!r})",
-                    f"{known}, as in input {source!r}",
-                    f"{size} ({list(shape)})",
-                )

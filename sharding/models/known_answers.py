@@ -1,27 +1,26 @@
 """Known answers: reproducible inputs, and a model's outputs for them.
 
-The native runtime computes them when a model is loaded; hosts that run the model later can be
-compared with them. They reveal large errors only: native kernels, quantisation and back ends differ
-in low bits. Nothing here runs a browser; this module must not decide what a wrong answer means.
+The native runtime computes them when a model is loaded, in a process of its own and within limits
+(`sharding.models.reference`); hosts that run the model later can be compared with them. They
+reveal large errors only: native kernels, quantisation and back ends differ in low bits. Nothing
+here runs a browser; this module must not decide what a wrong answer means.
 """
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from recovery.errors import BadInput, NotAModel, PageError
-from recovery.voting import same_bits
 from sharding.models.frames import Array
-from sharding.models.inputs import warmup_inputs
-from sharding.models.native import NativeSession
+from sharding.models.inputs import warmup_bytes, warmup_inputs
+from sharding.models.known_tensors import KnownTensor, whole
+from sharding.models.reference import ReferenceRun, RunLimits, Unanswered
 from sharding.models.signature import ModelSpec
 
 INPUT_BYTES_MAX = 1 << 20  # of the inputs: they are sent with every order to load the model
-ELEMENTS_MAX = 16_384  # kept of one output; of a longer one, every n-th
+WARMUP_BYTES_MAX = 64 << 20  # of inputs that only warm a model up: they are made where it is loaded
 # How far a right answer may lie from the native one, as a part of the largest number in it. An
 # int8 model may differ by some percent, as its kernels saturate otherwise on other processors
 # (onnxruntime, "Quantize ONNX models": U8S8 on AVX2); a flipped exponent bit is far above that.
@@ -32,19 +31,6 @@ _IDS = (100, 2)  # below what integers are drawn: any vocabulary has 100 words, 
 
 
 @dataclass(frozen=True)
-class KnownTensor:
-    """One output: every `stride`-th of its elements, as little-endian bytes in base64."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    stride: int
-    data: str
-
-    def values(self) -> Array:
-        return np.frombuffer(base64.b64decode(self.data), np.dtype(self.dtype))
-
-
-@dataclass(frozen=True)
 class KnownAnswer:
     """Inputs and a model's outputs for them. Plain data, to be sent and stored."""
 
@@ -52,10 +38,23 @@ class KnownAnswer:
     outputs: Mapping[str, KnownTensor]
 
 
+# In the place of a known answer: no made-up inputs suit the model, or they cost too much. It is
+# loaded without being run, since what the native runtime could not bear may end a browser.
+ASK_NOTHING = KnownAnswer({}, {})
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A known answer, or `why` there is none (None, or `ASK_NOTHING`)."""
+
+    answer: KnownAnswer | None
+    why: str = ""
+
+
 def question(spec: ModelSpec, known: KnownAnswer | None) -> dict[str, Array]:
-    """The inputs; zeros if there is no known answer."""
+    """The inputs; zeros if there is no known answer, and none if those would be too large."""
     if known is None:
-        return warmup_inputs(spec)
+        return warmup_inputs(spec) if warmup_bytes(spec) <= WARMUP_BYTES_MAX else {}
     return {name: tensor.values().reshape(tensor.shape) for name, tensor in known.inputs.items()}
 
 
@@ -73,30 +72,44 @@ def varied_inputs(spec: ModelSpec, ids_max: int) -> dict[str, Array]:
     return arrays
 
 
-def record(spec: ModelSpec, example: Mapping[str, Array] | None = None) -> KnownAnswer | None:
-    """The native runtime's outputs for `example`, or else for made-up inputs. Blocks.
+class Recording:
+    """The making of a model's known answer. `run` once; `stop` ends it early, from any thread."""
 
-    None if it fails, or does not give the same outputs twice.
-    """
-    session = NativeSession(spec.files[0].path)
-    try:
-        session.open()
-        made_up = (*(varied_inputs(spec, below) for below in _IDS), warmup_inputs(spec))
-        for inputs in (example, *made_up):
-            if inputs is None or sum(a.nbytes for a in inputs.values()) > INPUT_BYTES_MAX:
-                continue
-            try:
-                first, second = (session.run(inputs) for _ in range(2))
-            except (BadInput, PageError):
-                continue  # made-up inputs may not suit a model: zeros, perhaps
-            if first and same_bits(first, second):
-                asked = {name: _kept(array, array.size) for name, array in inputs.items()}
-                return KnownAnswer(asked, {name: _kept(array) for name, array in first.items()})
-    except NotAModel:
-        return None  # a browser may support what this build of the native runtime does not
-    finally:
-        session.close()
-    return None
+    def __init__(
+        self,
+        spec: ModelSpec,
+        example: Mapping[str, Array] | None = None,
+        limits: RunLimits | None = None,
+    ) -> None:
+        self._candidates = _candidates(spec, example)
+        path = spec.files[0].path
+        self._reference = ReferenceRun(path, spec.bytes, self._candidates, limits)
+
+    def run(self) -> Recorded:
+        """The native runtime's outputs for the example, or else for made-up inputs. Blocks.
+
+        There are none if it fails, takes too much time or memory, or does not give the same outputs
+        twice. (A browser may support what this build of the native runtime does not.)
+        """
+        if not self._candidates:
+            return Recorded(None, f"its inputs are larger than {INPUT_BYTES_MAX >> 20} MiB")
+        found = self._reference.run()
+        if isinstance(found, Unanswered):
+            return Recorded(None if found.suits else ASK_NOTHING, found.why)
+        return Recorded(KnownAnswer(whole(self._candidates[found.number]), found.outputs))
+
+    def stop(self) -> None:
+        self._reference.stop()
+
+
+def _candidates(spec: ModelSpec, example: Mapping[str, Array] | None) -> list[Mapping[str, Array]]:
+    """Inputs to be tried in order, none of them too large to be kept, or even to be made."""
+    found: list[Mapping[str, Array]] = []
+    if example is not None and sum(a.nbytes for a in example.values()) <= INPUT_BYTES_MAX:
+        found.append(example)
+    if warmup_bytes(spec) <= INPUT_BYTES_MAX:
+        found += [*(varied_inputs(spec, below) for below in _IDS), warmup_inputs(spec)]
+    return found
 
 
 def difference(known: KnownAnswer, outputs: Mapping[str, Array]) -> str:
@@ -128,11 +141,3 @@ def _far(name: str, right: Array, got: Array) -> str:
     if abs(x[worst] - y[worst]) > limit:
         return f"{name}: {y[worst]:.6g} instead of {x[worst]:.6g} (the limit is {limit:.3g})"
     return ""
-
-
-def _kept(array: Array, elements_max: int = ELEMENTS_MAX) -> KnownTensor:
-    stride = max(-(-array.size // max(elements_max, 1)), 1)
-    kept = np.ascontiguousarray(array.ravel()[::stride])
-    kept = kept.astype(kept.dtype.newbyteorder("<"))
-    data = base64.b64encode(kept.tobytes()).decode()
-    return KnownTensor(array.dtype.name, tuple(array.shape), stride, data)

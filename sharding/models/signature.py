@@ -8,9 +8,11 @@ in pieces, for their digest).
 from __future__ import annotations
 
 import hashlib
+import os
+import posixpath
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 from recovery.errors import NotAModel
 from recovery.kinds import ModelType
 from recovery.voting import Tolerance
-from sharding.models.frames import SUPPORTED_DTYPES
+from sharding.models.frames import SUPPORTED_DTYPES, TENSORS_MAX, can_carry
 from sharding.models.load_memory import peak_bytes
 
 GRAPH_BYTES_MAX = 2**31 - 1  # protobuf's limit on one message
@@ -57,13 +59,16 @@ class ModelFile:
     """One file of a model: where it lies on this machine, and how the graph refers to it.
 
     `path` is absolute. `name` is relative to the graph file, with forward slashes (the graph
-    file's own is its file name). `digest` is SHA-256, in hexadecimal.
+    file's own is its file name). `digest` is SHA-256, in hexadecimal. `spellings` are what the
+    graph calls it, where that is not `name` ("./w", "a//w"): a runtime that is handed the file
+    looks it up by those.
     """
 
     path: str
     name: str
     bytes: int
     digest: str
+    spellings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,8 +130,8 @@ def read_signature(
     an estimate by the files' bytes (`load_memory.peak_bytes`), not a measurement.
 
     Raises `NotAModel`, saying what was expected and what was found: no such file, a folder, no
-    ONNX, truncated, external data that is missing, too short or outside the model's folder, inputs
-    or outputs that are no tensors of a supported dtype.
+    ONNX, truncated, external data that is missing, too short or outside the model's folder (links
+    followed), inputs or outputs that are no tensors of a supported dtype.
     """
     path = Path(path).absolute()
     data = _read_graph_file(path)
@@ -142,7 +147,7 @@ def read_signature(
         )
         outputs = tuple(_tensor_spec(path, "output", value) for value in graph.output)
         opsets = {entry.domain: entry.version for entry in model.opset_import}
-        external = dict(_external_data(path, model))
+        external = _external_data(path, model)
     except (DecodeError, UnicodeDecodeError) as error:
         raise _not_onnx(path, data) from error
     if not outputs or not opsets:
@@ -161,6 +166,22 @@ def read_signature(
         tolerance=tolerance or Tolerance(),
         opset=opsets.get("", opsets.get("ai.onnx", 0)),
     )
+
+
+def check_carried(spec: ModelSpec) -> None:
+    """Raises `NotAModel` for inputs or outputs that no message to or from a page can carry.
+
+    An uncut model may have more of them than its parts do, so this is for what is loaded.
+    """
+    path = Path(spec.files[0].path)
+    remedy = "(export it without those of inner layers, or cut it into shards)"
+    for what, tensors in (("inputs", spec.inputs), ("outputs", spec.outputs)):
+        if len(tensors) > TENSORS_MAX:
+            expected = f"at most {TENSORS_MAX:,} {what}, as many as a message to a page carries"
+            raise _refuse(path, f"{len(tensors):,} {remedy}", expected)
+        if not can_carry((tensor.name, tensor.rank) for tensor in tensors):
+            expected = f"{what} whose names fit into the header of a message to a page"
+            raise _refuse(path, f"longer ones, or one that is reserved {remedy}", expected)
 
 
 def _read_graph_file(path: Path) -> bytes:
@@ -231,17 +252,24 @@ def _dim(dim: Any) -> int | str | None:
     return int(dim.dim_value) if dim.dim_value > 0 else None
 
 
-def _external_data(path: Path, model: onnx.ModelProto) -> Iterator[tuple[str, int]]:
-    """Each external data file's name with the bytes that it must have, ascending per file."""
-    needed: dict[str, int] = {}
+@dataclass
+class _External:
+    """An external data file: the bytes that it must have, and how the graph writes its name."""
+
+    bytes_min: int = 0
+    spellings: set[str] = field(default_factory=set)
+
+
+def _external_data(path: Path, model: onnx.ModelProto) -> dict[str, _External]:
+    """The external data files by name: relative to the graph's folder, without `.` or `//`."""
+    needed: dict[str, _External] = {}
     for tensor in _tensors(model):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
-        pure = PurePosixPath(location)
-        # A backslash or a colon would mean something else on Windows.
-        if not location or pure.is_absolute() or ".." in pure.parts or set("\\:\0") & set(location):
+        name = external_name(location)
+        if not name:
             raise _refuse(
                 path,
                 f"external data at {location!r} (tensor {tensor.name!r})",
@@ -256,8 +284,20 @@ def _external_data(path: Path, model: onnx.ModelProto) -> Iterator[tuple[str, in
                 f"and length {entries.get('length')!r}",
                 "integers there",
             ) from None
-        needed[str(pure)] = max(end, needed.get(str(pure), 0))
-    yield from sorted(needed.items())
+        file = needed.setdefault(name, _External())
+        file.bytes_min = max(end, file.bytes_min)
+        if location != name:
+            file.spellings.add(location)
+    return dict(sorted(needed.items()))
+
+
+def external_name(location: str) -> str:
+    """The name of an external data file, relative to the graph's folder, that a spelling means;
+    "" if it means none there."""
+    name = posixpath.normpath(location) if location else ""
+    # A backslash or a colon would mean something else on Windows.
+    outside = name.startswith(("/", "../")) or name in ("", ".", "..")
+    return "" if outside or set("\\:\0") & set(location) else name
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
@@ -286,9 +326,10 @@ def _node_tensors(nodes: Any) -> Iterator[onnx.TensorProto]:
                 yield from _graph_tensors(graph)
 
 
-def _external_files(path: Path, needed: dict[str, int]) -> Iterator[ModelFile]:
-    for name, bytes_min in needed.items():
+def _external_files(path: Path, needed: dict[str, _External]) -> Iterator[ModelFile]:
+    for name, external in needed.items():
         file = path.parent / name
+        _check_inside(path, file)
         try:
             size, digest = digest_of(file)
         except OSError as error:
@@ -297,13 +338,29 @@ def _external_files(path: Path, needed: dict[str, int]) -> Iterator[ModelFile]:
                 f"{file}: {error.strerror or error}",
                 f"the external data file {name!r} beside it",
             ) from error
-        if size < bytes_min:
+        if size < external.bytes_min:
             raise _refuse(
                 path,
                 f"{size:,} bytes in {file}",
-                f"at least {bytes_min:,} bytes of external data in {name!r}",
+                f"at least {external.bytes_min:,} bytes of external data in {name!r}",
             )
-        yield ModelFile(str(file), name, size, digest)
+        yield ModelFile(str(file), name, size, digest, tuple(sorted(external.spellings)))
+
+
+def _check_inside(path: Path, file: Path) -> None:
+    """Raises `NotAModel` for external data that a link leads out of the model's folder.
+
+    If the graph file is a link itself, its data may lie where that leads to: a snapshot of
+    huggingface_hub links every file of a model to one folder of blobs.
+    """
+    real, graph = Path(os.path.realpath(file)), Path(os.path.realpath(path))
+    folders = (Path(os.path.realpath(path.parent)), graph.parent)
+    if not any(real.is_relative_to(folder) for folder in folders):
+        raise _refuse(
+            path,
+            f"{file}, a link to {real}",
+            "external data inside the model's own folder (copy the file there)",
+        )
 
 
 def digest_of(path: Path) -> tuple[int, str]:

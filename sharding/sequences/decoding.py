@@ -7,18 +7,20 @@ know where scores come from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
+from recovery import checks
 from recovery.errors import BadInput, PageError
 from sharding.models.frames import Array
 
 NEW_TOKENS_MAX = 32_768
 TOP_K_MAX = 1024  # most candidates that a page sends; for more it sends all scores
 _SEED_MAX = 2**64 - 1
+_TOKEN_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -55,28 +57,17 @@ class Decoding:
         return self.top_k if 0 < self.top_k <= TOP_K_MAX else 0
 
     def checked(self) -> Decoding:
-        """This, if every value is in its range. Raises `BadInput`."""
-        _whole("max_new_tokens", self.max_new_tokens, 1, NEW_TOKENS_MAX)
-        _whole("top_k", self.top_k, 0, 2**31 - 1)
-        _whole("seed", self.seed, 0, _SEED_MAX)
-        for name, low, high in (("temperature", 0.0, 100.0), ("top_p", 0.0, 1.0)):
-            value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float | np.integer | np.floating)
-                or not low <= value <= high  # refuses NaN, too
-                or (name == "top_p" and value == 0)
-            ):
-                raise BadInput(
-                    f"{name}: expected a number from {low:g} to {high:g}, got {value!r}.", got=value
-                )
-        for name in ("ignore_eos", "logits"):
-            if not isinstance(getattr(self, name), bool):
-                raise BadInput(
-                    f"{name}: expected True or False, got {getattr(self, name)!r}.",
-                    got=getattr(self, name),
-                )
-        return self
+        """This with numbers as Python has them, if each is in its range. Raises `BadInput`."""
+        return Decoding(
+            checks.whole("max_new_tokens", self.max_new_tokens, 1, NEW_TOKENS_MAX),
+            checks.number("temperature", self.temperature, 0, 100),
+            checks.whole("top_k", self.top_k, 0, _TOKEN_MAX),
+            checks.number("top_p", self.top_p, 0, 1, above=True),
+            checks.whole("seed", self.seed, 0, _SEED_MAX),
+            _tokens(self.stop),
+            checks.flag("ignore_eos", self.ignore_eos),
+            checks.flag("logits", self.logits),
+        )
 
 
 OPTIONS = tuple(field.name for field in fields(Decoding))
@@ -95,20 +86,14 @@ def decoding_from(options: Mapping[str, Any]) -> Decoding:
             got=unknown,
         )
     stop = given.get("stop", ())
-    ids = [stop] if isinstance(stop, int | np.integer) else stop
-    if not isinstance(ids, list | tuple | set | frozenset) or not all(
-        isinstance(token, int | np.integer) and not isinstance(token, bool) for token in ids
-    ):
-        raise BadInput(f"stop: expected token ids, got {stop!r}.", got=stop)
-    return Decoding(**{**given, "stop": frozenset(int(token) for token in ids)}).checked()
+    several = isinstance(stop, list | tuple | set | frozenset | np.ndarray)
+    flat = stop.reshape(-1) if isinstance(stop, np.ndarray) else stop
+    ids = _tokens(flat if several else (stop,))
+    return Decoding(**{**given, "stop": ids}).checked()
 
 
-def _whole(name: str, value: Any, low: int, high: int) -> None:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or not low <= value <= high:
-        raise BadInput(
-            f"{name}: expected a whole number from {low} to {high}, got {value!r}.", got=value
-        )
+def _tokens(ids: Iterable[Any]) -> frozenset[int]:
+    return frozenset(checks.whole("stop", token, 0, _TOKEN_MAX, "token ids") for token in ids)
 
 
 def choose(ids: Array, scores: Array, decoding: Decoding, position: int) -> int:

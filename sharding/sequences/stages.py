@@ -117,8 +117,7 @@ def pipeline_of_manifest(model: str, manifest: Manifest) -> StagePipeline:
     stages = tuple(
         _stage(stage_name(model, index), shard) for index, shard in enumerate(manifest.shards)
     )
-    outputs = tuple(spec for shard in manifest.shards for spec in shard.outputs)
-    return StagePipeline(model, stages, manifest.inputs, outputs)
+    return StagePipeline(model, stages, manifest.inputs, manifest.outputs)
 
 
 def pipeline_of_map(model: str, layers: LayerMap) -> StagePipeline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -24,8 +25,10 @@ from pool.models.registry import read_model
 from recovery.errors import BrowserLost, LaunchFailed, PageError
 from recovery.kinds import Backend, BrowserType
 from recovery.records import HostRef
+from sharding.models.frames import HEADER_BYTES_MAX, TENSORS_MAX
 from sharding.models.native import NativeSession
 from sharding.models.signature import ModelSpec
+from tests import models
 from tests.browser.conftest import ENGINES, launched
 
 # WASM is the reference build; native onnxruntime has other kernels for the same float32 sums.
@@ -167,6 +170,52 @@ async def test_an_operation_of_another_epoch_is_refused() -> None:
         assert reply.failure.evidence["what"] == "replaced"
         with pytest.raises(BrowserLost):
             await host.load(HostRef("chrome-0", 7), 1, spec_of("vad"), (Backend.WASM,))
+
+
+X = np.ones(4, np.float32)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+async def test_external_data_is_found_however_the_graph_writes_its_name(
+    kind: BrowserType, tmp_path: Path
+) -> None:
+    async with launched(kind, warm_runs=1) as (host, _):
+        ref = HostRef(f"{kind}-0", 0)
+        written = ("sub//w.bin", "./w.bin", ".//w.bin", "././w.bin", "sub/../w.bin")
+        for number, location in enumerate(written):
+            path = tmp_path / str(number) / "m.onnx"
+            models.external_model(path, locations=(location, "b.bin"))
+            spec = read_model(f"m{number}", path).spec
+            await host.load(ref, 1, spec, (Backend.WASM,))
+            answer = await ask(host, ref, f"op-{number}", spec.name, {"x": X})
+            assert answer["y"].tolist() == [3.0] * 4
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+async def test_answer_that_no_message_carries_fails_at_once_and_harms_nothing(
+    kind: BrowserType, tmp_path: Path
+) -> None:
+    async with launched(kind, warm_runs=1) as (host, _):
+        ref = HostRef(f"{kind}-0", 0)
+        most = read_model("most", models.chatty_model(tmp_path / "most.onnx", TENSORS_MAX)).spec
+        await host.load(ref, 1, most, (Backend.WASM,))
+        # A pool refuses these before any browser hears of them: here the page has to.
+        for number, (outputs, name, why) in enumerate(
+            (
+                (TENSORS_MAX + 1, "y{}", "1025 outputs, and a message carries at most 1024"),
+                (2, "y" * (HEADER_BYTES_MAX // 2) + "{}", "a message has at most"),
+                (1, "__metadata__", "can't be called __metadata__"),
+            )
+        ):
+            path = models.chatty_model(tmp_path / f"{number}.onnx", outputs, name)
+            spec = read_model(f"m{number}", path).spec
+            with pytest.raises(PageError, match=why) as caught:
+                async with asyncio.timeout(60):  # of 120 that a load may take
+                    await host.load(ref, 1, spec, (Backend.WASM,))
+            assert caught.value.fields["what"] == "encode_failed"
+        answer = await ask(host, ref, "op", "most", {"x": X[:1]})
+        assert len(answer) == TENSORS_MAX
+        assert await host.next_event(1, 0.1) is None, "the browser is well"
 
 
 LARGE = {"x": np.zeros((1, 3, 960, 960), np.float32)}  # seconds of work for the OCR detector

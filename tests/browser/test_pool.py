@@ -29,6 +29,7 @@ from recovery.control import Phase
 from recovery.errors import BadInput, NotAModel, PoolBusy, PoolClosed, UnknownModel
 from recovery.kinds import BrowserType
 from sharding.models.native import NativeSession
+from tests import models
 from tests.browser.conftest import ENGINES, GONE_SECONDS, our_processes, require, wait_gone
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -239,6 +240,35 @@ async def test_bad_input_is_refused_and_disturbs_nothing(tmp_path: Path) -> None
         assert (await pool.state()).hosts[0].served == before
         good = {**frame, "sr": np.array(16000, np.int64)}
         assert (await pool.run_with_recovery("vad", "inference", good)).success
+
+
+async def test_models_of_any_signature_are_answered_as_natively(tmp_path: Path) -> None:
+    async with pool_of({"chrome": 1}) as pool:
+        clip = await pool.load("clip", models.matching_model(tmp_path / "clip.onnx", "batch"))
+        assert clip.warnings == ()
+        texts, images = np.arange(12).reshape(3, 4), np.ones((1, 4), np.float32)
+        asked = {"input_ids": texts, "pixel_values": images}
+        result = await pool.run_with_recovery("clip", "inference", asked)
+        assert result.outputs["per_image"].tolist() == [[6, 22, 38]]
+
+        await pool.load("detector", models.detector_model(tmp_path / "detector.onnx"))
+        result = await pool.run_with_recovery("detector", "inference", {"x": np.ones(2, "f4")})
+        assert list(result.outputs) == ["scores", "labels", "boxes"]
+
+        with pytest.raises(NotAModel, match="at most 1,024 outputs"):
+            await pool.load("chatty", models.chatty_model(tmp_path / "chatty.onnx", 1025))
+
+        # Five numbers that ask for 8 GB: the fewest of those made up are taken instead.
+        sized = await pool.load("sized", models.sized_model(tmp_path / "sized.onnx"))
+        assert sized.warnings == ()
+        result = await pool.run_with_recovery("sized", "inference", {"size": np.full(5, 2)})
+        assert float(result.outputs["total"]) == 32
+
+        # Nothing that can be made up suits it: it is loaded all the same, and says what that costs.
+        vad = await pool.load("vad", silero_vad_path())
+        assert len(vad.warnings) == 1
+        assert "vad has no known answer" in vad.warnings[0]
+        assert "example=" in vad.warnings[0]
 
 
 async def test_a_full_pool_says_so_or_waits_as_configured() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from recovery.errors import BrowserLost
 from sharding.models.frames import Frame, encode
+from tests import fakes
 from tests.served import LIMIT, X, a_request_works, event, serving
 
 
@@ -110,6 +111,11 @@ def test_no_nonsense_crashes_the_bridge(caplog, control, data):
         async with serving() as served, served.page() as page:
             await _say(page.control, control)
             await _say(page.data, data)
+            # What can't be read is an answer to whatever is asked meanwhile, so nothing is.
+            await page.send(Frame("result", "the last of it"))
+            await fakes.until(
+                lambda: any(seen.op_id == "the last of it" for seen in served.bridge.frames)
+            )
             await a_request_works(served, page, "an id that no nonsense has")
             assert not any(seen.what == "closed" for seen in served.events)
 

@@ -219,6 +219,68 @@ async def test_headers_of_frames_are_kept_and_numbers_are_not():
     assert (back.way, back.kind, back.tensors) == ("from", "result", ())
 
 
+def spoilt(op_id: str) -> bytes:
+    """A result for `op_id` whose header can be read, with a byte of data too many."""
+    return encode(Frame("result", op_id, tensors=X), bytes_max=LIMIT) + b"!"
+
+
+@pytest.mark.parametrize("data", [b"", b"nonsense", "text", b"\xff" * 100, spoilt("nobody's")])
+async def test_reply_that_can_not_be_read_is_one_to_what_the_page_works_on(data):
+    ours = Asked()
+    first, second = await ours.ask("first", model="a"), await ours.ask("second", model="b")
+    ours.exchanges.hear(data, 0, 0)
+    with pytest.raises(PageError, match=r"answer can't be read: ") as caught:
+        await first
+    assert caught.value.fields == {"what": "bad_frame"}
+    assert (ours.exchanges.outstanding, ours.exchanges.working_on) == (1, "b")
+    assert ours.exchanges.overdue() == (10.0, "second")
+    ours.answer("second")
+    await second
+
+
+async def test_reply_that_can_not_be_read_but_for_its_name_is_one_to_that_request():
+    ours = Asked()
+    first, second = await ours.ask("first"), await ours.ask("second")
+    ours.exchanges.hear(spoilt("second"), 0, 0)
+    with pytest.raises(PageError):
+        await second
+    ours.answer("first")
+    await first
+
+
+async def test_reply_that_can_not_be_read_of_an_earlier_page_is_nobodys():
+    ours = Asked()
+    asked = await ours.ask("op")
+    ours.exchanges.hear(spoilt("op"), 0, 1)
+    await asyncio.sleep(0)
+    assert not asked.done()
+    ours.answer("op")
+    await asked
+
+
+async def test_request_that_the_page_could_not_read_fails_at_once():
+    async with serving() as served, served.page() as page:
+        asked = asyncio.create_task(served.bridge.request(Frame("run", "op")))
+        await page.receive()
+        body = {"what": "bad_frame", "message": "RangeError: no such view"}
+        await page.send(Frame("error", body=body))
+        with pytest.raises(PageError, match="no such view"):
+            await asked
+        await a_request_works(served, page)
+
+
+async def test_reply_that_can_not_be_read_leaves_the_page_as_it_is():
+    async with serving() as served, served.page() as page:
+        asked = asyncio.create_task(served.bridge.request(Frame("run", "op")))
+        await page.receive()
+        await page.data.send_bytes(spoilt("op"))
+        with pytest.raises(PageError, match="can't be read"):
+            await asked
+        assert served.bridge.connected
+        assert any("refused a frame" in line for line in served.bridge.console)
+        await a_request_works(served, page)
+
+
 async def test_what_is_no_frame_is_complained_of():
     ours = Asked()
     ours.exchanges.hear(b"nonsense", 0, 0)

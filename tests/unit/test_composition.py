@@ -3,10 +3,13 @@
 import contextlib
 import random
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from actors.messages import RunReply
 from actors.supervisor.records import ModelOrder, SupervisorConfig
 from actors.supervisor.supervisor import Supervisor
 from pool.execution.answering import Rules
@@ -25,7 +28,7 @@ from recovery.plan import STRATEGIES
 from recovery.supervision import RestartLimit
 from sharding.models.signature import TensorSpec
 from sharding.sequences.stages import Stage, StagePipeline
-from tests.fakes import FakeHosts, spec
+from tests.fakes import FakeHosts, host_status, spec
 
 X = {"x": np.arange(3, dtype=np.float32)}
 SPECS = tuple(spec(f"m@{index}", f"digest {index}") for index in range(2))
@@ -55,7 +58,18 @@ class Pool:
         bytes_max: int = 1 << 20,
         **rules,
     ) -> Composition:
-        requests = PartRequests(
+        requests = self.requests(op_id, level, bytes_max, **rules)
+        return Composition(requests, op_id, ENTRY, "inference", seconds)
+
+    def requests(
+        self,
+        op_id: str,
+        level: Level,
+        bytes_max: int = 1 << 20,
+        simulate: Any = None,
+        **rules,
+    ) -> PartRequests:
+        return PartRequests(
             self.routing,
             Latencies(0.95, 1.0),
             random.Random(op_id),
@@ -66,9 +80,8 @@ class Pool:
             on_wrong=lambda ref, failure: None,
             on_audit=lambda task: None,
             on_stuck=lambda part: "",
-            simulation=lambda spec: None,
+            simulation=lambda spec: simulate,
         )
-        return Composition(requests, op_id, ENTRY, "inference", seconds)
 
     async def stages(self, **options) -> Result:
         composition = self.composition(**options)
@@ -127,6 +140,31 @@ async def test_death_of_each_part_is_survived_and_told_in_one_account():
         assert [step.where.split()[-1] for step in failed] == ["(m@0)", "(m@1)"]
         assert [step.at for step in result.recovery] == sorted(s.at for s in result.recovery)
         assert result.metrics["attempts"] == 4
+
+
+DECLARED = [TensorSpec(name, "float32", (None,)) for name in ("scores", "labels", "boxes")]
+ARRIVED = dict.fromkeys(("boxes", "labels", "scores", "more"), X["x"])
+
+
+@pytest.mark.parametrize("level", [Level.LOW, Level.MEDIUM, Level.HIGH, Level.CRITICAL])
+async def test_outputs_of_a_part_come_as_its_graph_declares_them(level):
+    async with serving("b-0", "b-1", "b-2", copies=3) as pool:
+        part = replace(SPECS[0], outputs=tuple(DECLARED))
+        requests = pool.requests("op", level)
+        result = await requests.request("op", "inference", part, ARRIVED, 30.0)
+        assert list(result.outputs) == ["scores", "labels", "boxes", "more"]
+
+
+async def test_outputs_of_the_native_runtime_come_as_the_graph_declares_them():
+    async def simulate(tensors, left):
+        return RunReply(host_status(), outputs=ARRIVED, answered=True, backend=Backend.NATIVE)
+
+    async with serving("b-0", b_0=[{"error_on_run": set(range(9))}]) as pool:
+        part = replace(SPECS[0], outputs=tuple(DECLARED))
+        requests = pool.requests("op", Level.MEDIUM, simulate=simulate)
+        result = await requests.request("op", "inference", part, ARRIVED, 30.0)
+        assert result.simulated
+        assert list(result.outputs)[:3] == ["scores", "labels", "boxes"]
 
 
 async def test_part_that_nobody_answers_fails_the_whole_and_says_which():

@@ -11,9 +11,11 @@ from pool.models.bundled import minilm_folder
 from recovery.errors import BadInput, NotAModel
 from sharding.cutting.cut import cut
 from sharding.cutting.layers import find_boundaries
+from sharding.cutting.manager import ModelShardingManager
 from sharding.cutting.manifest import MANIFEST_NAME, Manifest, read_manifest
 from sharding.models.native import NativeSession
 from sharding.models.signature import read_signature
+from sharding.sequences.stages import pipeline_of_manifest
 from tests import models
 
 DECODERS = Path(__file__).parents[1] / "assets" / "decoders"
@@ -363,3 +365,34 @@ def test_bodies_of_an_if_keep_what_they_capture(tmp_path):
     assert len(find_boundaries(changed)) == 3
     cut(changed, SPANS["each layer"], tmp_path / "cut")
     assert compare(changed, tmp_path / "cut") > 0
+
+
+def test_outputs_of_a_cut_model_are_in_the_order_of_its_graph(tmp_path):
+    """Although an early shard may make a late one."""
+    path = tmp_path / "m.onnx"
+    model = onnx.load(DECODERS / "optimum-bert.onnx")
+    inner = find_boundaries(DECODERS / "optimum-bert.onnx").cuts[0].tensors[0]
+    hidden = models.value(inner.name, TensorProto.FLOAT, (None, None, None))
+    model.graph.output.append(hidden)
+    path.write_bytes(model.SerializeToString())
+    names = [output.name for output in model.graph.output]
+    manifest = cut(path, [(0, 1), (1, 2), (2, 3)], tmp_path / "cut")
+    assert [spec.name for shard in manifest.shards for spec in shard.outputs] != names
+    assert [spec.name for spec in manifest.outputs] == names
+    again = read_manifest(tmp_path / "cut")
+    assert again == manifest
+    pipeline = pipeline_of_manifest("m", again)
+    assert [spec.name for spec in pipeline.outputs] == names
+
+
+def test_folder_of_a_version_that_kept_no_order_is_read_and_cut_anew(tmp_path):
+    path = DECODERS / "optimum-bert.onnx"
+    manager = ModelShardingManager(path, tmp_path)
+    manifest = manager.cut([(0, 1), (1, 3)])
+    assert manager.find() == manifest
+    written = json.loads((tmp_path / MANIFEST_NAME).read_text())
+    del written["order"]
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(written))
+    assert read_manifest(tmp_path).outputs == manifest.outputs
+    assert manager.find() is None
+    assert manager.cut([(0, 1), (1, 3)]) == manifest

@@ -13,7 +13,7 @@ from actors.messages import RunReply, RunRequest
 from recovery.errors import BrowserLost, CallerError, MessageTooLarge
 from recovery.kinds import Backend
 from recovery.records import HostRef
-from sharding.models.frames import Frame, encode
+from sharding.models.frames import Frame, decode, encode
 from sharding.sequences.caches import StepOrder
 from tests.fakes import failure, host_status
 
@@ -286,3 +286,28 @@ async def test_garbage_does_not_crash_the_server(seed, greeted, caplog):
             writer.close()
         await still_serves(server)
     assert caplog.records == []
+
+
+async def test_answer_that_is_no_reply_fails_its_request_at_once():
+    over = asyncio.Event()
+
+    async def serve(reader, writer):
+        await next_message(reader)
+        writer.write(message(Frame("welcome")))
+        asked = decode(await next_message(reader), bytes_max=LIMIT)
+        writer.write(message(Frame("reply", asked.op_id, body={"status": "fine"})))
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        over.set()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server, asyncio.timeout(10):
+        host, port = server.sockets[0].getsockname()
+        link = DataLink(f"{host}:{port}", "token", LIMIT)
+        await link.open()
+        with pytest.raises(BrowserLost, match="can't be read") as caught:
+            await link.run(request(), X)
+        assert caught.value.fields["what"] == "bad_frame"
+        assert not link.closed, "the worker is well"
+        await link.close()
+        await over.wait()

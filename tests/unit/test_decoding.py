@@ -342,6 +342,27 @@ def test_value_out_of_its_range_is_refused_by_name(name, value):
     assert refused.value.fields["got"] is value or value != value
 
 
+def test_refusal_says_what_would_be_right():
+    for name, value, expected in (
+        ("top_p", 0, "a number above 0 up to 1, got 0"),
+        ("temperature", 101, "a number from 0 to 100, got 101"),
+        ("top_k", 0.5, "a whole number from 0 to 2,147,483,647, got 0.5"),
+        ("stop", [5, -1], "token ids from 0 to 2,147,483,647, got -1"),
+        ("logits", "no", "True or False, got 'no'"),
+    ):
+        with pytest.raises(BadInput) as refused:
+            decoding_from({name: value})
+        assert refused.value.message == f"{name}: expected {expected}."
+
+
+def test_numbers_of_numpy_become_numbers_of_python():
+    numbers = {"temperature": np.float32(0.5), "top_k": np.int64(5), "logits": np.True_}
+    made = decoding_from({**numbers, "stop": np.array([[3, 4]], np.uint8)})
+    assert made == decoding_from({"temperature": 0.5, "top_k": 5, "logits": True, "stop": [3, 4]})
+    assert [type(getattr(made, name)) for name in numbers] == [float, int, bool]
+    assert {type(token) for token in made.stop} == {int}
+
+
 def test_option_of_another_name_is_refused():
     with pytest.raises(BadInput):
         decoding_from({"temprature": 1.0})

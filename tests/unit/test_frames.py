@@ -15,6 +15,8 @@ from sharding.models.frames import (
     SUPPORTED_DTYPES,
     TENSORS_MAX,
     Frame,
+    can_carry,
+    claimed_op_id,
     decode,
     encode,
     encoded_size,
@@ -367,3 +369,43 @@ def test_we_read_what_safetensors_writes(tensors):
     assert back.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert back.tensors[name].tobytes() == tensor.tobytes()
+
+
+# -- what no frame can carry, and whom a broken one was for ----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "carried"),
+    [
+        (["y"] * TENSORS_MAX, True),
+        (["y"] * (TENSORS_MAX + 1), False),
+        (["y", "__metadata__"], False),
+        (["y" * (HEADER_BYTES_MAX - 1024)], False),
+        (["y" * (HEADER_BYTES_MAX // 2)], True),
+        (["\u00e9" * (HEADER_BYTES_MAX // 4)], False),
+        ([], True),
+    ],
+    ids=lambda value: str(len(value)) if isinstance(value, list) else str(value),
+)
+def test_what_a_frame_can_carry_is_known_before_there_is_one(names, carried):
+    assert can_carry((name, 2) for name in names) is carried
+    if carried:
+        tensors = {f"{name}{n or ''}": np.zeros((1, 1)) for n, name in enumerate(names)}
+        encode(Frame("result", "op", tensors=tensors), bytes_max=LIMIT + HEADER_BYTES_MAX)
+
+
+def test_broken_frame_still_says_whom_it_was_for():
+    assert claimed_op_id(SAMPLE[:-1]) == decode(SAMPLE, bytes_max=LIMIT).op_id
+    long = raw({"__metadata__": {"kind": "k", "op": "it"}, "x": "y" * HEADER_BYTES_MAX})
+    with pytest.raises(BadFrame, match="limit"):
+        decode(long, bytes_max=LIMIT + 2 * HEADER_BYTES_MAX)
+    assert claimed_op_id(long) == "it"
+    for nameless in (b"", b"x" * 7, b"x" * 99, SAMPLE[:20], raw({"a": 1}), raw(b"[" * 99_999), "x"):
+        assert claimed_op_id(nameless) == ""
+    assert claimed_op_id(raw({"__metadata__": {"op": 5}})) == ""
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_make_the_search_for_a_name_fail(message):
+    assert isinstance(claimed_op_id(message), str)
+    assert isinstance(claimed_op_id(raw(message)), str)

@@ -317,7 +317,7 @@ def verdict(written: Written, right: Result) -> list[bool]:
 def test_the_demonstration_is_right_only_if_everything_is_the_same():
     values = {
         "tokens": np.arange(3),
-        "text": np.asarray("abc"),
+        "text": "abc",
         "logits": np.array([[0.0, 1.0]], np.float32),
     }
     written = passage(Killed("firefox-0", 77, 1, after=KILL_AFTER, at=0.4))
@@ -329,7 +329,7 @@ def test_the_demonstration_is_right_only_if_everything_is_the_same():
     assert verdict(written, replace(right, values=other)) == [True, True, True, False, True]
     other = {**values, "tokens": np.array([0, 1, 1])}
     assert verdict(written, replace(right, values=other))[2] is False
-    other = {**values, "text": np.asarray("abcc")}
+    other = {**values, "text": "abcc"}
     assert verdict(written, replace(right, values=other))[4] is False
 
     early = replace(written, killed=replace(written.killed, before=2))  # rebuilt before the kill

@@ -5,9 +5,10 @@ from functools import partial
 
 import pytest
 
-from actors.history import QUESTIONS, HistoryKeeper
+from actors.history import HistoryKeeper
 from recovery.errors import BadInput
 from recovery.history.config import HistoryConfig
+from recovery.history.questions import QUESTIONS
 from recovery.history.schema import VIEWS
 from recovery.history.store import HistoryStore
 from recovery.history.tracker import PerformanceHistoryTracker

@@ -4,8 +4,15 @@ import pytest
 from recovery.errors import BadInput
 from recovery.kinds import ModelType
 from recovery.voting import Tolerance
-from sharding.models.inputs import check_inputs, warmup_inputs
-from sharding.models.signature import ModelSpec, TensorSpec
+from sharding.models.inputs import (
+    check_inputs,
+    unequal_dimensions,
+    warmup_bytes,
+    warmup_inputs,
+)
+from sharding.models.native import NativeSession
+from sharding.models.signature import ModelSpec, TensorSpec, read_signature
+from tests import models
 
 
 def model(*inputs: TensorSpec) -> ModelSpec:
@@ -139,16 +146,35 @@ def test_fixed_dimensions_must_fit_even_if_there_is_nothing_in_them():
     assert check_inputs(x("float32", None), {"x": np.zeros(5, np.float32)})["x"].shape == (5,)
 
 
-def test_a_symbolic_dimension_has_one_size():
+@pytest.mark.parametrize("axis", ["batch", "?", "None", "-1", "N", "unk__0", ""])
+def test_name_of_a_dimension_binds_nothing_across_inputs_as_in_the_runtime(tmp_path, axis):
+    path = models.matching_model(tmp_path / "clip.onnx", axis)
+    spec = read_signature(path, name="clip")
+    texts, image = np.arange(12).reshape(3, 4), np.ones((1, 4), np.float32)
+    arrays = check_inputs(spec, {"input_ids": texts, "pixel_values": image})
+    session = NativeSession(path)
+    session.open()
+    assert session.run(arrays)["per_image"].tolist() == [[6, 22, 38]]
+    assert check_inputs(x("int8", axis, axis), {"x": np.zeros((2, 5), np.int8)})["x"].size == 10
+
+
+def test_dimensions_of_one_name_and_several_sizes_are_told_to_whoever_looks_for_a_cause():
     spec = model(
-        TensorSpec("a", "int8", ("batch", "length")), TensorSpec("b", "int8", ("batch", None))
+        TensorSpec("a", "int8", ("batch", "length")),
+        TensorSpec("b", "int8", ("batch", None)),
+        TensorSpec("c", "int8", None),
     )
-    a, b = np.zeros((2, 5), np.int8), np.zeros((3, 7), np.int8)
-    error = refusal(spec, {"a": a, "b": b})
-    assert "('batch'): expected 2, as in input 'a', got 3" in str(error)
-    assert check_inputs(spec, {"a": a, "b": b[:2]})["b"].shape == (2, 7)
-    square = x("int8", "n", "n")
-    refusal(square, {"x": a})
+    a, b, c = (np.zeros(shape, np.int8) for shape in ((2, 5), (3, 7), (4,)))
+    assert unequal_dimensions(spec, {"a": a, "b": b, "c": c}) == "'batch' is 2 in 'a' and 3 in 'b'"
+    assert unequal_dimensions(spec, {"a": a, "b": b[:2], "c": c}) == ""
+    assert unequal_dimensions(spec, {"x": a}) == ""
+
+
+def test_inputs_that_nobody_could_make_are_measured_and_not_made():
+    huge = model(TensorSpec("x", "float32", (100_000, 100_000)), TensorSpec("n", "int64", ()))
+    assert warmup_bytes(huge) == 4 * 10**10 + 8
+    small = x("float16", "batch", None, 3)
+    assert warmup_bytes(small) == sum(a.nbytes for a in warmup_inputs(small).values())
 
 
 def test_any_shape_fits_an_unknown_rank():

@@ -1,6 +1,9 @@
 """Known answers, against the native runtime."""
 
 import dataclasses
+import resource
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,15 +14,21 @@ from pool.models.registry import read_model
 from recovery.kinds import Backend
 from recovery.records import NumericId
 from sharding.models.known_answers import (
-    ELEMENTS_MAX,
+    ASK_NOTHING,
+    INPUT_BYTES_MAX,
+    WARMUP_BYTES_MAX,
     KnownAnswer,
-    _kept,
+    Recording,
     difference,
     question,
-    record,
     varied_inputs,
 )
+from sharding.models.known_tensors import ALL_ELEMENTS_MAX, ELEMENTS_MAX, sampled, whole
 from sharding.models.native import NativeSession
+from sharding.models.reference import ReferenceRun, RunLimits
+from sharding.models.signature import TensorSpec, read_signature
+from tests import models
+from tests.fakes import spec as spec_of
 
 FRAME = {
     "input": np.ones((1, 512), np.float32),
@@ -35,9 +44,9 @@ def minilm():
 
 @pytest.fixture(scope="module")
 def known(minilm) -> KnownAnswer:
-    found = record(minilm)
-    assert found is not None
-    return found
+    found = Recording(minilm).run()
+    assert (found.answer is not None, found.why) == (True, "")
+    return found.answer
 
 
 def answer(known: KnownAnswer, minilm) -> dict[str, np.ndarray]:
@@ -88,8 +97,8 @@ def test_answer_of_another_form_is_told(minilm, known):
 
 def test_model_that_no_made_up_input_suits_takes_an_example():
     spec = read_model("vad", silero_vad_path()).spec
-    assert record(spec) is None  # a sampling rate of 0
-    found = record(spec, FRAME)
+    assert Recording(spec).run().answer == ASK_NOTHING  # a sampling rate of 0
+    found = Recording(spec, FRAME).run().answer
     assert found is not None
     np.testing.assert_array_equal(question(spec, found)["sr"], FRAME["sr"])
     np.testing.assert_array_equal(question(spec, found)["input"], FRAME["input"])
@@ -97,18 +106,118 @@ def test_model_that_no_made_up_input_suits_takes_an_example():
 
 def test_long_output_is_kept_in_part_and_a_scalar_whole():
     long = np.arange(10 * ELEMENTS_MAX, dtype=np.float32)
-    kept = _kept(long)
+    kept = sampled({"y": long})["y"]
     assert kept.stride == 10
     assert kept.values().size == ELEMENTS_MAX
-    scalar = _kept(np.array(7, np.int64))
+    scalar = sampled({"y": np.array(7, np.int64)})["y"]
     assert scalar.values().reshape(scalar.shape) == 7
+    assert whole({"x": long})["x"].values().size == long.size
+
+
+def test_many_outputs_are_kept_in_smaller_parts():
+    many = {f"y{n}": np.arange(ELEMENTS_MAX, dtype=np.float32) for n in range(100)}
+    kept = sampled(many)
+    assert kept.keys() == many.keys()
+    sizes = [tensor.values().size for tensor in kept.values()]
+    assert min(sizes) >= 1
+    assert ALL_ELEMENTS_MAX / 2 < sum(sizes) <= ALL_ELEMENTS_MAX
 
 
 def test_model_that_the_native_runtime_does_not_take_has_no_known_answer(minilm, tmp_path):
     broken = tmp_path / "m.onnx"
     broken.write_bytes(b"no model")
     file = dataclasses.replace(minilm.files[0], path=str(broken))
-    assert record(dataclasses.replace(minilm, files=(file,))) is None
+    found = Recording(dataclasses.replace(minilm, files=(file,))).run()
+    assert found.answer is None
+    assert "does not take the model" in found.why
+
+
+# -- what made-up inputs may cost ------------------------------------------------------------------
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_inputs_that_ask_for_gigabytes_cost_the_caller_nothing(tmp_path):
+    spec = read_signature(models.sized_model(tmp_path / "m.onnx"), name="m")
+    before, began = peak_bytes(), time.thread_time()
+    found = Recording(spec, {"size": np.full(5, 99)}).run()
+    assert peak_bytes() - before < 64 << 20
+    assert time.thread_time() - began < 2
+    # Those of 40 GB are refused, and the first made-up ones that are not are taken.
+    assert found.answer is not None
+    assert not np.array_equal(question(spec, found.answer)["size"], np.full(5, 99))
+
+
+def test_run_that_takes_more_memory_than_it_may_is_refused_with_what_it_wanted(tmp_path):
+    spec = read_signature(models.sized_model(tmp_path / "m.onnx", numbers=1), name="m")
+    little = RunLimits(bytes_max=256 << 20)
+    fits, too_much = {"size": np.array([1000])}, {"size": np.array([10**8])}
+    assert reference(spec, [too_much, fits], little).number == 1
+    found = reference(spec, [too_much], little)
+    assert "llocat" in found.why
+    assert not found.suits
+
+
+def test_run_that_takes_longer_than_it_may_is_ended(tmp_path):
+    spec = read_signature(models.looping_model(tmp_path / "m.onnx"), name="m")
+    found = Recording(spec, limits=RunLimits(seconds_max=1)).run()
+    assert (found.answer, found.why) == (ASK_NOTHING, "it took longer than 1 s")
+    assert question(spec, found.answer) == {}, "no browser is asked it either"
+
+
+def test_process_that_waits_and_does_not_compute_is_ended_by_the_clock(tmp_path, monkeypatch):
+    waiting = tmp_path / "waits.py"
+    waiting.write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr("sharding.models.reference._PROGRAM", "waits")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    limits = RunLimits(seconds_max=1, clock_factor=1)
+    assert reference(X_ONLY, [{}], limits).why == "it took longer than 1 s"
+
+
+def test_process_that_dies_is_an_answer_that_there_is_not(tmp_path, monkeypatch):
+    dying = tmp_path / "dies.py"
+    dying.write_text("import os\nos.kill(os.getpid(), 11)\n")
+    monkeypatch.setattr("sharding.models.reference._PROGRAM", "dies")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "SIGSEGV" in reference(X_ONLY, [{}], RunLimits()).why
+
+
+def test_recording_that_nobody_waits_for_is_stopped(tmp_path):
+    spec = read_signature(models.looping_model(tmp_path / "m.onnx"), name="m")
+    recording = Recording(spec, limits=RunLimits(seconds_max=60))
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(recording.run)
+        recording.stop()  # before it has begun, or while it runs
+        found = running.result(timeout=30)
+    assert found.why == "it was no longer wanted"
+
+
+def test_model_whose_inputs_are_too_large_to_be_made_up_is_not_even_tried(tmp_path):
+    spec = read_signature(models.identity_model(tmp_path / "m.onnx"), name="m")
+    huge = dataclasses.replace(spec, inputs=(TensorSpec("x", "float32", (1 << 20, 1 << 20)),))
+    found = Recording(huge).run()
+    assert (found.answer, found.why) == (None, "its inputs are larger than 1 MiB")
+    assert question(huge, None) == {}
+    large = dataclasses.replace(spec, inputs=(TensorSpec("x", "int8", (2 * INPUT_BYTES_MAX,)),))
+    assert question(large, None)["x"].nbytes < WARMUP_BYTES_MAX
+
+
+def test_process_is_asked_whatever_the_working_directory_holds(tmp_path, monkeypatch):
+    (tmp_path / "numpy.py").write_text("raise SystemExit('not this one')\n")
+    monkeypatch.chdir(tmp_path)
+    spec = read_signature(models.add_model(tmp_path / "m.onnx"), name="m")
+    assert Recording(spec).run().answer is not None
+
+
+X_ONLY = spec_of("m")
+
+
+def reference(spec, candidates, limits):
+    path = spec.files[0].path if spec.files else "none"
+    return ReferenceRun(path, spec.bytes, candidates, limits).run()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 
 from pool.models.loading import read_parts
@@ -50,7 +51,7 @@ def test_one_wrong_byte_in_a_shard_is_refused_or_cut_anew(cache):
     with pytest.raises(NotAModel, match=r"shard-1\.onnx\.data"):
         read_parts("m", folder)  # a folder that somebody made is taken as it is, or not at all
     _, parts = read_parts("m", LLAMA, shards=2)  # our own is made anew
-    assert parts[1].known_answer() is not None
+    assert parts[1].recording().run().answer is not None
     with pytest.raises(BadInput, match="holds 2 shards, not 3"):
         read_parts("m", folder, shards=3)
 
@@ -71,3 +72,46 @@ def test_strategy_for_what_is_cut_already_is_refused(tmp_path):
     (tmp_path / MANIFEST_NAME).write_text("{}")
     with pytest.raises(BadInput, match="already cut"):
         read_parts("m", tmp_path, strategy="optimal")
+
+
+def test_model_with_more_outputs_than_a_message_carries_is_refused_before_any_browser(tmp_path):
+    with pytest.raises(NotAModel, match=r"at most 1,024 outputs, .*, got 1,025"):
+        read_parts("m", models.chatty_model(tmp_path / "m.onnx", 1025))
+    entry, _ = read_parts("m", models.chatty_model(tmp_path / "m.onnx", 1024))
+    assert len(entry.spec.outputs) == 1024
+
+
+def test_path_that_no_system_reads_is_no_model(tmp_path):
+    for path in (tmp_path / ("x" * 300), tmp_path / "m.onnx" / "inner"):
+        (tmp_path / "m.onnx").touch()
+        with pytest.raises(NotAModel, match=r"expected .*, got"):
+            read_parts("m", path)
+
+
+@pytest.mark.parametrize("written", ["sub//w.bin", "./w.bin", "sub/./w.bin"])
+def test_cut_reads_weights_wherever_the_graph_says_they_are(tmp_path, cache, written):
+    """In initializers and in the nodes' own constants."""
+    model = onnx.load(DECODERS / "optimum-bert.onnx")
+    folder = tmp_path / "model"
+    (folder / written).parent.mkdir(parents=True)
+    large = [t for t in model.graph.initializer if len(t.raw_data) > 1024]
+    inner = [
+        a.t
+        for node in model.graph.node
+        for a in node.attribute
+        if node.op_type == "Constant" and a.HasField("t") and a.t.raw_data
+    ]
+    assert large
+    assert inner
+    with (folder / written).open("wb") as stream:
+        for tensor in (*large, *inner):
+            offset = stream.tell()
+            stream.write(tensor.raw_data)
+            length = stream.tell() - offset
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (("location", written), ("offset", offset), ("length", length)):
+                tensor.external_data.add(key=key, value=str(value))
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    _, parts = read_parts("m", folder, shards=2)
+    assert all(part.recording().run().answer is not None for part in parts)

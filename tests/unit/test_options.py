@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import typer
 
-from actors.history import QUESTIONS
 from actors.messages import HostConfig
 from actors.supervisor.records import SupervisorConfig
 from pool import BrowserPool, Result
@@ -22,6 +21,7 @@ from pool.commands.main import COMMANDS, GROUPS, app
 from pool.config import PoolConfig
 from recovery.breaker import BreakerConfig, RegistryConfig
 from recovery.history.config import HistoryConfig
+from recovery.history.questions import QUESTIONS
 from recovery.history.schema import VIEWS
 from recovery.log.writing import LogConfig
 from recovery.resources import ResourceLimits

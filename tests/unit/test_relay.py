@@ -55,6 +55,8 @@ class Worker:
             return RunReply(status, busy=True)
         if self.fault == "silent":
             await asyncio.Event().wait()
+        if self.fault == "unsendable":
+            return RunReply(status, outputs={"x": np.zeros(1, complex)}, answered=True)
         try:
             answer = self.stage.take(request.stage, tensors)
         except PageError as error:
@@ -177,6 +179,17 @@ async def test_worker_that_is_gone_ends_the_step_at_once(model, stage):
     async with chained(model) as (chain, workers, _):
         await workers[stage].server.stop()
         assert await chain.step(0, len(PROMPT), line.inputs_of_step(PROMPT, 0), 60.0) is None
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+async def test_answer_that_no_message_carries_ends_the_step_at_once(model, stage):
+    line, _, _ = model
+    async with chained(model) as (chain, workers, _), asyncio.timeout(10):
+        workers[stage].fault = "unsendable"
+        assert await chain.step(0, len(PROMPT), line.inputs_of_step(PROMPT, 0), 60.0) is None
+        why, failure = chain.trouble
+        assert "complex128" in why
+        assert failure.ref == workers[stage].ref
 
 
 async def test_silent_worker_ends_the_step_in_time(model):

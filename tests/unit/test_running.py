@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,15 @@ PIPELINE = StagePipeline(  # a fake host answers with what it was given, and 1 a
 )
 PARTS = tuple(spec(f"cut@{index}", f"digest {index}") for index in range(2))
 COMPONENTS = tuple(spec(f"two@{name}", name) for name in ("a", "b"))
+FLOATS = {name: TensorSpec(name, "float32", ("n",)) for name in ("boxes", "labels", "scores")}
+DETECTOR = replace(  # whose outputs are declared in another order than they arrive in
+    spec("m"),
+    inputs=tuple(FLOATS.values()),
+    outputs=tuple(FLOATS[name] for name in ("scores", "labels", "boxes")),
+)
 ENTRIES = {
     "m": ModelEntry(spec("m")),
+    "detector": ModelEntry(DETECTOR),
     "cut": ModelEntry(spec("cut"), pipeline=PIPELINE),
     "two": ModelEntry(spec("two"), components=COMPONENTS),
 }
@@ -116,9 +124,12 @@ class AskedNobody(Doubled):
 
 
 class Served:
-    def __init__(self, hosts: FakeHosts, runner: OperationRunner) -> None:
+    def __init__(
+        self, hosts: FakeHosts, runner: OperationRunner, operations: OperationRegistry
+    ) -> None:
         self.hosts = hosts
         self.runner = runner
+        self.operations = operations
         self.run = runner.run
 
 
@@ -150,7 +161,7 @@ async def serving(scripts: Mapping[str, Any] = {}, **options: Any) -> AsyncItera
     connection = Connected(routing, **options)
     runner = OperationRunner(connection, Catalog(), operations, tasks)
     try:
-        yield Served(hosts, runner)
+        yield Served(hosts, runner, operations)
     finally:
         await tasks.cancel()
         await routing.stop()
@@ -166,6 +177,42 @@ async def test_operation_over_one_graph_need_not_know_whether_it_is_cut(model, a
         np.testing.assert_array_equal(mine.outputs["y"], (X["x"] + added) * 2)
         assert (mine.op_id, mine.model, mine.op) == ("mine", model, "doubled")
         assert pool.runner.counts["answered"] == 2
+
+
+async def test_outputs_come_in_the_order_of_the_graph():
+    async with serving() as pool:
+        asked = {name: np.zeros(2, np.float32) for name in FLOATS}
+        result = await pool.run("detector", "inference", asked)
+        assert list(result.outputs) == ["scores", "labels", "boxes"]
+
+
+async def test_failure_tells_of_dimensions_that_share_a_name_and_no_size():
+    script = {"b_0": [{"error_on_run": set(range(99))}], "b_1": [{"error_on_run": set(range(99))}]}
+    async with serving(script) as pool:
+        asked = {name: np.zeros(2, np.float32) for name in FLOATS}
+        result = await pool.run("detector", "inference", asked)
+        assert not result.success
+        assert "'n' is" not in result.error
+        asked["labels"] = np.zeros(5, np.float32)
+        result = await pool.run("detector", "inference", asked)
+        assert result.error.endswith("(of these inputs, 'n' is 2 in 'boxes' and 5 in 'labels')")
+
+
+async def test_text_in_an_answer_is_a_string_whoever_made_it():
+    class Said(Doubled):
+        name = "said"
+
+        async def _work(self, model: PlacedModel, prepared: Any) -> dict[str, Any]:
+            await model.outputs(prepared)
+            return {"text": np.asarray("abc"), "lines": np.array([["a"], ["b"]]), "n": np.ones(1)}
+
+    async with serving() as pool:
+        pool.operations.register(Said())
+        outputs = (await pool.run("m", "said", X)).outputs
+        assert outputs["text"][:2] == "ab"
+        assert (type(outputs["text"]), outputs["lines"]) == (str, [["a"], ["b"]])
+        assert list(outputs) == ["text", "lines", "n"]
+        assert outputs["n"].shape == (1,)
 
 
 async def test_operation_over_components_asks_each_by_itself():

@@ -1,6 +1,9 @@
 import hashlib
 import pickle
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
@@ -8,8 +11,10 @@ from onnx import TensorProto, helper
 from recovery.errors import NotAModel
 from recovery.kinds import ModelType
 from recovery.voting import Tolerance
+from sharding.models.frames import HEADER_BYTES_MAX, TENSORS_MAX
 from sharding.models.load_memory import LOAD_OVERHEAD_BYTES
-from sharding.models.signature import TensorSpec, read_signature
+from sharding.models.native import NativeSession
+from sharding.models.signature import TensorSpec, check_carried, read_signature
 from tests import models
 
 
@@ -89,7 +94,93 @@ def test_external_data_in_a_subfolder_and_in_a_subgraph(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("location", ["../w.data", "/tmp/w.data", "a/../../w", "C:w", "a\\w", ""])
+@pytest.mark.parametrize(
+    ("location", "name"),
+    [
+        ("sub//w.bin", "sub/w.bin"),
+        ("./w.bin", "w.bin"),
+        (".//w.bin", "w.bin"),
+        ("././w.bin", "w.bin"),
+        ("sub/./w.bin", "sub/w.bin"),
+        ("sub/../w.bin", "w.bin"),
+        ("sub/w.bin", "sub/w.bin"),
+    ],
+)
+def test_external_data_is_one_file_however_the_graph_writes_its_name(tmp_path, location, name):
+    path = models.external_model(tmp_path / "m.onnx", locations=(location, "b.data"))
+    spec = read_signature(path, name="m")
+    (file,) = (file for file in spec.files if file.name == name)
+    assert file.spellings == (() if location == name else (location,))
+    assert file.digest == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    session = NativeSession(path)
+    session.open()
+    assert session.run({"x": np.ones(4, np.float32)})["y"].tolist() == [3.0] * 4
+
+
+def test_two_spellings_of_one_file_are_one_file(tmp_path):
+    path = models.external_model(tmp_path / "m.onnx", locations=("./w.bin", "w.bin"))
+    spec = read_signature(path, name="m")
+    assert [(file.name, file.spellings) for file in spec.files[1:]] == [("w.bin", ("./w.bin",))]
+
+
+def test_links_inside_the_folder_are_followed_and_those_that_lead_out_refused(tmp_path):
+    folder, outside = tmp_path / "m", tmp_path / "outside"
+    path = models.external_model(folder / "model.onnx", locations=("w.bin", "b.bin"))
+    (folder / "w.bin").rename(folder / "real.bin")
+    (folder / "w.bin").symlink_to("real.bin")
+    assert read_signature(path, name="m").bytes > 0
+    outside.mkdir()
+    (folder / "real.bin").rename(outside / "secret")
+    for target in (outside / "secret", Path("../outside/secret")):
+        (folder / "w.bin").unlink()
+        (folder / "w.bin").symlink_to(target)
+        with pytest.raises(NotAModel, match=r"own folder.*a link to .*outside/secret"):
+            read_signature(path, name="m")
+    (folder / "sub").symlink_to(outside)
+    path = models.external_model(tmp_path / "other.onnx", locations=("m/sub/secret", "b.bin"))
+    (tmp_path / "other.onnx").rename(folder / "other.onnx")
+    model = onnx.load(folder / "other.onnx", load_external_data=False)
+    model.graph.initializer[0].external_data[0].value = "sub/secret"
+    (folder / "other.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(NotAModel, match="own folder"):
+        read_signature(folder / "other.onnx", name="m")
+
+
+def test_snapshot_whose_files_are_all_links_to_one_folder_of_blobs_is_a_model(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    models.external_model(blobs / "model.onnx", locations=("w.bin", "b.bin"))
+    (snapshot / "onnx").mkdir(parents=True)
+    for number, name in enumerate(("model.onnx", "w.bin", "b.bin")):
+        (blobs / name).rename(blobs / f"sha{number}")
+        (snapshot / "onnx" / name).symlink_to(f"../../../blobs/sha{number}")
+    spec = read_signature(snapshot / "onnx" / "model.onnx", name="m")
+    assert [file.name for file in spec.files] == ["model.onnx", "b.bin", "w.bin"]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "name", "expected"),
+    [
+        (TENSORS_MAX + 1, "y{}", r"at most 1,024 outputs, .*, got 1,025 \("),
+        (2, "y{}" + "z" * (HEADER_BYTES_MAX // 2), "names fit into the header"),
+        (1, "__metadata__", "names fit into the header"),
+    ],
+)
+def test_outputs_that_no_message_carries_are_refused_with_the_limit(
+    tmp_path, outputs, name, expected
+):
+    path = models.chatty_model(tmp_path / "m.onnx", outputs, name)
+    spec = read_signature(path, name="m")  # it can still be looked at, and cut
+    with pytest.raises(NotAModel, match=expected):
+        check_carried(spec)
+    check_carried(read_signature(models.chatty_model(path, TENSORS_MAX), name="m"))
+    many = tuple(TensorSpec(f"x{n}", "float32", None) for n in range(TENSORS_MAX + 1))
+    with pytest.raises(NotAModel, match="at most 1,024 inputs"):
+        check_carried(replace(spec, inputs=many, outputs=()))
+
+
+@pytest.mark.parametrize(
+    "location", ["../w.data", "/tmp/w.data", "a/../../w", "C:w", "a\\w", "", ".", "a/.."]
+)
 def test_external_data_outside_the_folder_is_refused(tmp_path, location):
     path = models.external_model(tmp_path / "m" / "model.onnx")
     model = onnx.load(path, load_external_data=False)
