@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # what onnx raises
 
+from recovery.bounded_files import open_regular, read_bounded
 from recovery.errors import NotAModel
 from recovery.kinds import ModelType
 from recovery.voting import Tolerance
@@ -175,7 +176,7 @@ def _read_graph_file(path: Path) -> bytes:
                 f"a graph of at most {GRAPH_BYTES_MAX:,} bytes (larger models keep their weights "
                 "in external data files)",
             )
-        return path.read_bytes()
+        return read_bounded(path, GRAPH_BYTES_MAX, what="an ONNX model", error=NotAModel)
     except OSError as error:
         raise _refuse(
             path, str(error.strerror or error), "an ONNX file that can be read"
@@ -248,7 +249,10 @@ def _external_data(path: Path, model: onnx.ModelProto) -> Iterator[tuple[str, in
                 "external data inside the model's own folder",
             )
         try:
-            end = int(entries.get("offset") or 0) + int(entries.get("length") or 0)
+            parts = [int(entries.get(key) or 0) for key in ("offset", "length")]
+            if min(parts) < 0:
+                raise ValueError("a negative number")
+            end = sum(parts)
         except ValueError:
             raise _refuse(
                 path,
@@ -307,8 +311,8 @@ def _external_files(path: Path, needed: dict[str, int]) -> Iterator[ModelFile]:
 
 
 def digest_of(path: Path) -> tuple[int, str]:
-    """Bytes and SHA-256 of a file, which is read in pieces. Raises `OSError`."""
-    with path.open("rb") as stream:
+    """Bytes and SHA-256 of a regular file, which is read in pieces. Raises `OSError`."""
+    with open_regular(path) as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return stream.tell(), digest
 
