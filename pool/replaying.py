@@ -165,7 +165,7 @@ def verified_path(order: ReplayOrder) -> Path:
             "the bundle does not say which files its model was: pass its path with --model.",
             expected="--model",
         )
-    path = Path(order.path)
+    path = Path(order.path).absolute()
     folder = path if path.is_dir() else path.parent
     if folder != path and path.name not in {file.name for file in order.files}:
         raise _bad("model.files", f"{text_of(path.name)} among them", order.files[0].name)

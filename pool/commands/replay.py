@@ -85,21 +85,26 @@ def _describe(console: Console, bundle: Bundle) -> None:
     few = list(bundle.listed[:_LISTED_MAX])
     more = len(bundle.listed) - len(few)
     files = ", ".join([*few, *([f"{more} more"] if more else [])])
-    for line in (
+    lines = [
         f"{facts.get('why')}: {asked}",
         f"  error: {result.get('error') or 'none'}",
         f"  first failure: {result.get('original_error') or 'none'}",
         f"  model: {of_model}",
         f"  pool: {pool.get('browsers')} at level {pool.get('level')}",
         f"  files: {files or 'none'}",
-    ):
+    ]
+    chaos = facts.get("chaos")
+    if isinstance(chaos, dict):
+        lines.append(f"  chaos run up to operation {chaos.get('number')}: {chaos.get('settings')}")
+    for line in lines:
         print_plain(console, line)
 
 
 def _agreed_path(order: ReplayOrder) -> Path:
     """The bundle's own path of the model, if the user agrees to it. Raises `BadInput`."""
     try:
-        agreed = bool(order.path) and typer.confirm(f"Load the model from {shown(order.path)}?")
+        where = shown(Path(order.path).absolute())
+        agreed = bool(order.path) and typer.confirm(f"Load the model from {where}?")
     except typer.Abort:  # nobody is there to answer
         agreed = False
     if not agreed:

@@ -492,6 +492,16 @@ def test_an_honest_chaos_run_is_replayed(chaos, facts, tmp_path, runs, pools):
     assert pools == []
 
 
+def test_a_chaos_run_is_shown_before_it_is_run(chaos, facts, tmp_path):
+    chaos["settings"]["model"] = "\x1b[2J/evil.onnx"
+    done = replayed_with(facts, tmp_path, "--show")
+    assert done.exit_code == 0
+    assert "up to operation 17" in done.output
+    assert "chrome=2" in done.output
+    assert "/evil.onnx" in done.output
+    assert "\x1b" not in done.output
+
+
 def test_settings_that_nobody_knows_are_not_taken(chaos, facts, tmp_path, runs):
     chaos["settings"] |= {"address": "ray://evil", "report": "/etc", "simulation": "on"}
     assert isinstance(replayed_with(facts, tmp_path).exception, Stopped)
