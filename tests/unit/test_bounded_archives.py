@@ -68,7 +68,7 @@ ONE = enemies.archive({"a.json": b"[" + b" " * 5000 + b"]"})
         (enemies.forged(ONE, size=0xFFFFFFF0), "1,048,576 bytes unpacked, got 4,294,967,280"),
         (enemies.archive({"a": bytes(2 << 20)}), "1,048,576 bytes unpacked"),
         (enemies.archive({c: bytes(300 << 10) for c in "abcd"}), "1,048,576 bytes unpacked"),
-        (os.urandom(2 << 20), "of at most 1,048,576 bytes, got 2,097,152"),
+        (b"x" * (2 << 20), "of at most 1,048,576 bytes, got 2,097,152"),
         (enemies.forged(ONE, size=10), "CRC"),
         (enemies.forged(ONE, size=6000), "cut short|CRC"),
         (enemies.forged(ONE, packed=0xFFFFFFF0), "members within it"),
