@@ -23,7 +23,7 @@ def archive(members: Mapping[str, bytes], method: int = zipfile.ZIP_DEFLATED) ->
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", method) as written:
         for name, content in members.items():
-            written.writestr(name, content)
+            written.writestr(zipfile.ZipInfo(name), content, method)  # of no time: always the same
     return made.getvalue()
 
 

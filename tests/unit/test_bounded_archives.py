@@ -88,6 +88,7 @@ ONE = enemies.archive({"a.json": b"[" + b" " * 5000 + b"]"})
         (enemies.archive({"\x1b[2J": b""}), "lead nowhere else"),
         (enemies.renamed(ONE, b"a.json", b"a\0json"), "lead nowhere else"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_an_archive_beyond_its_bounds_is_refused_with_file_and_bound(data, words, tmp_path):
     with pytest.raises(BadInput, match=words) as caught:
@@ -197,6 +198,7 @@ FLOATS = bytes(24)
         (enemies.npy_of("|b1", "(3,)", b"\x00\x01\x02"), "booleans and text"),
         (enemies.npy_of("<U1", "(1,)", b"\xff\xff\xff\x7f"), "booleans and text"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_an_array_that_is_not_what_it_says_is_refused(array, words, tmp_path):
     path = tmp_path / "arrays.npz"
