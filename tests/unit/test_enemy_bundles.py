@@ -80,7 +80,7 @@ def facts(model) -> dict:
     }
 
 
-class Stopped(PoolError):
+class Stopped(Exception):
     """A pool was made, and here the test ends."""
 
 
