@@ -58,6 +58,7 @@ _FACTS, _INPUTS = "bundle.json", "inputs.npz"
 _FACTS_BOUNDS = JsonBounds(_FACTS, 32 << 20, items_max=1_000_000)
 _BOUNDS = ArchiveBounds("a failure bundle", BUNDLE_BYTES_MAX, members_max=256)
 _INPUTS_BOUNDS = ArchiveBounds("arrays", BUNDLE_BYTES_MAX, members_max=1024)
+_HEADER_BYTES = 10_000  # of an array, at most
 _COLLECT_SECONDS = 20.0
 
 # The options of a pool that a bundle has and that a replay takes from one, with their types. All
@@ -272,10 +273,11 @@ def write_bundle(bundle: Bundle, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     members = {_FACTS: _json(bundle.facts), **bundle.files}
     if bundle.inputs is not None:
-        with contextlib.suppress(BadInput):  # there is an input that is no plain array
-            members[_INPUTS] = pack_arrays(
-                {name: np.asarray(value) for name, value in bundle.inputs.items()}
-            )
+        arrays = {name: np.asarray(value) for name, value in bundle.inputs.items()}
+        size = sum(array.nbytes + _HEADER_BYTES for array in arrays.values())
+        if size <= BUNDLE_BYTES_MAX and len(arrays) <= _INPUTS_BOUNDS.members_max:
+            with contextlib.suppress(BadInput):  # there is an input that is no plain array
+                members[_INPUTS] = pack_arrays(arrays)
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as z:

@@ -54,9 +54,10 @@ _HEADER_BYTES_MAX = 10_000  # numpy's own limit
 _DIMENSIONS_MAX = 64  # also numpy's
 _ELEMENTS_MAX = 1 << 40  # of a shape whose sides of length 0 are taken as 1
 _LENGTHS = {b"\x01\x00": struct.Struct("<H"), b"\x02\x00": struct.Struct("<L")}  # by version
+_KINDS = "biufcSU"  # of dtypes: booleans, numbers, bytes and text
 # As numpy writes it for plain arrays. Its own reader evaluates the text as Python.
 _HEADER = re.compile(
-    r"\{'descr': '([<>|=]?[biufcSU]\d{1,9})', 'fortran_order': (True|False), "
+    rf"\{{'descr': '([<>|=]?[{_KINDS}]\d{{1,9}})', 'fortran_order': (True|False), "
     r"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\),? ?\}\s*"
 )
 _CODE_POINT_MAX = 0x10FFFF
@@ -182,15 +183,19 @@ def arrays_in(stream: IO[bytes], name: str, bounds: ArchiveBounds) -> dict[str, 
 
 
 def pack_arrays(arrays: Mapping[str, Array]) -> bytes:
-    """An .npz file that `arrays_in` reads. Raises `BadInput` for what is no plain array."""
+    """An .npz file that `arrays_in` reads, if its bounds allow as much.
+
+    Raises `BadInput` for what is no plain array, and for a name that none may have.
+    """
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():
+            if array.dtype.kind not in _KINDS or not _is_array(f"{name}{_ARRAY_ENDING}"):
+                raise BadInput(
+                    f"{text_of(name)}: an array of {text_of(array.dtype)} can't be kept."
+                )
             made = io.BytesIO()
-            try:
-                np.lib.format.write_array(made, array, allow_pickle=False)
-            except ValueError as cause:
-                raise BadInput(f"{name}: an array of {array.dtype} can't be kept.") from cause
+            np.lib.format.write_array(made, array, allow_pickle=False)
             archive.writestr(f"{name}{_ARRAY_ENDING}", made.getvalue())
     return packed.getvalue()
 

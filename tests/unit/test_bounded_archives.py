@@ -158,12 +158,28 @@ def test_arrays_come_back_as_numpy_reads_them(tmp_path):
                 np.testing.assert_array_equal(found[name], array)
 
 
-def test_what_is_no_plain_array_is_neither_packed_nor_read():
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array([{}], object),
+        np.array([(1, 2.0)], [("a", "i4"), ("b", "f8")]),
+        np.array(["2020-01-01"], "M8[D]"),
+    ],
+    ids=["object", "record", "time"],
+)
+def test_what_is_no_plain_array_is_neither_packed_nor_read(array):
     with pytest.raises(BadInput, match="can't be kept"):
-        pack_arrays({"x": np.array([{}], object)})
-    records = pack_arrays({"x": np.array([(1, 2.0)], [("a", "i4"), ("b", "f8")])})
+        pack_arrays({"x": array})
+    packed = io.BytesIO()
+    np.savez(packed, x=array)
     with pytest.raises(BadInput, match="numbers, booleans or text"):
-        arrays_in(io.BytesIO(records), "it", BOUNDS)
+        arrays_in(packed, "it", BOUNDS)
+
+
+def test_a_name_that_is_none_is_not_packed_either():
+    for name in ("../x", "a\\b", "x\n"):
+        with pytest.raises(BadInput, match="can't be kept"):
+            pack_arrays({name: np.ones(1)})
 
 
 FLOATS = bytes(24)

@@ -835,9 +835,21 @@ async def test_a_bundle_of_ours_tells_no_secret(tmp_path, monkeypatch, model):
     assert again.facts["result"]["error"] == "Ray refused ***: http://***@proxy:1/"
 
 
-def test_inputs_that_can_not_be_kept_are_left_out(facts, tmp_path):
-    path = write_bundle(Bundle(facts, {"x": [{}, None]}), tmp_path / "b.zip")
-    assert read_bundle(path).inputs is None
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"x": [{}, None]},
+        {"../x": np.ones(1)},
+        {"x": np.array(["2020-01-01"], "M8[D]")},
+        {"x": np.broadcast_to(np.uint8(0), (600 << 20,))},  # within the bounds when packed
+        {str(n): 1 for n in range(1025)},
+    ],
+    ids=["objects", "a name", "a time", "large", "many"],
+)
+def test_inputs_that_could_not_be_read_again_are_left_out(inputs, facts, tmp_path):
+    path = write_bundle(Bundle(facts, inputs), tmp_path / "b.zip")
+    again = read_bundle(path)
+    assert (again.inputs, again.listed) == (None, ())
 
 
 def test_the_largest_schedule_fits_into_a_bundle(facts, chaos, tmp_path):
