@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import FailFast, TypeAdapter, ValidationError
 
+from recovery.bounded_files import JsonBounds, json_object_from, read_bounded, text_of
 from recovery.breaker import CircuitState
 from recovery.errors import BadInput
 from recovery.failures import Category
@@ -22,6 +24,11 @@ from recovery.kinds import BrowserType, Level
 
 SCHEDULE_FAULTS_MAX = 100_000
 SCHEDULE_BYTES_MAX = 64 << 20
+_JSON = JsonBounds("a fault schedule", SCHEDULE_BYTES_MAX, items_max=1_000_000)
+
+_T = TypeVar("_T")
+# A tuple of which pydantic reports the first error only: a million of them would fill the memory.
+Rows = Annotated[tuple[_T, ...], FailFast()]
 
 
 class FaultKind(StrEnum):
@@ -300,7 +307,7 @@ class Injected:
     what: str
     target: str = ""
     epoch: int = -1
-    pids: tuple[int, ...] = ()
+    pids: Rows[int] = ()
     until: float | None = None
 
 
@@ -340,7 +347,7 @@ class Schedule:
     """The faults of a run, and when. The same seed and limits draw the same schedule."""
 
     seed: int
-    faults: tuple[Due, ...]
+    faults: Rows[Due]
 
     def to_json(self) -> str:
         return _SCHEDULE.dump_json(self, indent=1).decode()
@@ -349,29 +356,38 @@ class Schedule:
 _SCHEDULE = TypeAdapter(Schedule)
 
 
-def schedule_from_json(text: str | bytes) -> Schedule:
-    """Raises `BadInput`."""
-    if len(text) > SCHEDULE_BYTES_MAX:
-        raise BadInput(f"the schedule has {len(text)} bytes; the limit is {SCHEDULE_BYTES_MAX}")
+def schedule_from_json(text: str | bytes, name: str = "the schedule") -> Schedule:
+    """Raises `BadInput`; `name` says there where the text is from."""
     try:
-        schedule = _SCHEDULE.validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BadInput(f"not a fault schedule: {where}: {first['msg']}") from error
-    if len(schedule.faults) > SCHEDULE_FAULTS_MAX:
+        plain = json_object_from(text, _JSON, name)
+    except BadInput as error:
+        raise BadInput(f"not a fault schedule: {error}", **error.fields) from error
+    return schedule_from_plain(plain, name)
+
+
+def schedule_from_plain(plain: Any, name: str = "the schedule") -> Schedule:
+    """The schedule that `Schedule.to_json` wrote, already parsed. Raises `BadInput`."""
+    faults = plain.get("faults") if isinstance(plain, dict) else None
+    if isinstance(faults, list) and len(faults) > SCHEDULE_FAULTS_MAX:
         raise BadInput(
-            f"the schedule has {len(schedule.faults)} faults; the limit is {SCHEDULE_FAULTS_MAX}"
+            f"{name} has {len(faults):,} faults; the limit is {SCHEDULE_FAULTS_MAX:,}.",
+            expected=SCHEDULE_FAULTS_MAX,
+            got=len(faults),
         )
-    return schedule
+    try:
+        return _SCHEDULE.validate_python(plain)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = text_of(".".join(map(str, first["loc"])))
+        raise BadInput(
+            f"{name}: not a fault schedule: {where}: {text_of(first['msg'])}."
+        ) from error
 
 
 def read_schedule(path: str | Path) -> Schedule:
     """Raises `BadInput`."""
-    try:
-        return schedule_from_json(Path(path).read_bytes())
-    except OSError as error:
-        raise BadInput(f"{path} can't be read: {error}") from error
+    data = read_bounded(path, SCHEDULE_BYTES_MAX, what="a fault schedule")
+    return schedule_from_json(data, str(path))
 
 
 def draw_schedule(

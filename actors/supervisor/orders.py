@@ -15,6 +15,8 @@ from typing import Protocol
 from pydantic import TypeAdapter, ValidationError
 
 from actors.supervisor.records import ModelOrder
+from recovery.bounded_files import read_bounded
+from recovery.errors import BadInput
 from recovery.log.segments import LogUnavailable
 
 _ORDER = TypeAdapter(ModelOrder)
@@ -90,7 +92,7 @@ class DiskOrders:
 
     def _load(self, name: str, digest: str) -> ModelOrder | None:
         try:
-            order = _ORDER.validate_json(self._path(name).read_bytes())
-        except (OSError, ValidationError):
+            order = _ORDER.validate_json(read_bounded(self._path(name), ORDER_BYTES_MAX))
+        except (BadInput, ValidationError):
             return None
         return order if order.spec.digest == digest else None

@@ -11,8 +11,13 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from recovery.bounded_files import JsonBounds, json_object_from, read_bounded, text_of
 from recovery.errors import BadInput
-from recovery.faults import Due, Injected, Schedule
+from recovery.faults import Due, Injected, Rows, Schedule
+
+RUN_BYTES_MAX = 256 << 20
+_JSON = JsonBounds("the JSON of a chaos run", RUN_BYTES_MAX, items_max=4_000_000)
+_NAMED_MAX = 1000  # settings, versions, browsers
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class OpRecord:
     browser_id: str = ""
     engine: str = ""
     level_effective: str = ""
-    struck: tuple[tuple[str, str, int], ...] = ()
+    struck: Rows[tuple[str, str, int]] = ()
     error: str = ""
 
 
@@ -64,12 +69,12 @@ class FaultRecord:
     injected: Injected | None = None
     engine: str = ""
     evidence: str = ""
-    noticed: tuple[str, ...] = ()
+    noticed: Rows[str] = ()
     noticed_ms: float | None = None
     right: bool | None = None
-    ladder: tuple[str, ...] = ()
+    ladder: Rows[str] = ()
     repair_seconds: float | None = None
-    struck: tuple[int, ...] = ()
+    struck: Rows[int] = ()
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,12 @@ class ChaosRun:
     versions: Mapping[str, str]
     browsers: Mapping[str, str]  # slot -> product and version
     schedule: Schedule
-    operations: tuple[OpRecord, ...]
-    faults: tuple[FaultRecord, ...]
-    memory: tuple[MemorySample, ...] = ()
-    leaked: tuple[str, ...] = ()
+    operations: Rows[OpRecord]
+    faults: Rows[FaultRecord]
+    memory: Rows[MemorySample] = ()
+    leaked: Rows[str] = ()
     repaired: bool = True  # whether every browser was repaired or replaced at the end
-    notes: tuple[str, ...] = field(default=())
+    notes: Rows[str] = field(default=())
 
     def with_leaked(self, leaked: tuple[str, ...]) -> ChaosRun:
         """The same run, with what its pool leaked."""
@@ -113,19 +118,25 @@ class ChaosRun:
 _RUN = TypeAdapter(ChaosRun)
 
 
-def run_from_json(text: str | bytes) -> ChaosRun:
-    """Raises `BadInput`."""
+def run_from_json(text: str | bytes, name: str = "the run") -> ChaosRun:
+    """Raises `BadInput`; `name` says there where the text is from."""
     try:
-        return _RUN.validate_json(text)
+        plain = json_object_from(text, _JSON, name)
+    except BadInput as error:
+        raise BadInput(f"not the JSON of a chaos run: {error}", **error.fields) from error
+    for part in ("settings", "versions", "browsers"):
+        if isinstance(plain.get(part), dict) and len(plain[part]) > _NAMED_MAX:
+            raise BadInput(f"{name} has {len(plain[part]):,} {part}; the limit is {_NAMED_MAX:,}.")
+    try:
+        return _RUN.validate_python(plain)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BadInput(f"not the JSON of a chaos run: {where}: {first['msg']}") from error
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = text_of(".".join(map(str, first["loc"])))
+        raise BadInput(
+            f"{name}: not the JSON of a chaos run: {where}: {text_of(first['msg'])}."
+        ) from error
 
 
 def read_run(path: str | Path) -> ChaosRun:
     """Raises `BadInput`."""
-    try:
-        return run_from_json(Path(path).read_bytes())
-    except OSError as error:
-        raise BadInput(f"{path} can't be read: {error}") from error
+    return run_from_json(read_bounded(path, RUN_BYTES_MAX, what="a chaos run"), str(path))

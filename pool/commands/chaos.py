@@ -7,7 +7,6 @@ must not inject a fault itself.
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from pool.chaos.breakable import chaos_pool
 from pool.chaos.bundle import BundleWriter
 from pool.chaos.plan import Plan
 from pool.chaos.records import ChaosRun
+from pool.chaos.replayed import run_of
 from pool.chaos.report import verdict, write_report
 from pool.chaos.runner import ChaosRunner
 from pool.chaos.view import shown
@@ -36,7 +36,6 @@ from recovery.faults import (
     Schedule,
     draw_schedule,
     read_schedule,
-    schedule_from_json,
 )
 from recovery.kinds import BrowserType
 
@@ -231,17 +230,15 @@ def run_chaos(
     return asyncio.run(_chaos(console, counts, options, workload, plan, nodes, bundles))
 
 
-def chaos_again(console: Console, chaos: Mapping[str, Any]) -> int:
+def chaos_again(console: Console, chaos: Any, model: Path | None = None) -> int:
     """Repeat the chaos run of a failure bundle, up to the operation that failed.
 
-    Returns the exit code. Raises `BadInput`.
+    Returns the exit code. Raises `BadInput` as `pool.chaos.replayed.run_of`.
     """
-    try:
-        schedule = schedule_from_json(json.dumps(chaos["schedule"]))
-        settings = {**chaos["settings"], "operations": str(int(chaos["number"]) + 1)}
-        run = run_chaos(console, schedule, settings)
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"the bundle's chaos run is incomplete: {error!r}") from error
+    schedule, settings = run_of(chaos, model)
+    options = {name: settings[name] for name in ("level", "strategy", "backend")}
+    chaos_pool(parse_browsers(settings["browsers"]), **options)  # before any node is started
+    run = run_chaos(console, schedule, settings)
     return _print_results(console, run, None, as_json=False)
 
 

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
+from pool.commands.printing import shown
+
 _TEXT_MAX = 160
+# What the parts of an event raise that is not of tabpool's form.
+_MISSHAPEN = (
+    ArithmeticError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    OSError,
+    TypeError,
+    ValueError,
+)
 
 
 def logged_line(event: Mapping[str, Any]) -> str:
-    """`event` is what `recovery.log.log.show` yields."""
+    """`event` is what `recovery.log.log.show` yields. The line can be printed, whoever wrote it."""
+    try:
+        return shown(_line(event))
+    except _MISSHAPEN:
+        return shown(f"?????  {json.dumps(event)}", _TEXT_MAX)
+
+
+def _line(event: Mapping[str, Any]) -> str:
     if event["type"] == "unreadable":
         return f"?????  {event['file']} at byte {event['offset']}: {event['line'][:_TEXT_MAX]}"
     at = datetime.fromtimestamp(event["at"]).isoformat(sep=" ", timespec="milliseconds")

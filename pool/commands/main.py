@@ -14,6 +14,7 @@ from rich.console import Console
 from pool.commands import chaos, generate, log, replay, shard
 from pool.commands.demo import demo
 from pool.commands.doctor import doctor
+from pool.commands.printing import print_error
 from pool.commands.version import version
 from recovery.errors import PoolError
 
@@ -55,7 +56,7 @@ def main() -> None:
     try:
         app()
     except PoolError as error:
-        Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False)
+        print_error(Console(stderr=True), error)
         raise SystemExit(2) from None
 
 

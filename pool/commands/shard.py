@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from pool.commands.printing import shown
 from pool.models.registry import read_model
 from recovery.errors import BadInput
 from sharding.cutting.analyzer import Measurement
@@ -142,7 +143,7 @@ def shard(
         typer.echo(json.dumps(plain | as_plain(manifest, plan, times.measured), indent=2))
     else:
         _print_shards(manifest, plan, times)
-        typer.echo(plan.reason)
+        typer.echo(shown(plan.reason))
         typer.echo(f"{'found' if found else 'written'}: {manager.folder()}")
 
 
@@ -281,10 +282,10 @@ def _print_components(specs: Mapping[str, ModelSpec], as_json: bool) -> None:
     for name, spec in specs.items():
         sizes = _size(spec.bytes), _size(spec.load_peak_bytes)
         named = (
-            "\n".join(f"{tensor.name}: {tensor}" for tensor in tensors)
+            "\n".join(shown(f"{tensor.name}: {tensor}") for tensor in tensors)
             for tensors in (spec.inputs, spec.outputs)
         )
-        table.add_row(name, *sizes, *named)
+        table.add_row(shown(name), *sizes, *named)
     Console(markup=False).print(table)
 
 
@@ -296,9 +297,9 @@ def _span(shard: Shard) -> str:
 def _tensors(handed: Sequence[TensorSpec], own: Sequence[TensorSpec]) -> str:
     """Tensors passed between shards, by shape; those of the whole model, by name."""
     counts = Counter(str(spec) for spec in handed)
-    lines = [f"{count} x {shape}" for shape, count in counts.items()]
+    lines = [shown(f"{count} x {shape}") for shape, count in counts.items()]
     if own:
-        lines.append(", ".join(spec.name for spec in own))
+        lines.append(shown(", ".join(spec.name for spec in own)))
     return "\n".join(lines)
 
 

@@ -29,6 +29,7 @@ from actors.faults import crash_tab, kill_process, wrong_answers
 from actors.messages import LaunchReport
 from actors.ray import connection
 from pool import BrowserPool, PoolView, Result
+from pool.commands.printing import print_error
 from pool.demo.passage import Passage, write_passage
 from pool.leaks import leaked
 from pool.models.bundled import minilm_folder
@@ -64,7 +65,7 @@ def main() -> int:
     try:
         return asyncio.run(_demonstrate(console))
     except PoolError as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False)
+        print_error(console, error)
         return 2
 
 

@@ -20,9 +20,10 @@ import numpy as np
 from pool.models.registry import ModelEntry
 from pool.ocr.reading import (
     LINE_HEIGHT,
+    dictionary_from,
     prepare_lines,
     prepare_page,
-    read_dictionary,
+    read_dictionary_file,
 )
 from pool.ocr.text_boxes import Box
 from recovery.errors import BadInput, NotAModel
@@ -118,12 +119,12 @@ def with_dictionary(entry: ModelEntry) -> ModelEntry:
     lengths: dict[str, Any] = {}
     for path in named:
         try:
-            lengths[path.name] = len(read_dictionary(path))
+            data = read_dictionary_file(path)
+            lengths[path.name] = len(dictionary_from(data, path))
         except BadInput as error:
             lengths[path.name] = str(error)
             continue
         if reader.classes in (None, lengths[path.name]):
-            data = path.read_bytes()
             file = ModelFile(str(path), path.name, len(data), hashlib.sha256(data).hexdigest())
             whole = hashlib.sha256(f"{entry.spec.digest} {file.digest}".encode()).hexdigest()
             return replace(entry, spec=replace(entry.spec, digest=whole), dictionary=file)
@@ -146,16 +147,16 @@ def with_dictionary(entry: ModelEntry) -> ModelEntry:
 @lru_cache(_DICTIONARIES_KEPT)
 def characters_of(path: str, digest: str) -> tuple[str, ...]:
     try:
-        same = hashlib.sha256(Path(path).read_bytes()).hexdigest() == digest
-        characters = read_dictionary(path)
-    except (OSError, BadInput) as error:
+        data = read_dictionary_file(path)
+        characters = dictionary_from(data, path)
+    except BadInput as error:
         raise NotAModel(
             f"{path}: the dictionary that the model was loaded with can't be read: {error}.",
             path=path,
             expected="the dictionary",
             got=str(error),
         ) from error
-    if not same:
+    if hashlib.sha256(data).hexdigest() != digest:
         raise NotAModel(
             f"{path}: the dictionary has changed since the model was loaded. Unload the model and "
             "load it again.",

@@ -14,12 +14,14 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from pool.models.registry import ModelEntry
+from recovery.bounded_files import read_bounded
 from recovery.errors import BadInput, NotAModel
 from sharding.models.frames import Array
 from sharding.models.signature import TensorSpec
 
 TEXTS_MAX = 1024  # in one batch
 TEXT_CHARACTERS_MAX = 1_000_000  # in one text
+TOKENIZER_BYTES_MAX = 128 << 20  # of its file: a large vocabulary's has 40 MB
 
 _PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>", "</s>")
 # Their positions begin after the padding token's id, which takes that many from the limit.
@@ -123,7 +125,8 @@ class TextEncoder:
         if self._tokenizer is not None:
             return self._tokenizer
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(self._path))
+            content = read_bounded(self._path, TOKENIZER_BYTES_MAX, error=NotAModel)
+            tokenizer = tokenizers.Tokenizer.from_buffer(content)
             self._configure(tokenizer)
         except Exception as error:  # the library raises nothing narrower
             raise NotAModel(

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 
 from pool.ocr.text_boxes import Box, PageScale, check_probabilities, find_boxes
+from recovery.bounded_files import read_bounded
 from recovery.errors import BadInput
 from sharding.models.frames import Array
 
@@ -163,11 +164,19 @@ def read_dictionary(path: str | Path) -> tuple[str, ...]:
     The first class is the blank, which the file does not list, and the last one the space.
     Raises `BadInput` for a file that cannot be read, and for one with an empty line.
     """
+    return dictionary_from(read_dictionary_file(path), path)
+
+
+def read_dictionary_file(path: str | Path) -> bytes:
+    """The content of a dictionary's file. Raises `BadInput`: it can't be read, or is too large."""
+    return read_bounded(path, _DICTIONARY_BYTES_MAX, what="a dictionary of characters")
+
+
+def dictionary_from(data: bytes, path: str | Path) -> tuple[str, ...]:
+    """The dictionary in the content of a file, of which `path` is for errors."""
     try:
-        if Path(path).stat().st_size > _DICTIONARY_BYTES_MAX:
-            raise ValueError(f"it is larger than {_DICTIONARY_BYTES_MAX:,} bytes")
-        text = Path(path).read_text(encoding="utf-8-sig")  # makes every end of line "\n"
-    except (OSError, ValueError) as error:
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except ValueError as error:
         raise BadInput(
             f"{path}: expected a dictionary of characters, got: {error}.",
             path=str(path),

@@ -29,6 +29,12 @@ from recovery.history.config import HistoryConfig
 from recovery.history.samples import Sample
 
 _NOTES_MAX = 16
+# Opening reads every row, of 200,000 at most; a file of somebody else may have rows without end.
+_PREPARE_SECONDS = 60.0
+
+# With the schema named, for a file may have functions of these names.
+_TABLES = "SELECT table_name FROM system.main.duckdb_tables() WHERE NOT internal"
+_MACROS = "SELECT function_name FROM system.main.duckdb_functions() WHERE NOT internal LIMIT 1"
 
 # Errors caused by the query itself.
 _QUERY_ERRORS = (
@@ -199,7 +205,15 @@ class HistoryStore:
             connection = None
             try:
                 connection = duckdb.connect(str(self._path or ":memory:"), config=self._settings())
-                self._prepare(connection)
+                with _limited(connection, _PREPARE_SECONDS):
+                    self._prepare(connection)
+            except duckdb.InterruptException:
+                _close(connection)
+                raise HistoryUnavailable(
+                    f"{self._name} took longer to open than {_PREPARE_SECONDS:g} s, so it is not "
+                    "one that tabpool made: choose another file",
+                    path=str(self._path),
+                ) from None
             except duckdb.Error as error:
                 _close(connection)
                 if not self._set_aside(error):
@@ -227,9 +241,11 @@ class HistoryStore:
         }
 
     def _prepare(self, connection: duckdb.DuckDBPyConnection) -> None:
-        found = connection.execute("SELECT table_name FROM duckdb_tables() WHERE NOT internal")
-        tables = {name for (name,) in found.fetchall()}
-        if tables and "meta" not in tables:
+        tables = {name for (name,) in connection.execute(_TABLES).fetchall()}
+        # Tables, not views of those names, and no functions, which DuckDB takes for its own of the
+        # same name: whatever reads them runs what the file's maker wrote.
+        foreign = not tables >= {"meta", *schema.COLUMNS} or connection.execute(_MACROS).fetchall()
+        if tables and foreign:
             raise HistoryUnavailable(
                 f"{self._path} is a DuckDB file, but not a history: choose another name",
                 path=str(self._path),
@@ -322,14 +338,11 @@ class HistoryStore:
     ) -> Iterator[duckdb.DuckDBPyConnection]:
         """A cursor that can't write, and is interrupted when its time is over."""
         cursor = connection.cursor()
-        timer = threading.Timer(self._config.query_seconds_max, _interrupt, [cursor])
-        timer.daemon = True
         try:
-            timer.start()
-            cursor.execute("BEGIN TRANSACTION READ ONLY")
-            yield cursor
+            with _limited(cursor, self._config.query_seconds_max):
+                cursor.execute("BEGIN TRANSACTION READ ONLY")
+                yield cursor
         finally:
-            timer.cancel()
             _close(cursor)
 
     def _select(
@@ -405,6 +418,18 @@ def _close(connection: duckdb.DuckDBPyConnection | None) -> None:
     if connection is not None:
         with contextlib.suppress(duckdb.Error):
             connection.close()
+
+
+@contextlib.contextmanager
+def _limited(connection: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[None]:
+    """Interrupt what a connection does when its time is over."""
+    timer = threading.Timer(seconds, _interrupt, [connection])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _interrupt(cursor: duckdb.DuckDBPyConnection) -> None:

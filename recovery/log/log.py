@@ -347,7 +347,9 @@ def _steady_scan(folder: Path) -> Scan | CorruptLog:
 def show(folder: Path, since: int = 1, limit: int | None = None) -> Iterator[dict[str, Any]]:
     """The events from number `since` on, as plain JSON, at most `limit`; also while in use.
 
-    A line that can't be read appears as `{"type": "unreadable", "file", "offset", "line"}`.
+    A line that can't be read appears as `{"type": "unreadable", "file", "offset", "line"}`. What
+    was sealed by somebody else may be of any form: only that it is an object with a type is sure.
+    Raises `LogUnavailable`, and `CorruptLog` for a file that is no segment.
     """
     shown = 0
     try:
@@ -355,10 +357,18 @@ def show(folder: Path, since: int = 1, limit: int | None = None) -> Iterator[dic
             if limit is not None and shown >= limit:
                 return
             shown += 1
-            if content is None:
+            plain = _parsed(content)
+            if plain is None:
                 text = line.decode(errors="replace")
-                yield {"type": "unreadable", "file": file, "offset": offset, "line": text}
-            else:
-                yield json.loads(content)
+                plain = {"type": "unreadable", "file": file, "offset": offset, "line": text}
+            yield plain
     except OSError as error:
         raise LogUnavailable(f"the log in {folder} can't be read: {error}") from error
+
+
+def _parsed(content: bytes | None) -> dict[str, Any] | None:
+    try:
+        plain = None if content is None else json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return plain if isinstance(plain, dict) and isinstance(plain.get("type"), str) else None

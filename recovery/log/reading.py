@@ -1,22 +1,28 @@
 """Reading a log: a scan of its files, and the state that they replay to.
 
-Blocking, and changes nothing: a log can be read while another process writes it. This module must
-not repair damage (`recovery.log.writing` does).
+Blocking, and changes nothing: a log can be read while another process writes it. It may also be
+somebody else's, so no more of it is in memory than a line, or a checkpoint, may have. This module
+must not repair damage (`recovery.log.writing` does).
 """
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from recovery.bounded_files import JsonBounds, json_object_from, open_regular
 from recovery.control import Event, PoolState, apply
 from recovery.errors import IllegalTransition
 from recovery.log.codec import CorruptLog, decode, state_from_plain
 from recovery.log.segments import (
+    CHECKPOINT_BYTES_MAX,
+    LINE_BYTES_MAX,
     MARKS,
+    SEGMENT_BYTES_MAX,
     Damage,
     Lost,
     checkpoints_in,
@@ -26,6 +32,11 @@ from recovery.log.segments import (
     seq_of,
     unseal,
 )
+
+_CHECKPOINT = JsonBounds(
+    "a checkpoint", CHECKPOINT_BYTES_MAX, items_max=2_000_000, error=CorruptLog
+)
+_MARK_BYTES_MAX = 256
 
 
 @dataclass(frozen=True)
@@ -101,24 +112,67 @@ def scan(folder: Path) -> Scan:
 def _read_checkpoints(folder: Path, damage: list[Damage]) -> tuple[list[Checkpoint], list[Path]]:
     intact, damaged = [], []
     for seq, path in checkpoints_in(folder):
-        data = path.read_bytes()
+        data = _beginning(path, CHECKPOINT_BYTES_MAX)
         content = unseal(data[:-1]) if data.endswith(b"\n") else None
         if content is None:
             damage.append(Damage(path.name, 0, "the checkpoint's checksum does not match"))
             damaged.append(path)
             continue
+        plain = json_object_from(content, _CHECKPOINT, path.name)
         try:
-            plain = json.loads(content)
-            lost = tuple(Lost(*pair) for pair in plain["lost"])
+            lost = tuple(_lost(pair) for pair in plain["lost"])
             intact.append(Checkpoint(seq, state_from_plain(plain["state"]), lost))
-        except (KeyError, TypeError) as error:
-            raise CorruptLog(f"{path.name} is not a checkpoint: {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptLog(f"{path.name} is not a checkpoint: {error!r}") from None
     return intact, damaged
+
+
+def _lost(pair: Any) -> Lost:
+    first, last = pair
+    if type(first) is not int or type(last) is not int:
+        raise ValueError(f"events {first!r} to {last!r}")
+    return Lost(first, last)
+
+
+def _beginning(path: Path, bytes_max: int) -> bytes:
+    """The first `bytes_max` bytes of a file, and another one if there are more."""
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        return stream.read(min(size, bytes_max) + 1)
+
+
+class Line(NamedTuple):
+    """A line of a segment without its newline, clipped at `LINE_BYTES_MAX`; `length` is its own, in
+    the file and with the newline. `content`: what was sealed, None if it can't be read."""
+
+    data: bytes
+    length: int
+    ended: bool
+    content: bytes | None
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """The lines of a segment. Raises `OSError`, and `CorruptLog` for a file that is no segment."""
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > SEGMENT_BYTES_MAX:
+            raise CorruptLog(
+                f"{path.name} has {size:,} bytes; a segment has at most {SEGMENT_BYTES_MAX:,}"
+            )
+        while line := stream.readline(LINE_BYTES_MAX + 1):
+            length = len(line)
+            rest = line
+            while not rest.endswith(b"\n") and (rest := stream.readline(LINE_BYTES_MAX)):
+                length += len(rest)
+            whole = length == len(line)
+            ended = (line if whole else rest).endswith(b"\n")
+            line = line.removesuffix(b"\n")
+            yield Line(line, length, ended, unseal(line) if whole and ended else None)
 
 
 def read_mark(path: Path) -> int | None:
     try:
-        data = path.read_bytes()
+        data = _beginning(path, _MARK_BYTES_MAX)
     except FileNotFoundError:
         return None
     digits = data[16:36].strip()
@@ -139,11 +193,8 @@ class _Walk:
         found, end = self._found, Place(0, 0)
         sizes = []
         for index, path in enumerate(found.segments):
-            data = path.read_bytes()
-            sizes.append(len(data))
-            end = Place(index, len(data))
-            if found.cut is None:
-                self._segment(index, data)
+            sizes.append(self._segment(index, path))
+            end = Place(index, sizes[-1])
         if found.cut is None:
             self._end(end)
         found.last_seq = max(self._expected - 1, found.base.seq)
@@ -158,30 +209,32 @@ class _Walk:
         ends = good == end and found.last_seq == self._expected - 1
         found.continues = ends and found.lost is None
 
-    def _segment(self, index: int, data: bytes) -> None:
+    def _segment(self, index: int, path: Path) -> int:
+        """Take in a segment, unless what follows is to be cut off. Returns its bytes."""
         found, base, offset = self._found, self._found.base.seq, 0
-        lines = data.split(b"\n")
-        tail = lines.pop()
-        for line in lines:
-            content = unseal(line)
-            seq = seq_of(content) if content is not None else 0
-            if content is None or seq < self._expected:
-                self._bad = self._bad or Place(index, offset)
-            else:
-                if self._bad or seq > self._expected:
-                    self._gap(seq - 1, self._bad or Place(index, offset))
-                    if found.cut is not None:
-                        return
-                self._bad = None
-                self._expected = seq + 1
-                found.events += 1
-                if seq > base and found.lost is None:
-                    self._replay(decode(content))
-                self._end_of_good = offset + len(line) + 1
-                self._good_segment = index
-            offset += len(line) + 1
-        if tail:
+        for line in read_lines(path):
+            if found.cut is None:
+                self._line(index, offset, line, base)
+            offset += line.length
+        return offset
+
+    def _line(self, index: int, offset: int, line: Line, base: int) -> None:
+        found, content = self._found, line.content
+        seq = seq_of(content) if content is not None else 0
+        if content is None or seq < self._expected:
             self._bad = self._bad or Place(index, offset)
+            return
+        if self._bad or seq > self._expected:
+            self._gap(seq - 1, self._bad or Place(index, offset))
+            if found.cut is not None:
+                return
+        self._bad = None
+        self._expected = seq + 1
+        found.events += 1
+        if seq > base and found.lost is None:
+            self._replay(decode(content))
+        self._end_of_good = offset + line.length
+        self._good_segment = index
 
     def _replay(self, event: Event) -> None:
         found = self._found
@@ -223,13 +276,13 @@ def lines_of(folder: Path, since: int = 1) -> Iterator[tuple[str, int, bytes, by
     for path, after in zip(segments, following, strict=False):
         if after <= since:
             continue
+        offset = 0
         try:
-            data = path.read_bytes()
+            for line in read_lines(path):
+                if not line.ended:  # it is being written
+                    break
+                if line.content is None or seq_of(line.content) >= since:
+                    yield path.name, offset, line.data, line.content
+                offset += line.length
         except FileNotFoundError:  # deleted meanwhile, as too old
             continue
-        offset = 0
-        for line in data.split(b"\n")[:-1]:  # the rest is being written
-            content = unseal(line)
-            if content is None or seq_of(content) >= since:
-                yield path.name, offset, line, content
-            offset += len(line) + 1

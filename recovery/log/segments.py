@@ -21,10 +21,16 @@ from zlib import crc32
 
 from recovery.control import Event
 from recovery.errors import SetupError
-from recovery.log.codec import encode
+from recovery.log.codec import EVENT_BYTES_MAX, encode
+
+# Beyond these a file is none that `recovery.log.writing` makes. A segment ends with the write that
+# made it longer than `segment_bytes_max`, and a write has up to `batch_max` events.
+LINE_BYTES_MAX = EVENT_BYTES_MAX + 1024  # an event's other members, and the checksum
+SEGMENT_BYTES_MAX = 512 << 20
+CHECKPOINT_BYTES_MAX = 256 << 20
 
 _CRC_CHARS = len(',"crc":"01234567"}')
-_SEQ = re.compile(rb'\{"seq":(\d+),')
+_SEQ = re.compile(rb'\{"seq":(\d{1,18}),')
 _SEGMENT = re.compile(r"\d{8,}\.jsonl")
 _CHECKPOINT = re.compile(r"checkpoint-(\d{8,})\.json")
 MARKS = ("acknowledged-0", "acknowledged-1")

@@ -21,6 +21,7 @@ from recovery.errors import CallerError
 from recovery.log.codec import state_to_plain
 from recovery.log.reading import Place, Scan, read_mark, scan
 from recovery.log.segments import (
+    CHECKPOINT_BYTES_MAX,
     MARKS,
     Damage,
     LogUnavailable,
@@ -185,8 +186,15 @@ class Store:
             "state": state_to_plain(state),
         }
         content = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        sealed = seal(content.encode())
+        if len(sealed) > CHECKPOINT_BYTES_MAX:  # it could not be read again
+            raise LogUnavailable(
+                f"the checkpoint of {self._folder} takes {len(sealed):,} bytes, more than "
+                f"{CHECKPOINT_BYTES_MAX:,}",
+                folder=str(self._folder),
+            )
         with self._translated("written"):
-            self._create(self._folder / checkpoint_name(seq), seal(content.encode()))
+            self._create(self._folder / checkpoint_name(seq), sealed)
         self.checkpointed = seq
         with contextlib.suppress(OSError):  # the next checkpoint tries again
             self._let_go()

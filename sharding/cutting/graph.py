@@ -19,8 +19,11 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # what onnx raises
 
+from recovery.bounded_files import read_bounded
 from recovery.errors import NotAModel
-from sharding.models.signature import TensorSpec
+from sharding.models.signature import GRAPH_BYTES_MAX, TensorSpec
+
+DIMENSIONS_MAX = 64  # of a tensor; numpy has no more either
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,10 @@ def load_proto(path: Path) -> onnx.ModelProto:
     Raises `NotAModel` if there is no such file, or no ONNX in it, or nothing to compute.
     """
     try:
-        model = onnx.load_model(path, format="protobuf", load_external_data=False)
-    except (OSError, DecodeError, UnicodeDecodeError) as error:
-        got = str(error.strerror if isinstance(error, OSError) else "a file that is no ONNX")
-        raise _not_a_model(path, got) from error
+        data = read_bounded(path, GRAPH_BYTES_MAX, what="an ONNX model", error=NotAModel)
+        model = onnx.load_model_from_string(data, format="protobuf")
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise _not_a_model(path, "a file that is no ONNX") from error
     if not model.graph.node or not model.graph.output:
         raise _not_a_model(path, "a file without any nodes or outputs")
     if model.graph.sparse_initializer:
@@ -149,6 +152,9 @@ def read_graph(path: str | Path) -> Graph:
 
 def graph_of(path: Path, model: onnx.ModelProto) -> Graph:
     """The same for a model that is already loaded. `path` is for errors only."""
+    # A product over dimensions without number would take for ever.
+    if any(len(tensor.dims) > DIMENSIONS_MAX for tensor in model.graph.initializer):
+        raise _not_a_model(path, f"a weight of more than {DIMENSIONS_MAX} dimensions")
     light = without_weights(model, inline_bytes_max=1024)
     # It leaves out what it can't infer (unknown operators); if it fails, only the shapes that the
     # exporter wrote are used.

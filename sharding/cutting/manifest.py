@@ -7,16 +7,27 @@ loading shards needs, so this module must not import onnx, and must not cut.
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from recovery.errors import NotAModel
+from recovery.bounded_files import JsonBounds, read_json_object, stays_inside, text_of
+from recovery.errors import BadInput, NotAModel
 from sharding.models.signature import TensorSpec, digest_of
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1  # of the JSON; another number is refused
 MANIFEST_BYTES_MAX = 16 << 20
+SHARDS_MAX = 4096
+COUNT_MAX = (1 << 53) - 1  # bytes, and layers
+DIMENSIONS_MAX = 64
+ELEMENTS_MAX = 1 << 31  # of the fixed dimensions of a tensor: more go into no message
+
+_BOUNDS = JsonBounds("the manifest of a cut model", MANIFEST_BYTES_MAX, items_max=1_000_000)
+_DTYPE = re.compile(r"(?:[a-z][a-z0-9_]{0,31})?")  # numpy's names; "" if it has none
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -109,14 +120,14 @@ def read_manifest(folder: str | Path, *, verify: bool = True) -> Manifest:
     """
     path = Path(folder).absolute() / MANIFEST_NAME
     try:
-        if path.stat().st_size > MANIFEST_BYTES_MAX:
-            raise _refuse(path, f"at most {MANIFEST_BYTES_MAX:,} bytes", "more")
-        manifest = _parse(path, json.loads(path.read_bytes()))
-    except OSError as error:
-        raise _refuse(path, "the manifest of a cut model", str(error.strerror)) from error
-    # RecursionError: JSON that is nested too deeply is no manifest either.
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _refuse(path, "the manifest of a cut model", f"{error!r}") from error
+        data = read_json_object(path, _BOUNDS)
+    except BadInput as error:
+        raise _refuse(path, error.fields["expected"], error.fields["got"]) from error
+    try:
+        manifest = _parse(path, data)
+        _check_files(manifest)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _refuse(path, "the manifest of a cut model", text_of(repr(error))) from error
     if verify:
         for shard in manifest.shards:
             for file in shard.files:
@@ -172,10 +183,20 @@ def _parse(path: Path, data: dict[str, Any]) -> Manifest:
     return manifest
 
 
+def _check_files(manifest: Manifest) -> None:
+    """Raises `ValueError` for too many shards, and for a file that is listed twice: a few bytes
+    would have it read as often as they like."""
+    if len(manifest.shards) > SHARDS_MAX:
+        raise ValueError(f"{len(manifest.shards):,} shards, where {SHARDS_MAX:,} are the most")
+    names = [file.name for shard in manifest.shards for file in shard.files]
+    if len(set(names)) < len(names):
+        raise ValueError("a file that is listed twice")
+
+
 def _shard(data: dict[str, Any]) -> Shard:
     start, end = data["span"]
     files = tuple(
-        ShardFile(_file_name(file["name"]), _count(file["bytes"]), _text(file["digest"]))
+        ShardFile(_file_name(file["name"]), _count(file["bytes"]), _digest(file["digest"]))
         for file in data["files"]
     )
     if not files:
@@ -209,15 +230,30 @@ def _spec(data: dict[str, Any]) -> TensorSpec:
         shape = tuple(shape)
         if not all(dim is None or type(dim) in (int, str) for dim in shape):
             raise ValueError(f"a shape of {shape!r}")
-    return TensorSpec(_text(data["name"]), _text(data["dtype"]), shape)
+        fixed = [dim for dim in shape if isinstance(dim, int)]
+        if len(shape) > DIMENSIONS_MAX or any(dim < 0 for dim in fixed):
+            raise ValueError(f"a shape of {shape!r}")
+        if math.prod(dim for dim in fixed if dim) > ELEMENTS_MAX:
+            raise ValueError(f"a shape of more than {ELEMENTS_MAX:,} elements: {shape!r}")
+    dtype = _text(data["dtype"])
+    if not _DTYPE.fullmatch(dtype):
+        raise ValueError(f"a dtype of {dtype!r}")
+    return TensorSpec(_text(data["name"]), dtype, shape)
 
 
 def _file_name(value: Any) -> str:
     name = _text(value)
     # Files lie beside the manifest; a name with a path is refused.
-    if name in ("", ".", "..") or PurePosixPath(name).name != name or set("\\:\0") & set(name):
+    if "/" in name or not stays_inside(name):
         raise ValueError(f"a file name of {name!r}")
     return name
+
+
+def _digest(value: Any) -> str:
+    digest = _text(value)
+    if not _SHA256.fullmatch(digest):
+        raise ValueError(f"a SHA-256 of {digest!r}")
+    return digest
 
 
 def _text(value: Any) -> str:
@@ -227,6 +263,6 @@ def _text(value: Any) -> str:
 
 
 def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value <= COUNT_MAX:
         raise ValueError(f"expected a count, got {value!r}")
     return value

@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # what onnx raises
 
+from recovery.bounded_files import open_regular, read_bounded
 from recovery.errors import NotAModel
 from recovery.kinds import ModelType
 from recovery.voting import Tolerance
@@ -196,7 +197,7 @@ def _read_graph_file(path: Path) -> bytes:
                 f"a graph of at most {GRAPH_BYTES_MAX:,} bytes (larger models keep their weights "
                 "in external data files)",
             )
-        return path.read_bytes()
+        return read_bounded(path, GRAPH_BYTES_MAX, what="an ONNX model", error=NotAModel)
     except OSError as error:
         raise _refuse(
             path, str(error.strerror or error), "an ONNX file that can be read"
@@ -276,7 +277,10 @@ def _external_data(path: Path, model: onnx.ModelProto) -> dict[str, _External]:
                 "external data inside the model's own folder",
             )
         try:
-            end = int(entries.get("offset") or 0) + int(entries.get("length") or 0)
+            parts = [int(entries.get(key) or 0) for key in ("offset", "length")]
+            if min(parts) < 0:
+                raise ValueError("a negative number")
+            end = sum(parts)
         except ValueError:
             raise _refuse(
                 path,
@@ -364,8 +368,8 @@ def _check_inside(path: Path, file: Path) -> None:
 
 
 def digest_of(path: Path) -> tuple[int, str]:
-    """Bytes and SHA-256 of a file, which is read in pieces. Raises `OSError`."""
-    with path.open("rb") as stream:
+    """Bytes and SHA-256 of a regular file, which is read in pieces. Raises `OSError`."""
+    with open_regular(path) as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return stream.tell(), digest
 

@@ -119,7 +119,7 @@ def test_bundle_of_a_failure_tells_what_was_known_and_is_replayed(tmp_path: Path
     frames = json.loads(bundle.files["browsers/chrome-0.json"])["frames"]
     own = [frame for frame in frames if bundle.facts["operation"]["op_id"] in frame[3]]
     assert [frame[1:3] for frame in own] == [["to", "run"], ["from", "error"]]
-    done = CliRunner().invoke(app, ["replay", str(path)])
+    done = CliRunner().invoke(app, ["replay", str(path)], input="y\n")
     assert done.exit_code == 0, done.output
     assert "answered" in done.output
 

@@ -11,7 +11,6 @@ import pytest
 from pool.bundles import (
     Bundle,
     described,
-    made_up,
     model_as_plain,
     pool_as_plain,
     read_bundle,
@@ -22,6 +21,7 @@ from pool.chaos.workload import PAGE
 from pool.config import PoolConfig
 from pool.models.loading import read_parts
 from pool.models.registry import read_model
+from pool.replaying import made_up
 from pool.results import RecoveryStep, Result
 from recovery.errors import BadInput
 from recovery.failures import categorize_browser_failure

@@ -352,7 +352,7 @@ def test_a_dictionary_begins_with_the_blank_and_ends_with_the_space(tmp_path, co
         (b"a\n\xff\n", "decode"),
         (b"a\n\nb\n", "line 2 empty"),
         (b"", "line 1 empty"),
-        (b"a" * (17 << 20), "larger than"),
+        (b"a" * (17 << 20), "at most 16,777,216 bytes"),
     ],
     ids=["missing", "no UTF-8", "a gap", "empty", "large"],
 )
