@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -210,13 +211,14 @@ def the_log_tells(state_dir: Path) -> None:
 
 
 def supervisor_pid(pool: str) -> int:
-    """The worker process of a pool's supervisor, by its title."""
-    for process in psutil.process_iter(["cmdline"]):
-        title = " ".join(process.info["cmdline"] or ())
-        if title.startswith("ray::") and f"supervisor of {pool}" in title:
-            return process.pid
-        if title.startswith("ray::PoolSupervisor"):
-            return process.pid
+    """The worker process of a pool's supervisor, by its title, in the Ray of this process."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::") and f"supervisor of {pool}" in title:
+                return process.pid
+            if title.startswith("ray::PoolSupervisor"):
+                return process.pid
     raise AssertionError("no supervisor runs")
 
 
