@@ -203,6 +203,8 @@ def test_system_that_forbids_it_is_named_and_the_machine_s_network_is_used(tmp_p
     """A user namespace in which no network namespace can be made, as in some containers."""
     forbid = 'echo 0 > /proc/sys/user/max_net_namespaces && exec "$@"'
     prefix = ("unshare", "--user", "--map-root-user", "sh", "-c", forbid, "sh")
+    if subprocess.run([*prefix, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this system allows no user namespaces")
     assert why_not(*prefix) == f"[Errno {errno.ENOSPC}] No space left on device"
     private, why = _held(tmp_path / "profile", *prefix)
     assert not private
