@@ -182,12 +182,12 @@ async def test_a_level_that_promises_no_restart_says_so(level: str) -> None:
 
 @pytest.mark.chaos
 async def test_an_operation_that_hangs_one_browser_is_answered_by_another() -> None:
-    async with pool_of({"chrome": 2}, hang_seconds=4.0) as pool:
+    async with pool_of({"chrome": 2}, hang_seconds=12.0) as pool:
         await pool.load("minilm", minilm_folder())
         report = await launch_of(pool, "chrome-0")
         asked = [
             asyncio.create_task(pool.run_with_recovery("minilm", "embed", long_inputs(2)))
-            for _ in range(4)
+            for _ in range(12)
         ]
         await busy(pool, "chrome-0")
         freeze_page(report)
